@@ -1,0 +1,1 @@
+"""What a network is: no training, no nnU-Net."""

@@ -1,0 +1,31 @@
+"""The line between a user's mistake (one sentence, exit status 1) and a bug (a traceback)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message says what was found, where, and what to do."""
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a console entry point: log to the terminal, print a :class:`UserError` as one line and exit with 1.
+
+    A full disk and an unwritable folder are the user's to mend as well, so ``OSError`` is reported the same way.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+        try:
+            main(*args, **kwargs)
+        except (UserError, OSError) as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+
+    return run

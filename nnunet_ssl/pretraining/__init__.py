@@ -1,0 +1,1 @@
+"""From a corpus of unlabelled scans to a checkpoint."""

@@ -1,0 +1,1 @@
+"""nnU-Net trainers that start from a pre-trained encoder."""
