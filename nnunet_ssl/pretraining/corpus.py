@@ -1,0 +1,203 @@
+"""A prepared corpus as the training loop sees it: subjects, their sessions, the sessions' scans."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet_folders import dataset_folder
+from nnunet_ssl.pretraining.modalities import MODALITIES, UNKNOWN
+
+PLANS_NAME = "nnsslPlans"
+CONFIGURATION = "3d_fullres"
+DATA_IDENTIFIER = f"{PLANS_NAME}_{CONFIGURATION}"
+
+logger = logging.getLogger(__name__)
+
+
+def open_corpus(dataset: int | str) -> Corpus:
+    """Open the corpus that ``nnssl_prepare`` wrote for `dataset`, an id (500) or a name (Dataset500_FOMO60K).
+
+    Raises:
+        UserError: nnUNet_preprocessed is not set, or the data set has not been prepared (to the end).
+    """
+    folder = dataset_folder(dataset, "nnUNet_preprocessed")
+    manifest, plans = folder / "manifest.tsv", folder / f"{PLANS_NAME}.json"
+    if not manifest.is_file() or not plans.is_file():
+        raise UserError(
+            f"{folder.name} has no finished pre-training store in {folder} (manifest.tsv and {PLANS_NAME}.json are its "
+            f"signs). Run, or run to the end: nnssl_prepare -d {dataset}"
+        )
+    scans = read_manifest(manifest)
+    if scans.empty:
+        raise UserError(f"{manifest} lists no scan: every scan failed. The reasons are in {folder / 'failures.tsv'}.")
+    return Corpus(folder / DATA_IDENTIFIER, number_rows(scans), json.loads(plans.read_text())["preprocessing"])
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """Read a manifest.tsv: every column as strings ("" where nothing is known), `repeat` as int, `age` as float."""
+    scans = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    return scans.assign(repeat=scans["repeat"].astype(int), age=pd.to_numeric(scans["age"], errors="coerce"))
+
+
+def number_rows(scans: pd.DataFrame) -> pd.DataFrame:
+    """Add what a sampler computes with: subject_index, session_index, and shape and bbox as integer columns."""
+    sizes = scans["shape"].str.split(",", expand=True).astype(np.int32)
+    bounds = scans["bbox"].str.split(",", expand=True).astype(np.int32)
+    columns = dict(zip(("size_x", "size_y", "size_z"), (sizes[axis] for axis in range(3))))
+    columns |= dict(zip(("x0", "x1", "y0", "y1", "z0", "z1"), (bounds[side] for side in range(6))))
+    return scans.assign(
+        subject_index=pd.factorize(scans["subject"], sort=True)[0],
+        session_index=pd.factorize(scans["session"], sort=True)[0],
+        modality=pd.Categorical(scans["modality"], categories=MODALITIES),
+        **columns,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedSession:
+    """A session that can give cross-modality pairs: the row numbers of its scans, by (known) modality."""
+
+    session_index: int
+    subject_index: int
+    rows: dict[str, tuple[int, ...]]
+
+
+class PairedSessions(Sequence[PairedSession]):
+    """The sessions with at least two different known modalities; a sequence kept in three flat arrays.
+
+    Args:
+        scans: a numbered manifest (see :func:`number_rows`).
+    """
+
+    def __init__(self, scans: pd.DataFrame) -> None:
+        known = scans[scans["modality"] != UNKNOWN]
+        modalities = known.groupby("session_index")["modality"].nunique()
+        paired = known[known["session_index"].isin(modalities.index[modalities >= 2])]
+        paired = paired.sort_values(["session_index", "modality", "repeat"], kind="stable")
+        sessions = paired["session_index"].to_numpy()
+        self.rows = paired.index.to_numpy(np.int64)
+        """Row numbers of every scan that can enter a cross-modality pair, session by session."""
+        self._modality = paired["modality"].cat.codes.to_numpy(np.int8)
+        self._starts = np.concatenate([np.flatnonzero(np.diff(sessions, prepend=-1)), [len(sessions)]])
+        self._sessions = sessions[self._starts[:-1]]
+        self._subjects = paired["subject_index"].to_numpy()[self._starts[:-1]]
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __getitem__(self, index: int) -> PairedSession:
+        index = range(len(self))[index]
+        rows: dict[str, tuple[int, ...]] = {}
+        for place in range(self._starts[index], self._starts[index + 1]):
+            modality = MODALITIES[self._modality[place]]
+            rows[modality] = (*rows.get(modality, ()), int(self.rows[place]))
+        return PairedSession(
+            session_index=int(self._sessions[index]), subject_index=int(self._subjects[index]), rows=rows
+        )
+
+
+class Corpus:
+    """The scans of a prepared store, or of one side of its split.
+
+    Arrays on disk are (1, X, Y, Z) in nnU-Net's own axis order for RAS images: X runs from inferior to superior, Y from
+    posterior to anterior, Z from left to right, as stock nnU-Net's fine-tuning will see them. So the left-right axis is
+    the last one (:attr:`left_right_axis`).
+
+    Attributes:
+        folder: where the .b2nd files lie.
+        scans: the manifest, rows 0..n-1, with ``subject_index`` and ``session_index`` (numbers in the whole corpus: the
+            two sides of a split keep them), ``size_x..z`` (voxels) and ``x0..z1`` (the foreground's box, half open).
+        preprocessing: what was done to the scans; JSON types only, so that it can travel in a checkpoint.
+    """
+
+    left_right_axis = 2
+    """The spatial axis (of X, Y, Z = 0, 1, 2) that runs through the two hemispheres."""
+
+    def __init__(self, folder: Path, scans: pd.DataFrame, preprocessing: dict[str, Any]) -> None:
+        self.folder = folder
+        self.scans = scans.reset_index(drop=True)
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm, in the order of the arrays' axes."""
+        return tuple(self.preprocessing["spacing"])
+
+    def path(self, row: int) -> Path:
+        """The .b2nd file of a scan."""
+        return self.folder / f"{self.scans['scan_id'].iat[row]}.b2nd"
+
+    def split(self, validation_fraction: float = 0.02, seed: int = 0) -> tuple[Corpus, Corpus]:
+        """Split by subject into training and validation, at least one subject on each side.
+
+        A subject's side depends on its name, the seed and the number of subjects, not on their order, so a corpus that
+        grows keeps most of its validation subjects. A corpus of one subject is its own validation set, with a warning.
+        """
+        names = pd.unique(self.scans["subject"])
+        if len(names) == 1:
+            logger.warning("The corpus has a single subject, %s: it serves for training and for validation.", names[0])
+            return self, self
+        names = sorted(names, key=lambda name: hashlib.blake2b(f"{seed} {name}".encode()).digest())
+        count = min(max(1, round(validation_fraction * len(names))), len(names) - 1)
+        validation = self.scans["subject"].isin(names[:count])
+        return self._subset(~validation), self._subset(validation)
+
+    def _subset(self, rows: pd.Series) -> Corpus:
+        return Corpus(self.folder, self.scans[rows], self.preprocessing)
+
+    def paired_sessions(self) -> PairedSessions:
+        """The sessions with at least two different known modalities, each with its scans by modality."""
+        return PairedSessions(self.scans)
+
+    def unpaired_scans(self) -> np.ndarray:
+        """Row numbers of the scans that can enter no cross-modality pair: they serve masked image modelling alone."""
+        return np.setdiff1d(np.arange(len(self.scans)), self.paired_sessions().rows)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of subjects, sessions and scans; see :func:`summarize`."""
+        return summarize(self.scans)
+
+
+def summarize(scans: pd.DataFrame) -> dict[str, Any]:
+    """Count a manifest, raw or prepared.
+
+    ``sessions_mcl`` have two different known modalities. ``sessions_cl`` is the same number, because CL draws from the
+    sessions of MCL (for a fair comparison); the other sessions serve masked image modelling only.
+    """
+    known = scans[scans["modality"] != UNKNOWN]
+    paired = int((known.astype({"modality": str}).groupby("session")["modality"].nunique() >= 2).sum())
+    sessions = scans["session"].nunique()
+    counts = scans["modality"].astype(str).value_counts()
+    return {
+        "subjects": scans["subject"].nunique(),
+        "sessions": sessions,
+        "scans": len(scans),
+        "scans_by_modality": {name: int(counts[name]) for name in MODALITIES if name in counts},
+        "sessions_mcl": paired,
+        "sessions_cl": paired,
+        "sessions_mim_only": sessions - paired,
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Write a summary as the few lines that the commands print at their end."""
+    by_modality = ", ".join(f"{name} {count:,}" for name, count in summary["scans_by_modality"].items())
+    return (
+        f"{summary['subjects']:,} subjects, {summary['sessions']:,} sessions, {summary['scans']:,} scans"
+        f"{f' ({by_modality})' if by_modality else ''}\n"
+        f"sessions usable for MCL (two modalities): {summary['sessions_mcl']:,}; "
+        f"for CL (the same): {summary['sessions_cl']:,}; for MIM only: {summary['sessions_mim_only']:,}"
+    )
