@@ -1,0 +1,47 @@
+"""``python -m nnunet_ssl.phantom``: write a synthetic data set."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError, command
+
+logger = logging.getLogger(__name__)
+
+
+@command
+def main() -> None:
+    """Parse the command line and write the data set."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nnunet_ssl.phantom",
+        description="Write synthetic brain MRI in the folder layout of a real data set.",
+        epilog="Example: python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n-test 3 --voxel-mm 2.5",
+    )
+    parser.add_argument("layout", choices=["fomo", "fomo-a", "atlas"], help="which data set; fomo-a: flat layout A")
+    parser.add_argument("out", type=Path, help="the folder to write (must be new or empty)")
+    parser.add_argument("-n", type=int, default=8, help="subjects (training cases); default 8")
+    parser.add_argument("--n-test", type=int, default=2, help="atlas: test cases without masks; default 2")
+    parser.add_argument("--voxel-mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
+    args = parser.parse_args()
+    if args.out.is_dir() and any(args.out.iterdir()):
+        raise UserError(f"{args.out} is not empty: name a new folder for the synthetic data set.")
+    _write(args)
+    logger.info("Synthetic data set in %s", args.out)
+
+
+def _write(args: argparse.Namespace) -> None:
+    from nnunet_ssl.phantom import layouts
+
+    common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean}
+    if args.layout == "atlas":
+        layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, **common)
+    else:
+        layouts.write_fomo(args.out, n_subjects=args.n, layout="A" if args.layout == "fomo-a" else "B", **common)
+
+
+if __name__ == "__main__":
+    main()

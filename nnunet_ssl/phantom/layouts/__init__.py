@@ -1,0 +1,6 @@
+"""The on-disk layouts of the real data sets, filled with synthetic brains; one module per data set."""
+
+from nnunet_ssl.phantom.layouts.atlas import write_atlas
+from nnunet_ssl.phantom.layouts.fomo import write_fomo
+
+__all__ = ["write_atlas", "write_fomo"]
