@@ -1,0 +1,64 @@
+"""Uncertainty: bootstrap intervals over patients or cases, and corrected paired tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+REPEATS = 2000
+LEVEL = 0.95
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], np.ndarray], n_units: int, *, repeats: int = REPEATS, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile interval (95 %) of a statistic when its independent units are drawn with replacement.
+
+    Args:
+        statistic: maps weights (R, n_units), how often each unit was drawn, to values (R,). Values of nan (a draw on
+            which the statistic does not exist) are left out.
+        n_units: patients or cases. With fewer than two there is no interval: (nan, nan).
+        repeats: R.
+        seed: same seed, same interval.
+    """
+    if n_units < 2:
+        return float("nan"), float("nan")
+    weights = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=repeats)
+    values = statistic(weights.astype(np.float64))
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mean_interval(values: ArrayLike, **options) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean of one value per unit; nan values are not units."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return bootstrap_interval(lambda weights: weights @ known / weights.sum(axis=1), len(known), **options)
+
+
+def paired_wilcoxon(first: ArrayLike, second: ArrayLike) -> float:
+    """Return the two-sided p of Wilcoxon's signed-rank test on paired values.
+
+    Differences of zero enter the ranking but not the sum (Pratt 1959): many cases that two models miss alike are
+    evidence of no difference. All differences zero: p = 1.
+    """
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if not np.any(differences):
+        return 1.0
+    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's step-down method (Holm 1979), in the given order."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected.tolist()
