@@ -1,0 +1,397 @@
+import blosc2
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.corpus import open_corpus
+from nnunet_ssl.pretraining.indexing import index_corpus
+from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
+
+CONFIG = PreparationConfig()
+
+
+@pytest.fixture
+def source(tmp_path):
+    return tmp_path / "fomo"
+
+
+@pytest.fixture
+def prepare(nnunet_folders, source):
+    """Index what lies in `source` and prepare it; keywords are options or prepare_corpus' own."""
+
+    def run(*, processes=1, scheduler=None, **options):
+        index_corpus(source, 500, "FOMO60K")
+        return prepare_corpus(500, PreparationConfig(**options), processes=processes, scheduler=scheduler)
+
+    return run
+
+
+def stored(corpus, stem):
+    row = int(np.flatnonzero(corpus.scans["scan_id"].str.endswith(stem))[0])
+    return blosc2.open(str(corpus.path(row)))[0].astype(np.float32)
+
+
+def contents(folder):
+    """Every file of a prepared data set with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_stored_scan_is_what_nnunets_own_steps_give(prepare, source, write_scan):
+    path = write_scan(source / "sub_1/ses_1/t1.nii.gz", axes="LPS", spacing=(2.0, 1.5, 2.5))
+    prepare(dtype="float32")
+    corpus = open_corpus(500)
+
+    images, properties = NibabelIOWithReorient().read_images([str(path)])
+    inside = np.argwhere(images[0])
+    box = tuple(slice(low, high + 1) for low, high in zip(inside.min(0), inside.max(0)))
+    image = images[0][box]
+    brain = image != 0
+    low, high = np.percentile(image[brain], (0.5, 99.5))
+    expected = np.zeros_like(image)
+    expected[brain] = np.clip(image[brain], low, high)
+    expected[brain] = (expected[brain] - expected[brain].mean()) / expected[brain].std()
+    plans = PlansManager(str(corpus.folder.parent / "nnsslPlans.json"))
+    shape = [round(size * step) for size, step in zip(image.shape, properties["spacing"])]
+    expected = plans.get_configuration("3d_fullres").resampling_fn_data(
+        expected[None], shape, properties["spacing"], [1.0] * 3
+    )
+    np.testing.assert_allclose(stored(corpus, "t1"), expected[0], atol=1e-4)
+
+
+def test_orientation_is_ras_in_nnunets_order_of_axes(prepare, source, write_scan):
+    path = write_scan(source / "sub_1/ses_1/t1.nii.gz", spacing=1.0, shape=(40, 46, 42))
+    image = nibabel.load(path)
+    data = image.get_fdata()
+    data[data != 0] = 1 + np.random.default_rng(0).random((data != 0).sum())
+    data[27:33, 20:26, 18:24] = 1000  # right of the middle
+    for name, axes in (("t1", "RAS"), ("t2", "LIP")):
+        ornt = nibabel.orientations.ornt_transform(
+            nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
+        )
+        nibabel.save(nibabel.Nifti1Image(data, image.affine).as_reoriented(ornt), path.with_name(f"{name}.nii.gz"))
+    prepare()
+    corpus = open_corpus(500)
+    for stem in ("t1", "t2"):
+        array = stored(corpus, stem)
+        marked = np.argwhere(array > 0.9 * array.max()).mean(0)
+        centre = (np.array(array.shape) - 1) / 2
+        assert marked[corpus.left_right_axis] > centre[corpus.left_right_axis] + 5
+        assert np.abs(np.delete(marked - centre, corpus.left_right_axis)).max() < 3
+
+
+def test_stock_nnunet_reads_the_store(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    write_scan(source / "sub_1/ses_1/t2.nii.gz", contrast=-1)
+    prepare()
+    corpus = open_corpus(500)
+    dataset_class = infer_dataset_class(str(corpus.folder))
+    dataset = dataset_class(str(corpus.folder))
+    assert dataset.identifiers == sorted(corpus.scans["scan_id"])
+    data, segmentation, _, properties = dataset.load_case(dataset.identifiers[0])
+    assert data.shape == segmentation.shape == (1, *corpus.scans.loc[0, ["size_x", "size_y", "size_z"]])
+    assert data.dtype == np.float16
+    assert set(np.unique(segmentation[:])) == {-1, 0}
+    assert len(properties["bbox_used_for_cropping"]) == 3
+
+
+def test_scans_of_a_session_share_a_grid_and_are_cropped_by_the_union_of_their_foregrounds(prepare, source, write_scan):
+    first = write_scan(source / "sub_1/ses_1/t1.nii.gz", spacing=1.0, shape=(40, 46, 42))
+    image = nibabel.load(first)
+    data = image.get_fdata()
+    lower, upper = data.copy(), data.copy()
+    lower[:, :, 25:] = 0
+    upper[:, :, :15] = 0
+    upper[20, 20, 40] = 77.0  # a mark that only this scan has, above its own brain's top
+    nibabel.save(nibabel.Nifti1Image(lower, image.affine), first)
+    nibabel.save(nibabel.Nifti1Image(upper, image.affine), first.with_name("flair.nii.gz"))
+    prepare(dtype="float32")
+    corpus = open_corpus(500)
+    t1, flair = stored(corpus, "t1"), stored(corpus, "flair")
+    assert t1.shape == flair.shape
+    tissue = np.argwhere(data)
+    bottom = tissue.min(0)[2]
+    assert t1.shape[0] == 40 - bottom + 1
+    # No resampling took place, so a voxel's place in the file tells its place in the store.
+    both = np.argwhere((lower != 0) & (upper != 0))
+    start = np.minimum(tissue.min(0), (20, 20, 40))
+    rows = (both - start)[:, ::-1].T
+    assert np.corrcoef(t1[tuple(rows)], lower[tuple(both.T)])[0, 1] > 0.99
+    assert np.corrcoef(flair[tuple(rows)], upper[tuple(both.T)])[0, 1] > 0.99
+    boxes = corpus.scans.set_index("modality")[["x0", "x1"]]
+    assert boxes.loc["t1", "x1"] == 25 - bottom
+    assert boxes.loc["flair", "x0"] == 15 - bottom
+
+
+def test_scans_on_different_grids_are_brought_onto_the_sharpest_one(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz", spacing=1.0, shape=(40, 46, 42))
+    write_scan(source / "sub_1/ses_1/t2.nii.gz", spacing=(1.3, 1.4, 2.0), shape=(30, 34, 22), axes="LAS")
+    prepare(dtype="float32")
+    corpus = open_corpus(500)
+    t1, t2 = stored(corpus, "t1"), stored(corpus, "t2")
+    assert t1.shape == t2.shape
+    middle = (slice(8, -8),) * 3
+    for axis in range(3):
+        shifts = range(-3, 4)
+        alike = [np.corrcoef(t1[middle].ravel(), np.roll(t2, n, axis)[middle].ravel())[0, 1] for n in shifts]
+        assert shifts[int(np.argmax(alike))] == 0, "the same tissue lies at the same voxels"
+        assert max(alike) > 0.97
+    assert list(corpus.scans.set_index("modality")["regridded"]) == ["", "sub_1__ses_1__t1"]
+
+
+def test_half_precision_halves_the_bytes_and_keeps_a_thousandth(prepare, source, write_scan, nnunet_folders):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz", spacing=0.9, shape=(40, 50, 45))
+    prepare(dtype="float32")
+    corpus = open_corpus(500)
+    single, size = stored(corpus, "t1"), corpus.path(0).stat().st_size
+    corpus.folder.parent.rename(nnunet_folders["nnUNet_preprocessed"] / "kept")
+    prepare(dtype="float16")
+    corpus = open_corpus(500)
+    half = stored(corpus, "t1")
+    assert corpus.path(0).stat().st_size <= size / 2
+    small = np.abs(single) < 2
+    assert np.abs(half - single)[small].max() <= 2**-11 + 1e-6
+    assert np.abs(half - single).max() <= 2**-10 + 1e-6
+
+
+def test_rows_carry_what_the_index_knew_and_what_was_found(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz", nan=5)
+    (source / "participants.tsv").write_text("participant_id\tsex\tage\nsub_1\tF\t33\n")
+    report = prepare()
+    corpus = open_corpus(500)
+    scan = corpus.scans.iloc[0]
+    assert (scan.age, scan.sex, scan.subject, scan.nan_voxels) == (33, "F", "fomo/sub_1", "5")
+    array = stored(corpus, "t1")
+    assert np.isfinite(array).all()
+    x, y, z = (slice(scan[f"{axis}0"], scan[f"{axis}1"]) for axis in "xyz")
+    inside = np.zeros(array.shape, bool)
+    inside[x, y, z] = True
+    assert np.abs(array[~inside]).max(initial=0) < 0.2
+    assert report.summary == corpus.summary()
+    assert corpus.preprocessing["dtype"] == "float16"
+    assert corpus.preprocessing["orientation"] == "RAS"
+
+
+def _zeros(path, good):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.float32), np.eye(4)), path)
+
+
+def _constant(path, good):
+    image = nibabel.load(good)
+    nibabel.save(nibabel.Nifti1Image((image.get_fdata() > 0).astype(np.uint8), image.affine), path)
+
+
+def _all_nan(path, good):
+    nibabel.save(nibabel.Nifti1Image(np.full((9, 9, 9), np.nan, np.float32), np.eye(4)), path)
+
+
+def _truncated(path, good):
+    content = good.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def _empty(path, good):
+    path.write_bytes(b"")
+
+
+def _text(path, good):
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+
+
+def _four_dimensions(path, good):
+    nibabel.save(nibabel.Nifti1Image(np.ones((9, 9, 9, 4), np.float32), np.eye(4)), path)
+
+
+def _flat_affine(path, good):
+    image = nibabel.load(good)
+    image.set_sform(np.diag([2, 2, 0, 1]), code=1)
+    image.header["qform_code"] = 0
+    nibabel.save(image, path)
+
+
+def _contradiction(path, good):
+    image = nibabel.load(good)
+    nibabel.save(image, path.with_suffix(""))
+    content = bytearray(path.with_suffix("").read_bytes())
+    content[80:92] = np.array([5, 5, 5], "<f4").tobytes()  # pixdim[1:4]
+    path.with_suffix("").unlink()
+    import gzip
+
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
+def _kilometres(path, good):
+    image = nibabel.load(good)
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), np.diag([1000.0, 1000, 1000, 1])), path)
+
+
+def _dangling(path, good):
+    path.symlink_to("../../.git/annex/objects/absent")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_zeros, "all zero"),
+        (_constant, "constant"),
+        (_all_nan, "no finite voxel"),
+        (_truncated, "truncated or corrupt"),
+        (_empty, "empty file"),
+        (_text, "not a readable NIfTI"),
+        (_four_dimensions, "4-D"),
+        (_flat_affine, "affine is not finite or not invertible"),
+        (_contradiction, "by pixdim"),
+        (_kilometres, "no brain scan's"),
+        (_dangling, "a link that leads nowhere"),
+    ],
+)
+def test_a_bad_scan_is_reported_and_the_rest_of_its_session_goes_on(prepare, source, write_scan, spoil, reason):
+    good = write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    spoil(good.with_name("t2.nii.gz"), good)
+    report = prepare()
+    failures = pd.read_csv(report.folder / "failures.tsv", sep="\t")
+    assert list(failures["scan_id"]) == ["fomo__sub_1__ses_1__t2"]
+    assert reason in failures["reason"][0]
+    assert list(open_corpus(500).scans["scan_id"]) == ["fomo__sub_1__ses_1__t1"]
+    assert not list((report.folder / "nnsslPlans_3d_fullres").glob("*t2*"))
+
+
+def test_a_corpus_without_a_good_scan_is_an_error_that_names_the_reasons(prepare, source):
+    (source / "sub_1/ses_1").mkdir(parents=True)
+    _zeros(source / "sub_1/ses_1/t1.nii.gz", None)
+    with pytest.raises(UserError, match=r"Not one of 1 scans.*failures\.tsv"):
+        prepare()
+
+
+def test_a_second_run_redoes_nothing(prepare, source, write_scan, monkeypatch):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    before = {path: path.stat().st_mtime_ns for path in (folder / "nnsslPlans_3d_fullres").iterdir()}
+    monkeypatch.setattr("nnunet_ssl.pretraining.session.read_volume", lambda *_: pytest.fail("a scan was read again"))
+    prepare()
+    assert {path: path.stat().st_mtime_ns for path in (folder / "nnsslPlans_3d_fullres").iterdir()} == before
+
+
+def test_other_options_are_refused(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    prepare()
+    with pytest.raises(UserError, match="dtype: float16 there, float32 now"):
+        prepare(dtype="float32")
+
+
+def test_a_changed_image_is_prepared_again_and_only_its_session(prepare, source, write_scan):
+    changing = write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    write_scan(source / "sub_2/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    store = folder / "nnsslPlans_3d_fullres"
+    before = contents(store)
+    times = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
+    write_scan(changing, seed=7)
+    prepare()
+    after = contents(store)
+    assert before.keys() == after.keys()
+    assert before["fomo__sub_1__ses_1__t1.b2nd"] != after["fomo__sub_1__ses_1__t1.b2nd"]
+    kept = "fomo__sub_2__ses_1__t1.b2nd"
+    assert times[kept] == (store / kept).stat().st_mtime_ns
+
+
+def test_a_scan_that_leaves_the_index_leaves_the_store(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    gone = write_scan(source / "sub_2/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    gone.unlink()
+    prepare()
+    assert {path.name for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd")} == {
+        "fomo__sub_1__ses_1__t1.b2nd",
+        "fomo__sub_1__ses_1__t1_seg.b2nd",
+    }
+
+
+def test_a_scan_that_goes_bad_leaves_the_store(prepare, source, write_scan):
+    path = write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    write_scan(source / "sub_1/ses_1/t2.nii.gz")
+    folder = prepare().folder
+    path.write_bytes(b"")
+    prepare()
+    assert len(open_corpus(500)) == 1
+    assert not list((folder / "nnsslPlans_3d_fullres").glob("*t1*"))
+
+
+def test_a_missing_file_is_tried_again_when_it_is_back(prepare, source, write_scan, tmp_path):
+    path = write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    link = source / "sub_1/ses_1/t2.nii.gz"
+    link.symlink_to(tmp_path / "offline.nii.gz")
+    assert len(prepare().failures) == 1
+    (tmp_path / "offline.nii.gz").write_bytes(path.read_bytes())
+    assert len(prepare().failures) == 0
+    assert len(open_corpus(500)) == 2
+
+
+def test_a_deleted_result_is_made_again(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    before = contents(folder)
+    (folder / "nnsslPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd").unlink()
+    prepare()
+    assert contents(folder) == before
+
+
+def test_leftovers_of_a_kill_are_no_results(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    write_scan(source / "sub_2/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    before = contents(folder)
+    store, journal = folder / "nnsslPlans_3d_fullres", folder / "nnsslPlans_journal.jsonl"
+    (store / ".123.partial.fomo__sub_2__ses_1__t1.b2nd").write_bytes(b"half")
+    (store / "fomo__sub_2__ses_1__t1.pkl").unlink()
+    journal.write_text(journal.read_text()[:-30])
+    prepare()
+    assert contents(folder) == before
+
+
+def test_the_store_does_not_depend_on_the_number_of_processes(prepare, source, write_scan, nnunet_folders):
+    for subject in range(5):
+        write_scan(source / f"sub_{subject}/ses_1/t1.nii.gz", seed=subject)
+        write_scan(source / f"sub_{subject}/ses_1/scan_1.nii.gz", seed=subject, contrast=0.3)
+    folder = prepare(processes=1).folder
+    alone = contents(folder)
+    folder.rename(nnunet_folders["nnUNet_results"] / "kept")
+    prepare(processes=2)
+    assert contents(folder) == alone
+
+
+def test_two_runs_do_not_work_on_one_store(prepare, source, write_scan):
+    from filelock import FileLock
+
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    with FileLock(folder / ".nnssl_prepare.lock"), pytest.raises(UserError, match="Another nnssl_prepare"):
+        prepare()
+
+
+def test_a_full_disk_stops_the_run_and_costs_nothing_done(prepare, source, write_scan, monkeypatch):
+    for subject in range(3):
+        write_scan(source / f"sub_{subject}/ses_1/t1.nii.gz", seed=subject)
+    from nnunet_ssl.pretraining import session
+
+    write, written = session._write_case, []
+
+    def write_until_full(case, *rest):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(case)
+        write(case, *rest)
+
+    monkeypatch.setattr(session, "_write_case", write_until_full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare()
+    with pytest.raises(UserError, match="run to the end"):
+        open_corpus(500)
+    monkeypatch.setattr(session, "_write_case", lambda case, *rest: (written.append(case), write(case, *rest)))
+    prepare()
+    assert len(written) == len(set(written)) == 3
+    assert len(open_corpus(500)) == 3
