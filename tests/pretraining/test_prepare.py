@@ -140,7 +140,7 @@ def test_scans_on_different_grids_are_brought_onto_the_sharpest_one(prepare, sou
         alike = [np.corrcoef(t1[middle].ravel(), np.roll(t2, n, axis)[middle].ravel())[0, 1] for n in shifts]
         assert shifts[int(np.argmax(alike))] == 0, "the same tissue lies at the same voxels"
         assert max(alike) > 0.97
-    assert list(corpus.scans.set_index("modality")["regridded"]) == ["", "sub_1__ses_1__t1"]
+    assert list(corpus.scans.set_index("modality")["regridded"]) == ["", "fomo__sub_1__ses_1__t1"]
 
 
 def test_half_precision_halves_the_bytes_and_keeps_a_thousandth(prepare, source, write_scan, nnunet_folders):

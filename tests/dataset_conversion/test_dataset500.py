@@ -1,0 +1,251 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.indexing import index_corpus
+from nnunet_ssl.pretraining.layouts import detect_layout, find_scans
+
+SCRIPT = Path(__file__).parents[2] / "dataset_conversion" / "Dataset500_FOMO60K.py"
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    folder = tmp_path / "nnUNet_raw"
+    monkeypatch.setenv("nnUNet_raw", str(folder))
+    return folder
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def rows(scans, *columns):
+    return [tuple(row) for row in scans[list(columns)].itertuples(index=False)]
+
+
+@pytest.fixture
+def layout_a(tmp_path):
+    root = touch(
+        tmp_path / "fomo-60k",
+        "sub_1/ses_1/t1.nii.gz", "sub_1/ses_1/t1_2.nii.gz", "sub_1/ses_1/scan_1.nii.gz", "sub_1/ses_1/t2s.nii",
+        "sub_1/ses_2/dwi_12.nii.gz", "sub_10/ses_1/t1c.nii.gz",
+        "sub_1/ses_1/.t1.nii.gz", "sub_1/ses_1/notes.txt", "README.md",
+    )  # fmt: skip
+    (root / "participants.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tsex\tage\nOASIS\tsub_1\tses_1\tF\t31\nOASIS\tsub_1\tses_2\tF\tn/a\n"
+    )
+    return root
+
+
+@pytest.fixture
+def layout_b(tmp_path):
+    root = touch(
+        tmp_path / "FOMO60K",
+        "PT001_OASIS1/sub_1/ses_1/t1.nii.gz", "PT001_OASIS1/sub_1/ses_1/flair.nii.gz",
+        "PT002_IXI/sub_1/ses_1/t1.nii.gz", "PT002_IXI/sub_2/ses_1/pd.nii.gz",
+    )  # fmt: skip
+    (root / "participants.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tsex\tage\thandedness\n"
+        "PT001_OASIS1\tsub_1\tses_1\tF\t74\tright\nPT002_IXI\tsub_1\tses_1\tM\t35.8\tn/a\n",
+        encoding="utf-8-sig",
+    )
+    (root / "mapping.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tfilename\toriginal_path\n"
+        "PT002_IXI\tsub_2\tses_1\tpd.nii.gz\tds004199/sub-00001/anat/x_PD.nii.gz\n"
+    )
+    (root / "mri_info.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tfilename\tModality\tMagneticFieldStrength\n"
+        "PT001_OASIS1\tsub_1\tses_1\tflair.nii.gz\tMR\t1.5\n"
+    )
+    return root
+
+
+@pytest.fixture
+def bids(tmp_path):
+    root = touch(
+        tmp_path / "ds9",
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", "sub-01/ses-a/anat/sub-01_ses-a_ce-gad_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_run-2_T1w.nii.gz", "sub-01/ses-a/anat/sub-01_ses-a_part-phase_T2starw.nii.gz",
+        "sub-01/ses-a/dwi/sub-01_ses-a_dwi.nii.gz", "sub-01/ses-a/func/sub-01_ses-a_task-rest_bold.nii.gz",
+        "sub-02/anat/sub-02_FLAIR.nii.gz", "sub-02/anat/sub-02_FLAIR_roi.nii.gz",
+        "derivatives/fs/sub-02/anat/sub-02_T1w.nii.gz",
+    )  # fmt: skip
+    (root / "participants.tsv").write_text("participant_id\tage\tsex\tgroup\nsub-02\t8\tm\tpatient\n")
+    return root
+
+
+def test_fomo_layout_a(layout_a):
+    scans = find_scans(layout_a)
+    assert rows(scans, "scan_id", "modality", "repeat") == [
+        ("fomo-60k__sub_1__ses_1__scan_1", "unknown", 1),
+        ("fomo-60k__sub_1__ses_1__t1", "t1", 1),
+        ("fomo-60k__sub_1__ses_1__t1_2", "t1", 2),
+        ("fomo-60k__sub_1__ses_1__t2s", "t2s", 1),
+        ("fomo-60k__sub_1__ses_2__dwi_12", "dwi", 12),
+        ("fomo-60k__sub_10__ses_1__t1c", "t1c", 1),
+    ]
+    assert set(scans["subject"]) == {"fomo-60k/sub_1", "fomo-60k/sub_10"}
+    assert set(rows(scans, "session", "dataset", "age", "sex")) == {
+        ("fomo-60k/sub_1/ses_1", "OASIS", "31", "F"),
+        ("fomo-60k/sub_1/ses_2", "OASIS", "", "F"),
+        ("fomo-60k/sub_10/ses_1", "fomo-60k", "", ""),
+    }
+
+
+def test_fomo_layout_b_keys_subjects_by_data_set(layout_b):
+    scans = find_scans(layout_b)
+    assert rows(scans, "dataset", "subject", "session", "modality", "age", "sex", "handedness") == [
+        ("PT001_OASIS1", "PT001_OASIS1/sub_1", "PT001_OASIS1/sub_1/ses_1", "flair", "74", "F", "right"),
+        ("PT001_OASIS1", "PT001_OASIS1/sub_1", "PT001_OASIS1/sub_1/ses_1", "t1", "74", "F", "right"),
+        ("PT002_IXI", "PT002_IXI/sub_1", "PT002_IXI/sub_1/ses_1", "t1", "35.8", "M", ""),
+        ("PT002_IXI", "PT002_IXI/sub_2", "PT002_IXI/sub_2/ses_1", "pd", "", "", ""),
+    ]
+    assert list(scans["MagneticFieldStrength"]) == ["1.5", "", "", ""]
+
+
+def test_bids(bids):
+    scans = find_scans(bids)
+    assert set(rows(scans, "session", "modality", "repeat", "age")) == {
+        ("ds9/sub-01/ses-a", "t1", 1, ""),
+        ("ds9/sub-01/ses-a", "t1", 2, ""),
+        ("ds9/sub-01/ses-a", "t1c", 1, ""),
+        ("ds9/sub-01/ses-a", "unknown", 1, ""),
+        ("ds9/sub-01/ses-a", "dwi", 1, ""),
+        ("ds9/sub-02/ses-1", "flair", 1, "8"),
+    }
+
+
+def test_a_folder_of_bids_trees(bids):
+    touch(bids.parent / "ds10", "sub-01/anat/sub-01_T2w.nii.gz")
+    bids.rename(bids.parent / "all")
+    (bids.parent / "trees").mkdir()
+    for name in ("all", "ds10"):
+        (bids.parent / name).rename(bids.parent / "trees" / name)
+    scans = find_scans(bids.parent / "trees")
+    assert set(scans["subject"]) == {"all/sub-01", "all/sub-02", "ds10/sub-01"}
+    assert set(scans["group"]) == {"patient", ""}
+
+
+def test_nnssl_collection_with_environment_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENMIND", "/data/openmind")
+    image = {"name": "a.nii.gz", "modality": "T1w", "image_path": "$OPENMIND/a.nii.gz", "associated_masks": {}}
+    other = {"name": "b.nii.gz", "modality": "T2-FLAIR", "image_path": "images/b.nii.gz"}
+    seg = {"name": "b_seg.nii.gz", "modality": "", "image_path": "/elsewhere/b_seg.nii.gz"}
+    subject = {"subject_info": {"age": 30, "sex": None}, "sessions": {"s1": {"images": [image, other, seg]}}}
+    collection = {
+        "collection_index": 745,
+        "collection_name": "OpenMind",
+        "datasets": {"ds000001": {"subjects": {"sub-1": subject}}},
+    }
+    file = tmp_path / "pretrain_data.json"
+    file.write_text(json.dumps(collection))
+    for source in (file, tmp_path):
+        scans = find_scans(source)
+        assert set(rows(scans, "modality", "path", "age", "sex", "session")) == {
+            ("t1", "/data/openmind/a.nii.gz", "30", "", "ds000001/sub-1/s1"),
+            ("flair", str(tmp_path / "images/b.nii.gz"), "30", "", "ds000001/sub-1/s1"),
+            ("unknown", "/elsewhere/b_seg.nii.gz", "30", "", "ds000001/sub-1/s1"),
+        }
+        assert not scans["scan_id"].str.endswith("_seg").any(), "nnU-Net would take it for a segmentation"
+    monkeypatch.delenv("OPENMIND")
+    with pytest.raises(UserError, match=r"\$OPENMIND.*not set"):
+        find_scans(file)
+    file.write_text('{"datasets": []}')
+    with pytest.raises(UserError, match="not a collection as nnssl writes it"):
+        find_scans(file)
+
+
+def test_unknown_layouts_empty_folders_and_twins_are_explained(tmp_path, layout_a):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="none of those known"):
+        detect_layout(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"No \.nii"):
+        find_scans(tmp_path / "empty", "bids")
+    with pytest.raises(UserError, match="does not exist"):
+        find_scans(tmp_path / "absent")
+    touch(layout_a, "sub_1/ses_1/t1.nii")
+    with pytest.raises(UserError, match=r"sub_1__ses_1__t1 stands for .*t1\.nii and .*t1\.nii\.gz"):
+        find_scans(layout_a)
+
+
+def test_dangling_links_are_indexed_so_that_preparation_can_report_them(bids):
+    (bids / "sub-02/anat/sub-02_T1w.nii.gz").symlink_to("../../.git/annex/objects/x")
+    assert "t1" in set(find_scans(bids).query("subject == 'ds9/sub-02'")["modality"])
+
+
+def test_subjects_of_the_bonn_test_set_are_left_out_and_named(raw, layout_b, tmp_path, caplog):
+    touch(layout_b, "PT002_IXI/sub_2/ses_1/t1.nii.gz")  # no table speaks of this scan, but its subject is Bonn's
+    _, scans = index_corpus(layout_b, 500, "FOMO60K")
+    assert set(scans["subject"]) == {"PT001_OASIS1/sub_1", "PT002_IXI/sub_1"}
+    assert "1 subjects of ds004199 (Bonn FCD-II" in caplog.text
+    described = touch(tmp_path / "bonn", "sub-1/anat/sub-1_T1w.nii.gz")
+    (described / "dataset_description.json").write_text('{"DatasetDOI": "doi:10.18112/openneuro.ds004199.v1.0.5"}')
+    with pytest.raises(UserError, match="nothing is left"):
+        index_corpus(described, 501, "Bonn")
+
+
+def test_exclusions_by_data_set_subject_session_scan_and_wildcard(raw, layout_a, caplog):
+    index = lambda *names: index_corpus(layout_a, 500, "FOMO60K", exclude=names)[1]  # noqa: E731
+    everything = len(index())
+    assert len(index("OASIS")) == everything - 5
+    assert len(index("fomo-60k/sub_1")) == everything - 5
+    assert len(index("fomo-60k/sub_1/ses_2")) == everything - 1
+    assert len(index("*__scan_*", "fomo-60k__sub_10__ses_1__t1c")) == everything - 2
+    assert len(index("fomo-60k/sub_99")) == everything
+    assert "'fomo-60k/sub_99' matches no" in caplog.text
+
+
+def test_an_id_belongs_to_one_data_set(raw, layout_a):
+    index_corpus(layout_a, 500, "FOMO60K")
+    with pytest.raises(UserError, match="belongs to Dataset500_FOMO60K"):
+        index_corpus(layout_a, 500, "Other")
+
+
+def test_the_command_writes_a_manifest_and_prints_what_the_objectives_can_use(raw, layout_a, tmp_path):
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text("# a comment\n\nfomo-60k/sub_10  # and another\n")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "-i", layout_a, "--exclude", exclude], capture_output=True, text=True, check=True
+    )
+    assert "1 subjects, 2 sessions, 5 scans (t1 2, t2s 1, dwi 1, unknown 1)" in done.stdout
+    assert "MCL (two modalities): 1; for CL (the same): 1; for MIM only: 1" in done.stdout
+    folder = raw / "Dataset500_FOMO60K"
+    manifest = pd.read_csv(folder / "manifest.tsv", sep="\t")
+    assert len(manifest) == 5
+    assert all(os.path.isfile(path) for path in manifest["path"])  # noqa: PTH113
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 5
+
+
+def test_the_command_explains_a_wrong_folder_in_one_line(raw, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "-i", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: The layout of")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_indexed_in_under_a_minute(raw, tmp_path):
+    root = tmp_path / "FOMO300K"
+    for dataset in range(10):
+        for subject in range(2500):
+            session = root / f"PT{dataset:03d}_X" / f"sub_{subject}" / "ses_1"
+            session.mkdir(parents=True)
+            for stem in ("t1", "t2", "flair", "scan_1"):
+                (session / f"{stem}.nii.gz").touch()
+    keys = [(f"PT{dataset:03d}_X", f"sub_{subject}") for dataset in range(10) for subject in range(2500)]
+    table = "".join(f"{dataset}\t{subject}\tses_1\tF\t50\n" for dataset, subject in keys)
+    (root / "participants.tsv").write_text("dataset\tparticipant_id\tsession_id\tsex\tage\n" + table)
+    start = time.perf_counter()
+    _, scans = index_corpus(root, 500, "FOMO300K")
+    assert len(scans) == 100_000
+    assert time.perf_counter() - start < 60
