@@ -94,7 +94,9 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def run_on_cluster(function: Callable[[Task], Result], tasks: Iterable[Task], scheduler: str) -> Outcomes:
+def run_on_cluster(
+    function: Callable[[Task], Result], tasks: Iterable[Task], scheduler: str, *, timeout: str = "30s"
+) -> Outcomes:
     """Run `function` on every task on the workers of a Dask scheduler, such as ``tcp://host:8786``.
 
     Dask gives the task of a lost worker to another one. Workers may come and go; without any, this waits.
@@ -110,7 +112,7 @@ def run_on_cluster(function: Callable[[Task], Result], tasks: Iterable[Task], sc
     except ImportError as error:
         raise UserError('--scheduler needs dask.distributed: pip install "nnunet_ssl[cluster]"') from error
     try:
-        client = Client(scheduler, timeout="20s")
+        client = Client(scheduler, timeout=timeout)
     except (OSError, ValueError) as error:
         raise UserError(f"No Dask scheduler answers at {scheduler} ({error}).") from error
     with client:
