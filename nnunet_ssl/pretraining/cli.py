@@ -1,4 +1,4 @@
-"""The console commands of pre-training: ``nnssl_prepare``."""
+"""The console commands of pre-training: ``nnssl_prepare`` and ``nnssl_pretrain``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 
-from nnunet_ssl.errors import command
+from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.nnunet_folders import folder_of
 
 EXIT_WITH_FAILURES = 3
 """``nnssl_prepare`` finished and the store can be used, but some scans are not in it."""
@@ -66,3 +67,84 @@ def prepare() -> None:
     if len(report.failures):
         logger.info("%d scans could not be used, see %s", len(report.failures), report.folder / "failures.tsv")
         sys.exit(EXIT_WITH_FAILURES)
+
+
+_PRETRAIN_DESCRIPTION = """\
+Pre-train an encoder on a prepared corpus.
+
+recipes:
+  cl                contrastive, two views of one scan
+  mcl               contrastive, two modalities of one session
+  mim               masked image modelling
+  cl_mim, mcl_mim   both; mcl_mim is the paper's model
+  mcl_mim_balanced  mcl_mim whose contrastive gradient cannot outweigh the masked one
+  mcl_ibot          mcl, and the other modality's tokens in place of voxels
+"""
+
+_PRETRAIN_EXAMPLE = """\
+examples:
+  nnssl_pretrain -c mcl_mim                            on Dataset500 or the only prepared corpus
+  nnssl_pretrain -c mcl_mim --c                        go on where it stopped
+  nnssl_pretrain -c mim -o recipe=mim_small steps=50000 encoder.embed_dim=24
+  nnssl_pretrain -c mcl_mim -num_gpus 4
+  torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host:29500 \\
+      --no_python nnssl_pretrain -c mcl_mim
+
+Results go to $nnUNet_results/DatasetXXX_NAME/<recipe>/: checkpoint_latest.pth, progress.png, progress.csv, events, and
+once it is finished checkpoint_final.pth and encoder.safetensors.
+"""
+
+
+@command
+def pretrain() -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnssl_pretrain",
+        description=_PRETRAIN_DESCRIPTION,
+        epilog=_PRETRAIN_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-c", required=True, metavar="RECIPE", help="one of the recipes above, or a YAML file")
+    parser.add_argument("-d", metavar="DATASET", help="the corpus' number or name (default: 500, or the only one)")
+    parser.add_argument(
+        "-o",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change settings; --print-config shows them all",
+    )
+    parser.add_argument("--c", action="store_true", dest="resume", help="continue from the latest checkpoint")
+    parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this machine (default: 1)")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and stop")
+    arguments = parser.parse_args()
+    if arguments.num_gpus < 1:
+        parser.error("-num_gpus must be at least 1")
+
+    from nnunet_ssl.pretraining.config import load_config
+
+    config = load_config(arguments.c, arguments.o)
+    if arguments.print_config:
+        sys.stdout.write(config.as_yaml())
+        return
+
+    from nnunet_ssl.pretraining.distributed import launch
+    from nnunet_ssl.pretraining.loop import pretrain as run
+
+    dataset = arguments.d or _default_corpus()
+    launch(run, (config, dataset, arguments.resume), processes=arguments.num_gpus, device=arguments.device)
+
+
+def _default_corpus() -> str:
+    """Dataset500 if it is prepared, else the only prepared corpus."""
+    from nnunet_ssl.pretraining.corpus import PLANS_NAME
+
+    root = folder_of("nnUNet_preprocessed")
+    prepared = sorted(path.parent.name for path in root.glob(f"Dataset*/{PLANS_NAME}.json"))
+    chosen = [name for name in prepared if name.startswith("Dataset500_")] or prepared
+    if not prepared:
+        raise UserError(f"No corpus is prepared in {root}. Prepare one: nnssl_prepare -d 500")
+    if len(chosen) > 1:
+        raise UserError(f"Several corpora are prepared in {root}: {', '.join(chosen)}. Choose one with -d.")
+    logger.info("No -d given: taking the corpus %s.", chosen[0])
+    return chosen[0]

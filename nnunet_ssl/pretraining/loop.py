@@ -1,0 +1,138 @@
+"""The training loop, from a prepared corpus to a finished encoder. It reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.pretraining import checkpointing, distributed, outputs
+from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.pretraining.corpus import Corpus, describe, open_corpus
+from nnunet_ssl.pretraining.interruption import stop_requests
+from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.monitoring import Validation, queue_figures
+from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
+from nnunet_ssl.pretraining.records import Records
+from nnunet_ssl.pretraining.speed import Stopwatch
+from nnunet_ssl.pretraining.step import training_step
+from nnunet_ssl.pretraining.streams import Stream
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device: torch.device) -> None:
+    """Pre-train on `device`; with several processes, each of them does this.
+
+    Args:
+        config: the recipe.
+        dataset: id or name of a prepared corpus.
+        resume: continue the run in the results folder, if there is one.
+        device: of this process.
+
+    Raises:
+        UserError: the corpus does not serve the recipe, the results folder cannot be used, its checkpoint is of
+            another architecture, or the loss was not finite for `max_nonfinite` steps in a row.
+    """
+    corpus = open_corpus(dataset)
+    folder = outputs.results_folder(corpus, config, resume=resume)
+    training, held_out = corpus.split(config.validation.fraction, config.seed)
+    learner = Learner(config).to(device)
+    optimizer = build_optimizer(learner.query, config)
+    first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
+    if first >= config.steps:
+        logger.info("%s is finished: %d of %d steps are done.", folder, first, config.steps)
+        return
+    stream = Stream(training, config, device=device, start=first * config.accumulation, workers=config.workers)
+    validation = Validation(held_out, config, device)
+    suspects: list[dict] = []  # the last steps in a row that were not finite
+
+    with ExitStack() as stack:
+        records = stack.enter_context(Records(folder, step=first, config=config, device=device))
+        stop_requested = stack.enter_context(stop_requests())
+        stopwatch = Stopwatch(stream)
+        announce(folder, corpus, config, learner, first)
+        if first == 0:
+            records.write(0, validation.measure(learner, schedules(0, config), records, step=0))
+
+        for step in range(first, config.steps):
+            schedule = schedules(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule["learning_rate"]
+            update = training_step(learner, optimizer, stream, schedule, measured=step % config.gradients_every == 0)
+            stopwatch.step()
+
+            if update.finite:
+                suspects = []
+                records.add(*update.figures)
+            else:
+                skipped += 1
+                suspects.append({"step": step, "scans": update.scans})
+                logger.warning("Step %d: the loss or its gradient is not finite; the step is skipped.", step)
+                if len(suspects) == config.max_nonfinite:
+                    give_up(folder, suspects)
+
+            done, last = step + 1, step + 1 == config.steps
+            stopping = distributed.any_rank(stop_requested(), device)
+            validating = last or done % config.validation.every == 0
+            if validating or done % config.log_every == 0:
+                figures = {f"schedule/{name}": value for name, value in schedule.items()}
+                figures |= {"nonfinite_steps": skipped, **stopwatch.figures(steps_left=config.steps - done)}
+                with stopwatch.paused():
+                    if validating:
+                        figures |= validation.measure(learner, schedule, records, step=done)
+                    records.write(done, figures | queue_figures(learner.queue))
+            if last or stopping or done % config.save_every == 0:
+                with stopwatch.paused():
+                    save(folder, learner, optimizer, corpus, step=done, skipped=skipped)
+                    records.plot()
+            if stopping and not last:
+                logger.info("Asked to stop: step %d is saved. Go on with the same command and --c.", done)
+                return
+    if distributed.is_main():
+        outputs.finish(folder, learner, corpus, step=config.steps)
+        logger.info("Finished. The encoder is in %s", folder / outputs.ENCODER)
+
+
+def announce(folder: Path, corpus: Corpus, config: PretrainingConfig, learner: Learner, first: int) -> None:
+    """Say what is about to happen."""
+    parameters = sum(parameter.numel() for parameter in learner.query.encoder.parameters())
+    logger.info("Recipe %s on %s:\n%s", config.recipe, corpus.folder.parent.name, describe(corpus.summary()))
+    logger.info("Encoder of %s parameters; %s", f"{parameters:,}", f"{distributed.world_size()} process(es)")
+    logger.info("Steps %d to %d; results in %s", first, config.steps, folder)
+
+
+def save(
+    folder: Path,
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    *,
+    step: int,
+    skipped: int,
+) -> None:
+    """Write a checkpoint, on the main process."""
+    if distributed.is_main():
+        state = outputs.checkpoint_state(learner, optimizer, corpus, step=step, skipped=skipped)
+        checkpointing.save(folder, state, step=step, keep=learner.config.keep_checkpoints)
+
+
+def give_up(folder: Path, suspects: list[dict]) -> None:
+    """Write down which scans were in the steps that were not finite, and end the training.
+
+    Raises:
+        UserError: always.
+    """
+    path = folder / f"nonfinite_rank{distributed.rank()}.json"
+    with written_beside(path) as temporary:
+        temporary.write_text(json.dumps(suspects, indent=1))
+    raise UserError(
+        f"The loss or its gradient was not finite in {len(suspects)} steps running, up to step {suspects[-1]['step']}; "
+        f"their scans are listed in {path}. Look at them, lower learning_rate, or set bf16=false; --c goes on from the "
+        "last checkpoint."
+    )

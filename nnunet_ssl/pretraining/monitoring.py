@@ -1,0 +1,177 @@
+"""What is measured beside the losses: alignment and reconstruction on held-out subjects, the spread of the queue."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import blosc2
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining import distributed
+from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.pretraining.corpus import Corpus
+from nnunet_ssl.pretraining.modalities import UNKNOWN
+from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.momentum import Queue
+from nnunet_ssl.pretraining.objectives.contrastive import pooled
+from nnunet_ssl.pretraining.objectives.masked import (
+    bottleneck_grid,
+    draw_masks,
+    reconstruction_error,
+    voxel_mask,
+)
+from nnunet_ssl.pretraining.passes import key_pass, query_passes
+from nnunet_ssl.pretraining.records import Records
+from nnunet_ssl.pretraining.streams import Stream
+from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance, effective_rank, uniformity
+
+QUEUE_SAMPLE = 1024
+"""Keys on which the queue's figures are taken: all of them would cost 40 ms more and say the same."""
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Measures on subjects that are not trained on, the same scans and masks every time.
+
+    Args:
+        corpus: the held-out subjects.
+        config: the recipe.
+        device: of this process.
+    """
+
+    def __init__(self, corpus: Corpus, config: PretrainingConfig, device: torch.device) -> None:
+        self.open_stream = functools.partial(Stream, corpus, config, device=device, start=0, workers=0)
+        self.batches = config.validation.batches
+        try:
+            self.open_stream()
+        except UserError as error:
+            logger.warning("No losses will be taken on the held-out subjects. %s", error)
+            self.batches = 0
+        self.held_out = read_held_out(corpus, config) if distributed.is_main() else None
+
+    @torch.no_grad()
+    def measure(
+        self, learner: Learner, schedule: Mapping[str, float], records: Records, *, step: int
+    ) -> dict[str, float]:
+        """Add the held-out losses of this rank's batches to `records`; return what the main process alone measures."""
+        if self.batches:
+            for examples in itertools.islice(self.open_stream(), self.batches):
+                for losses in query_passes(learner, examples, key_pass(learner, examples), schedule):
+                    for branch in losses.values():
+                        records.add({f"validation/{name}": value for name, value in branch.figures.items()})
+        if self.held_out is None or not len(self.held_out.patches):
+            return {}
+        figures = alignment(learner, self.held_out)
+        if learner.query.decoder is not None:
+            errors, picture = reconstruction(learner, self.held_out)
+            records.picture("reconstruction", picture, step)
+            figures |= errors
+        return figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The central patch of every scan of some sessions, without augmentation: the same at every validation."""
+
+    patches: Tensor  # (N, 1, X, Y, Z) float16, CPU
+    subject: np.ndarray  # (N,)
+    modality: np.ndarray  # (N,) names
+
+
+def read_held_out(corpus: Corpus, config: PretrainingConfig) -> HeldOut:
+    """Read one scan of each known modality from up to `validation.sessions` sessions, different subjects first."""
+    scans = corpus.scans[corpus.scans["modality"] != UNKNOWN]
+    scans = scans.drop_duplicates(["session_index", "modality"])
+    modalities = scans.groupby("session_index")["modality"].transform("size")
+    visit = scans.groupby("subject_index")["session_index"].rank(method="dense")
+    scans = scans.assign(several=modalities > 1, visit=visit)
+    scans = scans.sort_values(["several", "visit", "session_index"], ascending=[False, True, True], kind="stable")
+    chosen = scans["session_index"].drop_duplicates().head(config.validation.sessions)
+    scans = scans[scans["session_index"].isin(chosen)]
+    patches = [_central_patch(corpus, row, config.patch_size) for row in scans.index]
+    return HeldOut(
+        patches=torch.stack(patches) if patches else torch.zeros(0, 1, *config.patch_size),
+        subject=scans["subject_index"].to_numpy(),
+        modality=scans["modality"].to_numpy(str),
+    )
+
+
+def alignment(learner: Learner, held_out: HeldOut) -> dict[str, float]:
+    """The paper's two figures on the pooled bottleneck, and how many directions it uses; nothing where data lack."""
+    device = next(learner.parameters()).device
+    parts = held_out.patches.split(learner.config.batch_size)
+    pooled_parts = [pooled(learner.query.encode(part.to(device).float())[-1]).float().cpu() for part in parts]
+    embeddings = torch.cat(pooled_parts).numpy()
+    aligned = cross_modality_distance(embeddings, held_out.subject, held_out.modality)
+    figures = {
+        "validation/cross_modality_distance": aligned.mean,
+        "validation/cross_subject_distance": cross_subject_distance(embeddings, held_out.subject).mean,
+        "validation/effective_rank": effective_rank(embeddings),
+    }
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float], np.ndarray]:
+    """The error on hidden voxels by modality, under masks that are the same every time, and a picture of some scans."""
+    config, stride = learner.config, learner.config.encoder.stride
+    device = next(learner.parameters()).device
+    grid = bottleneck_grid(config.patch_size, stride)
+    generator = torch.Generator().manual_seed(config.seed)
+    masks = draw_masks(len(held_out.patches), grid, config.masked.ratio, generator)
+    errors, strips, shown = defaultdict(list), [], set()
+    for start in range(0, len(masks), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        patches, mask = held_out.patches[part].to(device).float(), masks[part].to(device)
+        prediction = learner.query.reconstruct(learner.query.encode(patches, mask), patches.shape[2:]).float()
+        hidden = voxel_mask(mask, patches.shape[2:], stride)
+        error = reconstruction_error(prediction, patches, mask, stride).tolist()
+        for place, modality in enumerate(held_out.modality[part]):
+            errors[modality].append(error[place])
+            if modality not in shown:
+                shown.add(modality)
+                strips.append(_strip(patches[place, 0], hidden[place, 0], prediction[place, 0]))
+    figures = {f"validation/error/{modality}": float(np.mean(values)) for modality, values in sorted(errors.items())}
+    return figures, np.concatenate(strips)
+
+
+def queue_figures(queue: Queue | None) -> dict[str, float]:
+    """How far the queue's keys spread: near rank 1 and uniformity 0 the projections have collapsed."""
+    keys = torch.zeros(0) if queue is None else queue.filled()
+    if len(keys) < 2:
+        return {}
+    keys = keys[:: math.ceil(len(keys) / QUEUE_SAMPLE)].cpu().numpy()
+    return {"queue/effective_rank": effective_rank(keys), "queue/uniformity": uniformity(keys)}
+
+
+def _central_patch(corpus: Corpus, row: int, patch_size: tuple[int, int, int]) -> Tensor:
+    """The patch (1, *patch_size) around the centre of the foreground's box; beyond the volume its edge repeats."""
+    scan = corpus.scans.loc[row]
+    array = blosc2.open(str(corpus.path(row)), mode="r")
+    box, missing = [slice(None)], [(0, 0)]
+    for axis, size in zip("xyz", patch_size):
+        start = (scan[f"{axis}0"] + scan[f"{axis}1"] - size) // 2
+        length = scan[f"size_{axis}"]
+        first, last = np.clip([start, start + size], 0, length)
+        box.append(slice(int(first), int(last)))
+        missing.append((int(first - start), int(start + size - last)))
+    return torch.from_numpy(np.pad(array[tuple(box)], missing, mode="edge").astype(np.float16))
+
+
+def _strip(patch: Tensor, hidden: Tensor, prediction: Tensor) -> np.ndarray:
+    """The middle axial slice of a patch, of what is visible of it, and of its completion, side by side, as 0 to 1."""
+    middle = len(patch) // 2
+    low, high = torch.quantile(patch[middle].flatten(), torch.tensor([0.01, 0.99], device=patch.device))
+    completed = torch.where(hidden, prediction, patch)
+    slices = [image[middle].flip(0) for image in (patch, patch.masked_fill(hidden, low), completed)]
+    scaled = (torch.cat(slices, dim=1) - low) / (high - low).clamp(min=1e-6)
+    return scaled.clamp(0, 1).cpu().numpy()

@@ -1,0 +1,35 @@
+"""AdamW with its decay groups, and the numbers that change over a pre-training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.schedules import warmup_cosine
+
+
+def build_optimizer(network: nn.Module, config: PretrainingConfig) -> torch.optim.AdamW:
+    """AdamW in which biases, norms, position biases and the mask token do not decay; one fused update on a GPU."""
+    decayed, free = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (free if parameter.ndim < 2 or "bias" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=next(network.parameters()).is_cuda)
+
+
+def schedules(step: int, config: PretrainingConfig) -> dict[str, float]:
+    """The learning rate, the key network's momentum and the weight of the contrastive branch at `step`."""
+    return {
+        "learning_rate": warmup_cosine(
+            step,
+            steps=config.steps,
+            warmup=int(config.warmup * config.steps),
+            peak=config.learning_rate,
+            floor=config.minimum_learning_rate,
+        ),
+        "momentum": config.momentum.at(step, config.steps),
+        "contrastive_weight": config.contrastive.weight.at(step, config.steps),
+        "teacher_temperature": config.masked.tokens.teacher_temperature.at(step, config.steps),
+    }

@@ -1,0 +1,159 @@
+"""What a run leaves behind: its folder, its checkpoints, and the encoder for those who fine-tune it."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_ssl.architectures.weights import write_encoder
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.pretraining import checkpointing, distributed
+from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.pretraining.corpus import Corpus
+from nnunet_ssl.pretraining.model import Learner
+
+ENCODER, CONFIG = "encoder.safetensors", "config.yaml"
+
+CITATIONS = (
+    "Large-scale modality-invariant foundation models for brain MRI analysis: application to lesion segmentation. "
+    "arXiv 2511.11311.",
+    "Isensee et al. nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. "
+    "Nature Methods 18, 2021.",
+    "He et al. SwinUNETR-V2: stronger Swin transformers with stagewise convolutions for 3D medical image segmentation. "
+    "MICCAI 2023.",
+    "Chen et al. Improved baselines with momentum contrastive learning. arXiv 2003.04297.",
+    "Zhou et al. iBOT: image BERT pre-training with online tokenizer. arXiv 2111.07832 (recipe mcl_ibot).",
+)
+
+SHAPES = (
+    "encoder",
+    "contrastive.pairs",
+    "contrastive.hidden",
+    "contrastive.dim",
+    "masked.target",
+    "masked.width",
+    "masked.tokens.level",
+    "masked.tokens.prototypes",
+    "masked.tokens.hidden",
+    "masked.tokens.bottleneck",
+    "queue_size",
+)
+"""Settings that decide what a checkpoint holds; a run cannot continue with others."""
+
+logger = logging.getLogger(__name__)
+
+
+def results_folder(corpus: Corpus, config: PretrainingConfig, *, resume: bool) -> Path:
+    """Return ``$nnUNet_results/DatasetXXX_NAME/<recipe>``, made if need be.
+
+    Raises:
+        UserError: it cannot be written, or holds a run that is not to be continued.
+    """
+    folder = folder_of("nnUNet_results") / corpus.folder.parent.name / config.recipe
+    if not resume and checkpointing.numbered(folder):
+        raise UserError(
+            f"{folder} holds a run of this recipe already. Continue it with --c, give this one another name with "
+            "-o recipe=..., or remove the folder."
+        )
+    try:
+        if distributed.is_main():
+            with written_beside(folder / CONFIG) as temporary:
+                temporary.write_text(config.as_yaml())
+    except OSError as error:
+        raise UserError(f"The results cannot be written to {folder}: {error}. Set nnUNet_results elsewhere.") from error
+    return folder
+
+
+def description(corpus: Corpus, config: PretrainingConfig) -> dict[str, Any]:
+    """What a reader of the weights should know, in plain types; counts of the corpus, no identifiers."""
+    return {
+        "config": config.as_dict(),
+        "corpus": corpus.summary(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("nnunet_ssl", "nnunetv2", "torch")},
+        },
+        "citations": list(CITATIONS),
+    }
+
+
+def checkpoint_state(
+    learner: Learner, optimizer: torch.optim.Optimizer, corpus: Corpus, *, step: int, skipped: int
+) -> dict[str, Any]:
+    """Everything that an exact continuation needs, and everything that :func:`write_encoder` is told.
+
+    No state of random generators: every draw of the loop follows from the seed and the step.
+    """
+    config = learner.config
+    return {
+        "format": "nnunet_ssl",
+        "method": config.recipe,
+        "step": step,
+        "skipped": skipped,
+        "architecture": config.architecture(),
+        "preprocessing": corpus.preprocessing,
+        "metadata": description(corpus, config),
+        "learner": learner.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, corpus: Corpus) -> tuple[int, int] | None:
+    """Load the newest checkpoint into `learner` and `optimizer`.
+
+    Returns:
+        The number of steps done and of steps skipped; None when there is no checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another architecture or recipe, or cannot be read.
+    """
+    state = checkpointing.load(folder)
+    if state is None:
+        return None
+    changes = list(_changes(state["metadata"]["config"], learner.config.as_dict()))
+    fatal = [text for key, text in changes if key.startswith(SHAPES)]
+    if fatal:
+        raise UserError(
+            f"The checkpoint in {folder} cannot be continued with these settings: {'; '.join(fatal)}. "
+            "Continue with the settings it began with, or start another run with -o recipe=..."
+        )
+    for _, text in changes:
+        logger.warning("Continuing with a changed setting: %s.", text)
+    if state["metadata"]["corpus"] != corpus.summary():
+        logger.warning("The corpus has changed since the checkpoint was written: other scans will be drawn.")
+    learner.load_state_dict(state["learner"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["skipped"]
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, sentence) for each setting that differs."""
+    for key in now:
+        old, new = before.get(key), now[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new, f"{where}{key}.")
+        elif old != new:
+            yield f"{where}{key}", f"{where}{key} was {old}, is {new}"
+
+
+def finish(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None:
+    """Name the last checkpoint the final one, and write the encoder: the sign of a finished run."""
+    checkpointing.share(folder / checkpointing.LATEST, folder / checkpointing.FINAL)
+    config = learner.config
+    write_encoder(
+        folder / ENCODER,
+        learner.query.encoder.state_dict(),
+        architecture=config.architecture(),
+        method=config.recipe,
+        step=step,
+        preprocessing=corpus.preprocessing,
+        metadata=description(corpus, config),
+    )

@@ -1,0 +1,124 @@
+"""Nested dataclasses from nested plain values, with errors that name the key, the type and the nearest valid key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from nnunet_ssl.errors import UserError
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
+    """Build the dataclass `kind` from `values`; a missing key is as in `base`, else the dataclass's default.
+
+    Args:
+        kind: a dataclass whose fields are int, float, bool, str, Literal, tuples of them, dataclasses, or one of those
+            ``| None``.
+        values: as a YAML file gives them.
+        where: dotted prefix of the keys, for messages.
+        base: what `values` are to change.
+
+    Raises:
+        UserError: an unknown or missing key, or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where.rstrip('.')} is {values!r}; it takes keys: {', '.join(_fields(kind))}.")
+    fields, hints = _fields(kind), typing.get_type_hints(kind)
+    for key in values:
+        if key not in fields:
+            raise UserError(f"There is no key '{where}{key}'{_nearest(key, fields, where)}")
+    converted = {
+        key: build(hints[key], value, f"{where}{key}.", _default(fields[key]))
+        if dataclasses.is_dataclass(hints[key])
+        else _convert(value, hints[key], f"{where}{key}")
+        for key, value in values.items()
+    }
+    if base is not None:
+        return dataclasses.replace(base, **converted)
+    missing = [name for name, one in fields.items() if name not in values and _default(one) is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"The key '{where}{missing[0]}' is missing.")
+    return kind(**converted)
+
+
+def assign(values: dict[str, Any], override: str) -> None:
+    """Set one ``nested.key=value`` in `values`, in place; the value is read as YAML.
+
+    Raises:
+        UserError: it is not of that form, or the value is not YAML.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'{override}' is not of the form key=value.")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise UserError(f"'{override}': '{parent}' has no keys below it.")
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"'{override}': '{text}' is not a YAML value.") from error
+
+
+def _fields(kind: type) -> dict[str, dataclasses.Field]:
+    return {one.name: one for one in dataclasses.fields(kind)}
+
+
+def _default(one: dataclasses.Field) -> Any:
+    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+
+
+def _nearest(key: str, fields: Mapping[str, Any], where: str) -> str:
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+    return f"; did you mean '{where}{near[0]}'?" if near else f". Keys here: {', '.join(fields)}."
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """Return `value` as `kind`, or raise a :class:`UserError` that says what was expected."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _convert(value, inner, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"{where} is {value!r}; it can be {', '.join(map(str, arguments))}.")
+        return value
+    if origin is tuple:
+        return _convert_tuple(value, arguments, where)
+    return _convert_scalar(value, kind, where)
+
+
+def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    """A list, or "2,2,6,2" as typed on a command line; one number stands for a fixed number of equal ones."""
+    fixed = arguments[-1] is not Ellipsis
+    items = value.split(",") if isinstance(value, str) else value
+    if fixed and isinstance(items, (int, float)) and not isinstance(items, bool):
+        items = [items] * len(arguments)
+    if not isinstance(items, (list, tuple)) or (fixed and len(items) != len(arguments)):
+        count = f"{len(arguments)} values" if fixed else "a list"
+        raise UserError(f"{where} is {value!r}; it takes {count}, such as [{', '.join(['2'] * len(arguments))}].")
+    if isinstance(value, str):
+        items = [yaml.safe_load(item) for item in items]
+    kinds = arguments if fixed else [arguments[0]] * len(items)
+    return tuple(_convert(item, kind, f"{where}[{place}]") for place, (item, kind) in enumerate(zip(items, kinds)))
+
+
+def _convert_scalar(value: Any, kind: type, where: str) -> Any:
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        raise UserError(f"{where} is {value!r}; it takes {wanted}.")
+    return value

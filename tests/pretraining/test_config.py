@@ -1,0 +1,163 @@
+"""The configuration: recipes, overrides, and errors that help."""
+
+import pytest
+import yaml
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.config import PretrainingConfig, Ramp, from_dict, load_config, recipes
+
+ALL = ("cl", "cl_mim", "mcl", "mcl_ibot", "mcl_mim", "mcl_mim_balanced", "mim")
+
+
+def test_the_seven_recipes_ship_with_the_package():
+    assert recipes() == sorted(ALL)
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_a_recipe_survives_yaml(recipe):
+    config = load_config(recipe)
+    assert config.recipe == recipe
+    assert from_dict(yaml.safe_load(config.as_yaml())) == config
+    assert from_dict(config.as_dict()) == config
+
+
+def test_defaults_are_the_papers():
+    config = load_config("mcl_mim")
+    assert (config.steps, config.batch_size, config.patch_size) == (200_000, 16, (96, 96, 96))
+    assert (config.learning_rate, config.minimum_learning_rate, config.weight_decay) == (1e-4, 1e-5, 0.01)
+    assert (config.warmup, config.gradient_clip, config.queue_size) == (0.02, 10.0, 16384)
+    assert (config.contrastive.temperature, config.contrastive.hidden, config.contrastive.dim) == (0.2, 512, 128)
+    assert config.contrastive.weight == Ramp(low=0.1, high=1.0, begin=0.05, until=0.10)
+    assert config.momentum == Ramp(low=0.996, high=0.999, begin=0.05, until=0.20)
+    assert (config.masked.ratio, config.masked.width, config.validation.fraction) == ((0.5, 0.75), 32, 0.02)
+    assert config.architecture() == {
+        "backbone": "swin",
+        "in_channels": 1,
+        "embed_dim": 48,
+        "depths": [2, 2, 6, 2],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "mlp_ratio": 4.0,
+        "conv_norm": "group",
+        "mask_token": True,
+    }
+
+
+def test_the_recipes_differ_in_what_their_names_say():
+    branches = {name: (load_config(name).contrastive.pairs, load_config(name).masked.target) for name in ALL}
+    assert branches == {
+        "cl": ("cl", "none"),
+        "cl_mim": ("cl", "voxels"),
+        "mcl": ("mcl", "none"),
+        "mcl_ibot": ("mcl", "tokens"),
+        "mcl_mim": ("mcl", "voxels"),
+        "mcl_mim_balanced": ("mcl", "voxels"),
+        "mim": ("none", "voxels"),
+    }
+    assert load_config("mcl_mim_balanced").contrastive.max_gradient_ratio == 1.0
+    assert load_config("mcl").contrastive.weight.at(0, 100) == 1.0
+
+
+def test_overrides_reach_nested_keys_in_every_form():
+    config = load_config(
+        "mcl_mim",
+        [
+            "encoder.depths=2,2,2",
+            "encoder.num_heads=[3, 6, 12]",
+            "learning_rate=2e-4",
+            "patch_size=64",
+            "masked.ratio=[0.6, 0.6]",
+            "contrastive.max_gradient_ratio=2",
+            "shared_pass=true",
+        ],
+    )
+    assert config.encoder.depths == (2, 2, 2)
+    assert config.encoder.stride == 16
+    assert config.learning_rate == 2e-4
+    assert config.patch_size == (64, 64, 64)
+    assert config.contrastive.max_gradient_ratio == 2.0
+    assert config.shared_pass is True
+
+
+def test_an_override_leaves_its_neighbours_at_their_defaults():
+    assert load_config("mcl_mim", ["momentum.high=0.9995"]).momentum == Ramp(
+        low=0.996, high=0.9995, begin=0.05, until=0.20
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encodr.embed_dim=24", "no key 'encodr'; did you mean 'encoder'"),
+        ("encoder.embd_dim=24", "no key 'encoder.embd_dim'; did you mean 'encoder.embed_dim'"),
+        ("steps=1.5", "steps is 1.5; it takes a whole number"),
+        ("workers=true", "workers is True; it takes a whole number"),
+        ("learning_rate=fast", "learning_rate is 'fast'; it takes a number"),
+        ("contrastive.pairs=both", "contrastive.pairs is 'both'; it can be mcl, cl, none"),
+        ("masked.ratio=[0.1, 0.2, 0.3]", "masked.ratio is .*; it takes 2 values"),
+        ("masked.ratio=[0.8, 0.3]", "masked.ratio is .*low <= high"),
+        ("contrastive=3", "contrastive is 3; it takes keys"),
+        ("steps", "not of the form key=value"),
+        ("steps.x=3", "steps is .*; it takes a whole number"),
+        ("steps=0", "steps is 0; it must be at least 1"),
+        ("patch_size=32", "single cell of 32 voxels"),
+        ("masked.tokens.level=5", None),
+        ("recipe=../elsewhere", "it names a folder"),
+        ("momentum.until=0.01", "begin <= until"),
+        ("momentum.hihg=1", "did you mean 'momentum.high'"),
+    ],
+)
+def test_a_bad_override_is_explained(override, message):
+    if message is None:  # irrelevant to this recipe, so not in the way
+        load_config("mcl_mim", [override])
+        return
+    with pytest.raises(UserError, match=message):
+        load_config("mcl_mim", [override])
+
+
+def test_choices_that_need_two_branches_are_refused_for_one():
+    with pytest.raises(UserError, match="shared_pass needs"):
+        load_config("mcl", ["shared_pass=true"])
+    with pytest.raises(UserError, match="max_gradient_ratio needs"):
+        load_config("mcl", ["contrastive.max_gradient_ratio=1"])
+    with pytest.raises(UserError, match="nothing to learn"):
+        load_config("mim", ["masked.target=none"])
+    with pytest.raises(UserError, match="maps are 0 to 4"):
+        load_config("mcl_ibot", ["masked.tokens.level=5"])
+
+
+def test_a_file_can_be_a_recipe_and_gives_it_its_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("contrastive: {pairs: cl}\nsteps: 10\n")
+    config = load_config(path)
+    assert (config.recipe, config.steps, config.contrastive.pairs) == ("mine", 10, "cl")
+
+
+def test_files_that_are_no_recipe_are_explained(tmp_path):
+    with pytest.raises(UserError, match=r"no recipe 'mlc'.*cl_mim, mcl"):
+        load_config("mlc")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(UserError, match="must hold 'key: value' lines"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("steps: [1\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="'recipe' is missing"):
+        from_dict({"contrastive": {"pairs": "cl"}})
+
+
+def test_a_ramp_rises_between_its_two_shares():
+    ramp = Ramp(low=0.1, high=1.0, begin=0.05, until=0.10)
+    assert ramp.at(0, 1000) == ramp.at(50, 1000) == pytest.approx(0.1)
+    assert ramp.at(75, 1000) == pytest.approx(0.55)
+    assert ramp.at(100, 1000) == ramp.at(999, 1000) == 1.0
+
+
+def test_the_configuration_cannot_be_changed_afterwards():
+    config = load_config("mim")
+    with pytest.raises(AttributeError):
+        config.steps = 3
+    assert isinstance(config, PretrainingConfig)

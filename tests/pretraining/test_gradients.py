@@ -1,0 +1,86 @@
+"""Gradients by branch."""
+
+import pytest
+import torch
+from torch import nn
+
+from nnunet_ssl.pretraining.gradients import backward, balanced, measure, put_together
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"encoder": nn.Linear(3, 4), "first": nn.Linear(4, 1), "second": nn.Linear(4, 1)}).double()
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def losses(network, inputs, *, one_graph):
+    features = network["encoder"](inputs)
+    again = features if one_graph else network["encoder"](inputs)
+    return {
+        "contrastive": network["first"](features.relu()).square().mean(),
+        "masked": network["second"](again).mean(),
+    }
+
+
+@pytest.mark.parametrize("one_graph", [True, False])
+def test_gradients_taken_apart_add_up_to_the_gradient_of_the_sum(network, inputs, one_graph):
+    shared = list(network["encoder"].parameters())
+    backward(losses(network, inputs, one_graph=one_graph), shared, None)
+    expected = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    apart = {}
+    backward(losses(network, inputs, one_graph=one_graph), shared, apart)
+    assert all(parameter.grad is None for parameter in shared)
+    put_together(apart, shared)
+    for parameter, gradient in zip(network.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_parts_of_a_step_accumulate_by_branch(network, inputs):
+    shared = list(network["encoder"].parameters())
+    once, twice = {}, {}
+    backward(losses(network, inputs, one_graph=True), shared, once)
+    for _ in range(2):
+        backward(losses(network, inputs, one_graph=True), shared, twice)
+    for branch in once:
+        torch.testing.assert_close(twice[branch], [2 * gradient for gradient in once[branch]])
+
+
+def test_norms_and_cosine_are_those_of_the_flattened_gradients(network, inputs):
+    apart = {}
+    backward(losses(network, inputs, one_graph=True), list(network["encoder"].parameters()), apart)
+    flat = {branch: torch.cat([one.flatten() for one in gradients]) for branch, gradients in apart.items()}
+    figures = measure(apart)
+    for branch, vector in flat.items():
+        torch.testing.assert_close(figures[f"gradient/{branch}"], vector.norm())
+    expected = torch.cosine_similarity(flat["contrastive"], flat["masked"], dim=0)
+    torch.testing.assert_close(figures["gradient/cosine"], expected)
+
+
+def test_a_parameter_of_one_branch_only_counts_as_zero_in_the_other():
+    one, two = torch.tensor([3.0]), torch.tensor([4.0])
+    figures = measure({"contrastive": [one, two], "masked": [one, None]})
+    assert float(figures["gradient/contrastive"]) == pytest.approx(5)
+    assert float(figures["gradient/masked"]) == pytest.approx(3)
+    assert float(figures["gradient/cosine"]) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("contrastive", "expected"), [(10.0, 4.0), (1.0, 1.0), (0.0, 0.0)])
+def test_the_contrastive_gradient_is_only_ever_scaled_down(contrastive, expected):
+    apart = {"contrastive": [torch.tensor([contrastive]), None], "masked": [torch.tensor([2.0]), torch.tensor([0.0])]}
+    result = balanced(apart, max_ratio=2.0)
+    assert float(result["contrastive"][0]) == pytest.approx(expected)
+    assert result["contrastive"][1] is None
+    assert result["masked"] is apart["masked"]
+
+
+def test_a_parameter_without_any_gradient_keeps_none():
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    put_together({"contrastive": [torch.ones(1), None], "masked": [torch.ones(1), None]}, parameters)
+    assert parameters[0].grad.tolist() == [2.0]
+    assert parameters[1].grad is None
