@@ -83,7 +83,7 @@ def focal_dysplasia(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float
 
     Arguments and return value as for :func:`chronic_stroke`.
     """
-    x, y, z = anatomy.template_mm
+    _, y, z = anatomy.template_mm
     cortex = (anatomy.fractions["gm"] > 0.5) & (anatomy.depth_mm > -16) & (z > -20) & (y > -70)
     places = np.argwhere(cortex)
     centre = anatomy.template_mm[(slice(None), *places[rng.integers(len(places))])]

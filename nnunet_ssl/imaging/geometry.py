@@ -1,0 +1,194 @@
+"""Images with their place in the world: read, compare, bring a mask onto an image's grid, write.
+
+Affines map voxel indices to RAS+ millimetres, as nibabel has them; nibabel's choice between sform and qform holds.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import written_beside
+
+SAME_PLACE_VOXELS = 0.1
+"""Grids whose corners lie closer than this fraction of a voxel are one grid; headers differ by rounding."""
+
+Alignment = Literal["same grid", "same lattice", "no orientation in header", "resampled"]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A 3-D image and where it lies.
+
+    Attributes:
+        array: (X, Y, Z), as stored.
+        affine: (4, 4), voxel index to RAS+ mm.
+        oriented: False when the file gave neither sform nor qform, so that the affine is a guess.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    oriented: bool = True
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        return tuple(float(size) for size in nib.affines.voxel_sizes(self.affine))
+
+    @property
+    def voxel_ml(self) -> float:
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def orientation(self) -> str:
+        return "".join(nib.aff2axcodes(self.affine))
+
+    def with_array(self, array: np.ndarray) -> Volume:
+        """Return another image on the same grid."""
+        return Volume(array, self.affine, self.oriented)
+
+
+def read_volume(path: Path | str) -> Volume:
+    """Read a NIfTI image as float32.
+
+    A fourth dimension of size 1 is dropped.
+
+    Raises:
+        UserError: the file is no image, is broken, holds more than one volume, or has an impossible geometry.
+    """
+    try:
+        image = nib.load(path)
+        array = np.asarray(image.dataobj)
+    except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise UserError(f"{path} can't be read as a NIfTI image ({str(error).splitlines()[0]}).") from error
+    if array.dtype.fields is not None or np.iscomplexobj(array):
+        raise UserError(f"{path} holds colours or complex numbers, not one grey value per voxel.")
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3 or min(array.shape) < 2:
+        raise UserError(f"{path} has the shape {image.shape}; a single 3-D volume is needed.")
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise UserError(f"{path} has a header whose affine can't be inverted: {affine[:3].round(3).tolist()}.")
+    header = image.header
+    oriented = not hasattr(header, "get_qform") or bool(header["qform_code"] > 0 or header["sform_code"] > 0)
+    return Volume(array.astype(np.float32), affine, oriented)
+
+
+def read_mask(path: Path | str) -> Volume:
+    """Read a mask of any type and scale: what is greater than 0 belongs to it (NaN does not). The array is bool.
+
+    Raises:
+        UserError: as :func:`read_volume`.
+    """
+    volume = read_volume(path)
+    with np.errstate(invalid="ignore"):
+        return volume.with_array(volume.array > 0)
+
+
+def write_volume(path: Path | str, volume: Volume) -> None:
+    """Write a volume as NIfTI with sform and qform both set to its affine; booleans become uint8."""
+    array = volume.array.astype(np.uint8) if volume.array.dtype == bool else volume.array
+    image = nib.Nifti1Image(array, volume.affine)
+    image.set_sform(volume.affine, code=1)
+    image.set_qform(volume.affine, code=1)
+    image.header.set_xyzt_units("mm")
+    with written_beside(path) as partial:
+        nib.save(image, partial)
+
+
+def same_grid(first: Volume, second: Volume) -> bool:
+    """Tell whether two volumes have the same shape and, up to rounding, the same place for every voxel."""
+    if first.array.shape != second.array.shape:
+        return False
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in first.array.shape])).reshape(3, -1)
+    mapping = np.linalg.inv(first.affine) @ second.affine
+    moved = mapping[:3, :3] @ corners + mapping[:3, 3:]
+    return bool(np.abs(moved - corners).max() <= SAME_PLACE_VOXELS)
+
+
+def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
+    """Bring a mask onto an image's grid, without touching a voxel wherever that is possible.
+
+    Args:
+        mask: boolean volume.
+        image: whose grid is wanted.
+
+    Returns:
+        the mask on the image's grid, bool (X, Y, Z), and how it got there: "same grid"; "same lattice" (the voxels
+        coincide but are stored in another order or cover another field of view: they are copied one by one); "no
+        orientation in header" (the shapes agree and the mask's file says nothing else); or "resampled".
+    """
+    if not mask.oriented and mask.array.shape == image.array.shape:
+        return mask.array, "no orientation in header"
+    if same_grid(mask, image):
+        return mask.array, "same grid"
+    steps = _lattice_steps(mask, image)
+    if steps is not None:
+        return _copy_voxels(mask.array, image.array.shape, *steps), "same lattice"
+    return _resample_mask(mask, image), "resampled"
+
+
+def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = None, *, order: int = 1) -> Volume:
+    """Resample `moving` onto the grid of `fixed`: smoothed first where the voxels grow, 0 outside.
+
+    Args:
+        moving: the image to resample, float.
+        fixed: gives the grid.
+        matrix: (4, 4), fixed RAS mm -> moving RAS mm; None = the headers' geometry.
+        order: of the interpolating spline; 1 = linear, which never overshoots.
+    """
+    to_moving = np.linalg.inv(moving.affine) @ (np.eye(4) if matrix is None else matrix) @ fixed.affine
+    smooth = _blur_for(moving.array.astype(np.float32), to_moving)
+    shape = fixed.array.shape
+    return fixed.with_array(ndimage.affine_transform(smooth, to_moving[:3, :3], to_moving[:3, 3], shape, order=order))
+
+
+def _lattice_steps(mask: Volume, image: Volume) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the signed permutation and the integer shift from mask to image indices, or None if there is none."""
+    mapping = np.linalg.inv(image.affine) @ mask.affine
+    turn, shift = np.rint(mapping[:3, :3]), np.rint(mapping[:3, 3])
+    if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
+        return None
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in mask.array.shape])).reshape(3, -1)
+    exact = mapping[:3, :3] @ corners + mapping[:3, 3:]
+    rounded = turn @ corners + shift[:, None]
+    if np.abs(exact - rounded).max() > SAME_PLACE_VOXELS:
+        return None
+    return turn.astype(int), shift.astype(int)
+
+
+def _copy_voxels(mask: np.ndarray, shape: tuple[int, ...], turn: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Copy each voxel of a mask to its place on a grid of another order or extent; voxels outside are lost."""
+    result = np.zeros(shape, dtype=bool)
+    places = np.argwhere(mask) @ turn.T + shift
+    places = places[((places >= 0) & (places < shape)).all(axis=1)]
+    result[tuple(places.T)] = True
+    return result
+
+
+def _resample_mask(mask: Volume, image: Volume) -> np.ndarray:
+    """Resample a mask onto another lattice, with the threshold that keeps its volume best.
+
+    The mask is averaged over the image's voxels, so that thin parts weigh what they are.
+    """
+    fraction = resample_onto(mask, image).array
+    wanted = min(math.ceil(mask.array.sum() * mask.voxel_ml / image.voxel_ml - 0.5), int((fraction > 0.05).sum()))
+    if wanted <= 0:
+        return fraction > 0.5
+    threshold = np.partition(fraction.ravel(), -wanted)[-wanted]
+    return fraction >= threshold
+
+
+def _blur_for(array: np.ndarray, to_array: np.ndarray) -> np.ndarray:
+    """Blur an image against aliasing, for sampling at the points of `to_array` (index to index, 4 x 4)."""
+    growth = np.linalg.norm(to_array[:3, :3], axis=1)  # a target voxel's size in voxels of the array, per axis
+    sigma = np.sqrt(np.maximum(growth**2 - 1, 0)) / 2.355
+    return ndimage.gaussian_filter(array, sigma, mode="nearest")
