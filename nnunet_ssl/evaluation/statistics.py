@@ -42,16 +42,40 @@ def mean_interval(values: ArrayLike, **options) -> tuple[float, float]:
     return bootstrap_interval(lambda weights: weights @ known / weights.sum(axis=1), len(known), **options)
 
 
+def jackknife_interval(
+    statistic: Callable[[np.ndarray], float], unit: ArrayLike, *, groups: int = 20, seed: int = 0
+) -> tuple[float, float]:
+    """Return a normal interval (95 %) from the spread of a statistic when groups of units are left out in turn.
+
+    For statistics that drawing a row twice would change by itself, such as a rank, where a bootstrap is wrong.
+
+    Args:
+        statistic: maps a boolean (N,) array of the rows that are kept to a value.
+        unit: (N,) integers from 0, the unit (patient) of each row.
+        groups: units are dealt at random into this many groups, or one group per unit when they are fewer.
+    """
+    owner = np.asarray(unit)
+    n_units = int(owner.max()) + 1 if len(owner) else 0
+    groups = min(groups, n_units)
+    if groups < 2:
+        return float("nan"), float("nan")
+    group = np.random.default_rng(seed).permutation(np.arange(n_units) % groups)[owner]
+    value = statistic(np.ones(len(owner), dtype=bool))
+    without = np.array([statistic(group != left_out) for left_out in range(groups)])
+    error = np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
+    half = stats.norm.ppf((1 + LEVEL) / 2) * error
+    return float(value - half), float(value + half)
+
+
 def paired_wilcoxon(first: ArrayLike, second: ArrayLike) -> float:
     """Return the two-sided p of Wilcoxon's signed-rank test on paired values.
 
-    Differences of zero enter the ranking but not the sum (Pratt 1959): many cases that two models miss alike are
-    evidence of no difference. All differences zero: p = 1.
+    Pairs without a difference say nothing and are dropped, as Wilcoxon did. Without any difference: p = 1.
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     if not np.any(differences):
         return 1.0
-    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue)
+    return float(stats.wilcoxon(differences).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,0 +1,154 @@
+"""The console command ``nnssl_evaluate``: alignment, lesions, probe, gradients."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.errors import UserError, command
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = {
+    "alignment": """\
+examples:
+  nnssl_evaluate alignment --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500
+  nnssl_evaluate alignment --embeddings mcl.npz --metadata mcl.csv -o alignment_mcl --json
+""",
+}
+
+
+@command
+def evaluate() -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnssl_evaluate",
+        description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="alignment | lesions | probe | gradients")
+    _add_alignment(commands)
+    arguments = parser.parse_args()
+    logging.getLogger("numexpr").setLevel(logging.WARNING)
+    if getattr(arguments, "json", None) == "-":
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    arguments.run(arguments)
+
+
+def _subcommand(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the result as JSON to FILE, or to standard output"
+    )
+
+
+def _add_embedding_source(parser: argparse.ArgumentParser) -> None:
+    stored = parser.add_argument_group("stored embeddings")
+    stored.add_argument("--embeddings", type=Path, metavar="FILE.npz", help="one array (scans, dimensions)")
+    stored.add_argument(
+        "--metadata",
+        type=Path,
+        metavar="FILE.csv",
+        help="columns filename, embedding_index, modality, patient_id, session_id",
+    )
+    fresh = parser.add_argument_group("or a checkpoint and a prepared corpus")
+    fresh.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="any checkpoint nnssl_weights reads, or a pre-training's folder"
+    )
+    fresh.add_argument(
+        "-d", metavar="DATASET", help="the corpus, prepared with nnssl_prepare (default: 500)", default="500"
+    )
+    fresh.add_argument(
+        "--view",
+        choices=("centre", "tiles"),
+        default="centre",
+        help="one central patch, or patches over the whole brain",
+    )
+    fresh.add_argument("--patch_size", type=int, nargs=3, metavar="N", help="voxels (default: the pre-training's)")
+    fresh.add_argument(
+        "--subjects", choices=("all", "validation"), default="all", help="validation: those the pre-training held out"
+    )
+    fresh.add_argument("--max_subjects", type=int, default=500, metavar="N", help="draw at most N (default: 500)")
+    fresh.add_argument("--batch_size", type=int, default=4, metavar="N", help="patches at a time (default: 4)")
+    fresh.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
+
+
+def _embeddings(arguments: argparse.Namespace):
+    """Read the stored embeddings, or compute them; return them with a name for titles."""
+    if bool(arguments.embeddings) != bool(arguments.metadata):
+        raise UserError("--embeddings and --metadata belong together: the table says what each row of the array is.")
+    if bool(arguments.embeddings) == bool(arguments.checkpoint):
+        raise UserError("Give either --embeddings and --metadata, or --checkpoint and -d.")
+    if arguments.embeddings:
+        from nnunet_ssl.evaluation.embeddings import read_embeddings
+
+        return read_embeddings(arguments.embeddings, arguments.metadata), arguments.embeddings.stem
+    from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device
+
+    config = EncodingConfig(
+        view=arguments.view,
+        patch_size=arguments.patch_size and tuple(arguments.patch_size),
+        subjects=arguments.subjects,
+        max_subjects=arguments.max_subjects,
+        batch_size=arguments.batch_size,
+    )
+    device = find_device(arguments.device)
+    return embed_corpus(arguments.checkpoint, arguments.d, config, device), _name_of(arguments.checkpoint)
+
+
+def _name_of(checkpoint: Path) -> str:
+    return checkpoint.name if checkpoint.is_dir() else f"{checkpoint.absolute().parent.name}/{checkpoint.name}"
+
+
+def _finish(result: dict[str, Any], text: str, arguments: argparse.Namespace, written: Path | None) -> None:
+    """Show the result as asked: lines for a person, JSON for a program."""
+    from nnunet_ssl.evaluation.results import json_text, write_json
+
+    if arguments.json == "-":
+        sys.stdout.write(json_text(result))
+    else:
+        logger.info("%s", text)
+        if arguments.json:
+            write_json(result, Path(arguments.json))
+    if written:
+        logger.info("written to %s", written)
+
+
+def _add_alignment(commands) -> None:
+    parser = _subcommand(
+        commands,
+        "alignment",
+        _alignment,
+        "How close a subject's modalities lie in a representation, and subjects apart.",
+    )
+    _add_embedding_source(parser)
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write alignment.json, alignment.png and new embeddings here"
+    )
+    parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="2-D map of the figure (default: tsne)")
+    _add_json(parser)
+
+
+def _alignment(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.alignment import describe, measure_alignment
+
+    embeddings, name = _embeddings(arguments)
+    result = measure_alignment(embeddings)
+    if arguments.o:
+        from nnunet_ssl.evaluation.embeddings import write_embeddings
+        from nnunet_ssl.evaluation.figures.alignment import draw_alignment
+        from nnunet_ssl.evaluation.results import write_json
+
+        write_json(result, arguments.o / "alignment.json")
+        draw_alignment(embeddings, result, arguments.o / "alignment.png", projection=arguments.map, title=name)
+        if arguments.checkpoint:
+            write_embeddings(embeddings, arguments.o)
+    _finish(result, describe(result), arguments, arguments.o)

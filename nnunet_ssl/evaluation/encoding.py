@@ -1,0 +1,181 @@
+"""From a checkpoint and a prepared corpus to one embedding per scan."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import blosc2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.embeddings import Embeddings
+from nnunet_ssl.pretraining.corpus import Corpus, open_corpus
+
+DEFAULT_PATCH = (96, 96, 96)
+INTERNAL_COLUMNS = (
+    *("scan_id", "subject", "session", "shape", "bbox", "subject_index", "session_index"),
+    *("x0", "x1", "y0", "y1", "z0", "z1", "size_x", "size_y", "size_z"),
+)
+"""Of a corpus' manifest, what says where a scan lies; the rest says what it is, and stays with its embedding."""
+
+View = Literal["centre", "tiles"]
+Subjects = Literal["all", "validation"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """What of a scan is shown to the encoder, and which scans.
+
+    Attributes:
+        view: "centre", one patch around the centre of the foreground's box, as the paper does; "tiles", patches evenly
+            spaced over the whole box, whose embeddings are averaged.
+        patch_size: voxels; None takes the pre-training's, or 96^3 where the checkpoint does not tell.
+        subjects: "all", or the "validation" subjects that the pre-training held out of this corpus.
+        max_subjects: at most so many subjects, drawn with a fixed seed; measures compare all pairs of scans.
+        batch_size: patches at a time.
+    """
+
+    view: View = "centre"
+    patch_size: tuple[int, int, int] | None = None
+    subjects: Subjects = "all"
+    max_subjects: int = 500
+    batch_size: int = 4
+
+
+def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, device: torch.device) -> Embeddings:
+    """Embed the scans of a prepared corpus.
+
+    An embedding is the encoder's bottleneck (its last map, stride 32) averaged over space, before any projection head:
+    the quantity whose distances arXiv 2511.11311 publishes.
+
+    Args:
+        checkpoint: what ``nnssl_weights`` reads, or the folder of a finished pre-training.
+
+    Raises:
+        UserError: the checkpoint or the corpus cannot be read.
+    """
+    pretrained = read_checkpoint(checkpoint / "encoder.safetensors" if checkpoint.is_dir() else checkpoint)
+    corpus = open_corpus(dataset)
+    _compare_preprocessing(pretrained, corpus)
+    encoder = build_encoder(pretrained.architecture)
+    logger.info("%s", load_encoder(encoder, pretrained))
+    rows = choose_rows(corpus, pretrained, config)
+    patch_size = config.patch_size or _pretraining(pretrained).get("patch_size", DEFAULT_PATCH)
+    vectors = encode_scans(encoder.to(device).eval(), corpus, rows, tuple(patch_size), config)
+    scans = corpus.scans.loc[rows].reset_index(drop=True)
+    identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)
+    known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(str).replace("nan", "")
+    return Embeddings(vectors=vectors, scans=identity.join(known))
+
+
+def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingConfig) -> np.ndarray:
+    """Return the row numbers of the scans to embed, in the corpus' order."""
+    scans = corpus.scans
+    if config.subjects == "validation":
+        settings = _pretraining(pretrained)
+        fraction = settings.get("validation", {}).get("fraction", 0.02)
+        _, validation = corpus.split(fraction, settings.get("seed", 0))
+        scans = scans[scans["scan_id"].isin(validation.scans["scan_id"])]
+    names = np.unique(scans["subject"].to_numpy(str))
+    if len(names) > config.max_subjects:
+        logger.info("%d of %d subjects are drawn (--max_subjects).", config.max_subjects, len(names))
+        names = np.random.default_rng(0).choice(names, config.max_subjects, replace=False)
+    return scans.index[scans["subject"].isin(names)].to_numpy()
+
+
+@torch.no_grad()
+def encode_scans(
+    encoder: nn.Module, corpus: Corpus, rows: np.ndarray, patch_size: tuple[int, int, int], config: EncodingConfig
+) -> np.ndarray:
+    """Return (len(rows), D): the pooled bottleneck of each scan, averaged over its patches."""
+    device = next(encoder.parameters()).device
+    places = [
+        (place, start) for place, row in enumerate(rows) for start in patch_starts(corpus, row, patch_size, config)
+    ]
+    progress = tqdm(total=len(places), desc="embedding patches", disable=None)
+    sums, counts = None, np.zeros(len(rows))
+    for batch in _batched(places, config.batch_size):
+        owners = np.array([place for place, _ in batch])
+        patches = torch.stack([read_patch(corpus, rows[place], start, patch_size) for place, start in batch])
+        pooled = encoder(patches.to(device))[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
+        sums = np.zeros((len(rows), pooled.shape[1])) if sums is None else sums
+        np.add.at(sums, owners, pooled)
+        np.add.at(counts, owners, 1)
+        progress.update(len(batch))
+    progress.close()
+    return sums / counts[:, None]
+
+
+def patch_starts(
+    corpus: Corpus, row: int, patch_size: tuple[int, int, int], config: EncodingConfig
+) -> list[tuple[int, int, int]]:
+    """Return the first voxel of each patch of a scan; it may lie outside the volume."""
+    scan = corpus.scans.loc[row]
+    axes = []
+    for axis, size in zip("xyz", patch_size):
+        first, last = int(scan[f"{axis}0"]), int(scan[f"{axis}1"])
+        count = 1 if config.view == "centre" else -(-(last - first) // size)
+        if count == 1:
+            axes.append([(first + last - size) // 2])
+        else:
+            axes.append(np.linspace(first, last - size, count).round().astype(int).tolist())
+    return list(itertools.product(*axes))
+
+
+def read_patch(corpus: Corpus, row: int, start: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
+    """Return (1, *patch_size) float32 from a stored scan; beyond the volume its edge repeats."""
+    array = blosc2.open(str(corpus.path(row)), mode="r")
+    box, missing = [slice(None)], [(0, 0)]
+    for begin, size, length in zip(start, patch_size, array.shape[1:]):
+        first, last = np.clip([begin, begin + size], 0, length)
+        box.append(slice(int(first), int(last)))
+        missing.append((int(first - begin), int(begin + size - last)))
+    return torch.from_numpy(np.pad(array[tuple(box)].astype(np.float32), missing, mode="edge"))
+
+
+def find_device(name: str) -> torch.device:
+    """Return the torch device that ``-device`` names.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("-device cuda: PyTorch sees no CUDA device here. Use -device cpu.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device mps: PyTorch sees no Apple GPU here. Use -device cpu.")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"-device {name} is no device: use cuda, cuda:1, cpu or mps.") from error
+
+
+def _pretraining(pretrained: PretrainedEncoder) -> dict:
+    """The pre-training's configuration, where the checkpoint carries it."""
+    return pretrained.metadata.get("config", {})
+
+
+def _compare_preprocessing(pretrained: PretrainedEncoder, corpus: Corpus) -> None:
+    theirs, ours = pretrained.preprocessing, corpus.preprocessing
+    different = sorted(key for key in ours if theirs and theirs.get(key) != ours[key])
+    if different:
+        logger.warning(
+            "The corpus is not prepared as the checkpoint's was: %s differ. Embeddings are of what the encoder sees.",
+            ", ".join(different),
+        )
+
+
+def _batched(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
