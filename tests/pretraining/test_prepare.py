@@ -1,3 +1,7 @@
+import gzip
+import subprocess
+import sys
+
 import blosc2
 import nibabel
 import numpy as np
@@ -219,8 +223,6 @@ def _contradiction(path, good):
     content = bytearray(path.with_suffix("").read_bytes())
     content[80:92] = np.array([5, 5, 5], "<f4").tobytes()  # pixdim[1:4]
     path.with_suffix("").unlink()
-    import gzip
-
     path.write_bytes(gzip.compress(bytes(content)))
 
 
@@ -395,3 +397,76 @@ def test_a_full_disk_stops_the_run_and_costs_nothing_done(prepare, source, write
     prepare()
     assert len(written) == len(set(written)) == 3
     assert len(open_corpus(500)) == 3
+
+
+@pytest.fixture
+def cut_in_half(monkeypatch):
+    """HD-BET's place is taken by a "brain" that is the right half of the image; returns what it was asked about."""
+    asked = []
+
+    def brain_mask(image, device):
+        asked.append((image, device))
+        right = np.zeros(image.shape, bool)
+        right[image.shape[0] // 2 :] = True
+        return right
+
+    monkeypatch.setattr("nnunet_ssl.pretraining.session.brain_mask", brain_mask)
+    monkeypatch.setattr("nnunet_ssl.pretraining.prepare.require_hd_bet", lambda: None)
+    return asked
+
+
+def test_stripping_finds_the_brain_once_a_session_and_applies_it_to_all_its_scans(
+    prepare, source, write_scan, cut_in_half
+):
+    for stem, spacing in (("dwi", 2.0), ("flair", 1.5), ("t1", 2.0), ("scan_1", 2.0)):
+        write_scan(source / f"sub_1/ses_1/{stem}.nii.gz", spacing=spacing, shape=(24, 30, 26))
+    prepare(skull_strip="hd-bet", not_stripped=("fomo",), dtype="float32")
+    assert len(cut_in_half) == 1
+    assert cut_in_half[0][0].header.get_zooms() == (1.5, 1.5, 1.5), "t1, on the session's grid"
+    corpus = open_corpus(500)
+    brain = nibabel.load(source / "sub_1/ses_1/t1.nii.gz").get_fdata() != 0
+    width = np.ptp(np.argwhere(brain)[:, 0]) * 2.0
+    assert all(corpus.scans["size_z"] < 0.6 * width), "cropped to the half that is left"
+    assert corpus.preprocessing["skull_strip"] == "hd-bet"
+
+
+def test_stripped_sessions_are_left_alone_by_look_and_by_word(prepare, source, write_scan, cut_in_half):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    prepare(skull_strip="hd-bet")
+    prepare(skull_strip="hd-bet", stripped=("fomo",))
+    assert not cut_in_half
+    prepare(skull_strip="hd-bet", not_stripped=("fomo",))
+    assert len(cut_in_half) == 1, "what is said of a data set counts, and a change of mind is noticed"
+
+
+def test_stripping_without_hd_bets_weights_is_refused_before_any_work(prepare, source, write_scan, monkeypatch):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+
+    def missing():
+        raise UserError("no weights")
+
+    monkeypatch.setattr("nnunet_ssl.pretraining.prepare.require_hd_bet", missing)
+    with pytest.raises(UserError, match="no weights"):
+        prepare(skull_strip="hd-bet")
+
+
+PEAK = """
+import resource, sys
+from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
+prepare_corpus(int(sys.argv[1]), PreparationConfig())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_of_memory_does_not_grow_with_the_number_of_scans(nnunet_folders, source, write_scan, tmp_path):
+    peaks = []
+    for dataset, sessions in ((501, 3), (502, 30)):
+        for number in range(sessions):
+            write_scan(
+                tmp_path / f"c{dataset}/sub_{number}/ses_1/t1.nii.gz", seed=number, shape=(60, 70, 64), spacing=1.3
+            )
+        index_corpus(tmp_path / f"c{dataset}", dataset, "C")
+        done = subprocess.run([sys.executable, "-c", PEAK, str(dataset)], capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout))
+    assert peaks[1] < peaks[0] + 20, f"MiB: {peaks}"
