@@ -1,0 +1,111 @@
+"""Convert ATLAS v2.0 (T1, chronic stroke) for nnU-Net: Dataset501_ATLASv2."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from conversion import Case, Prepared, read_image
+from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images
+from script import DatasetInfo, make_parser, run
+
+from nnunet_ssl.errors import UserError, command
+
+INFO = DatasetInfo(
+    name="ATLASv2",
+    channel_names={"t1": "T1"},
+    numbers={("t1",): 501},
+    reference="Liew et al., Scientific Data 2022, doi 10.1038/s41597-022-01401-7",
+    licence="see https://fcon_1000.projects.nitrc.org/indi/retro/atlas.html",
+)
+
+EXAMPLE = """\
+example:
+  python dataset_conversion/Dataset501_ATLASv2.py -i /data/ATLAS_2 --folds cohort
+  python dataset_conversion/Dataset501_ATLASv2.py -i /data/new_patients --images-only -o /data/prepared
+
+Found by looking: ATLAS_2/{Training,Testing}/R001/sub-*/ses-1/anat and data/{train,test}/derivatives/ATLAS/sub-*.
+"""
+
+KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "roi": "mask", "lesion": "mask"}
+PARTS = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
+
+
+def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]]:
+    """Find the T1 images below `root` and, but for `images_only`, their lesion masks.
+
+    Raises:
+        UserError: it isn't ATLAS.
+    """
+    images, skipped = find_images(root)
+    sessions = defaultdict(lambda: defaultdict(list))
+    for image in images:
+        kind = image.kind(KINDS) or ("t1" if images_only else None)
+        if kind is None:
+            skipped.append(Skipped(str(image.path), "neither a T1 nor a mask by its name"))
+        else:
+            sessions[image.scan_id(KINDS)][kind].append(image)
+    cases = []
+    for scan_id, files in sorted(sessions.items()):
+        case = _case(scan_id, files["t1"], [] if images_only else files["mask"], skipped)
+        if isinstance(case, Case) and (case.masks or case.part == "Ts" or images_only):
+            cases.append(case)
+        else:
+            skipped.append(
+                case if isinstance(case, Skipped) else Skipped(scan_id, "a training case without lesion mask")
+            )
+    if not any(case.part == "Tr" or images_only for case in cases):
+        raise UserError(
+            f"{root} doesn't hold ATLAS v2.0. Expected were files like Training/R001/sub-r001s001/ses-1/anat/"
+            "sub-r001s001_ses-1_space-MNI152NLin2009aSym_{T1w,label-L_desc-T1lesion_mask}.nii.gz; found: "
+            f"{describe_contents(images, root)}. An encrypted archive is opened with `openssl aes-256-cbc -md sha256 "
+            "-d -a -in ATLAS_R2.0_encrypted.tar.gz -out ATLAS_R2.0.tar.gz` and unpacked with tar."
+        )
+    return cases, skipped
+
+
+def _case(scan_id: str, t1: list[ImageFile], masks: list[ImageFile], skipped: list[Skipped]) -> Case | Skipped:
+    """Put one session together."""
+    masks = [mask for mask in masks if "brain" not in mask.stem.lower()]
+    if not t1:
+        return Skipped(scan_id, "a mask without T1 image")
+    image, others = choose_one(t1, masks[0] if masks else None)
+    skipped += [Skipped(str(other.path), f"{image.path.name} is used for {scan_id}") for other in others]
+    subject = image.entity("sub") or scan_id
+    cohort = re.match(r"sub-(r\d+)s\d+$", subject)
+    return Case(
+        id=scan_id,
+        subject=subject,
+        images={"t1": image.path},
+        masks=tuple(mask.path for mask in masks),
+        labelled=bool(masks),
+        part=_part(image, bool(masks)),
+        group=cohort[1].upper() if cohort else subject,
+        notes=(f"{len(masks)} lesion masks united",) if len(masks) > 1 else (),
+    )
+
+
+def _part(image: ImageFile, has_mask: bool) -> str:
+    """Tell training from test by the closest folder that says it, else by the mask."""
+    named = [PARTS[name.lower()] for name in image.folders if name.lower() in PARTS]
+    return named[-1] if named else ("Tr" if has_mask else "Ts")
+
+
+def prepare(case: Case) -> Prepared:
+    """Read the T1."""
+    facts = {}
+    return Prepared({"t1": read_image(case.images["t1"], facts)}, facts)
+
+
+@command
+def main() -> None:
+    parser = make_parser(INFO, __doc__, EXAMPLE)
+    parser.add_argument("--folds", choices=("random", "cohort"), default="random", help="how to divide into five folds")
+    arguments = parser.parse_args()
+    cases, skipped = find_cases(arguments.i, arguments.images_only)
+    run(arguments, INFO, cases, skipped, prepare, arguments.folds)
+
+
+if __name__ == "__main__":
+    main()

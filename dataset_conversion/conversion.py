@@ -1,0 +1,345 @@
+"""From found cases to an nnU-Net data set: parallel, resumable, with exact labels and a report of what was done."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import report
+from discovery import Skipped
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, read_volume, same_grid, write_volume
+from nnunet_ssl.imaging.skull_strip import brain_mask, looks_stripped, require_hd_bet
+from nnunet_ssl.nnunet_folders import folder_of
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when converted files change for the same input, so that a resumed run redoes them."""
+
+PARTS = ("Tr", "Ts")
+"""Training and test, as nnU-Net's folder names end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One case to convert.
+
+    Attributes:
+        id: its name in the data set.
+        subject: sessions of one subject never part in different folds.
+        images: channel name -> file, and what else `prepare` needs (the grid's reference).
+        masks: lesion masks, united; none and `labelled` means a subject known to have no lesion.
+        labelled: False for a test case of unknown truth.
+        part: training or test.
+        group: cohort or diagnostic group, for the folds.
+        notes: what is odd about it; goes into the report.
+    """
+
+    id: str
+    subject: str
+    images: dict[str, Path]
+    masks: tuple[Path, ...] = ()
+    labelled: bool = True
+    part: Literal["Tr", "Ts"] = "Tr"
+    group: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Prepared:
+    """What a data set's own code makes of a case: the channels on one grid, and facts for the report."""
+
+    channels: dict[str, Volume]
+    facts: dict[str, Any]
+
+
+Prepare = Callable[[Case], Prepared]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where and how to write.
+
+    Attributes:
+        folder: the data set's folder, or the output folder of ``--images-only``.
+        channels: in nnU-Net's order.
+        images_only: write ``<id>_0000.nii.gz`` straight into `folder`, no labels.
+        strip: skull-strip with HD-BET.
+        device: where HD-BET runs.
+        settings: what else decides how files come out; a change redoes them.
+    """
+
+    folder: Path
+    channels: tuple[str, ...]
+    images_only: bool = False
+    strip: bool = False
+    device: str = "cpu"
+    settings: tuple[str, ...] = ()
+
+    def image_paths(self, case: Case) -> list[Path]:
+        folder = self.folder if self.images_only else self.folder / f"images{case.part}"
+        return [folder / f"{case.id}_{number:04d}.nii.gz" for number in range(len(self.channels))]
+
+    def label_path(self, case: Case) -> Path | None:
+        if self.images_only or not case.labelled:
+            return None
+        return self.folder / f"labels{case.part}" / f"{case.id}.nii.gz"
+
+    def outputs(self, case: Case) -> list[Path]:
+        label = self.label_path(case)
+        return [*self.image_paths(case), *([label] if label else [])]
+
+    def record_path(self, case_id: str) -> Path:
+        return self.folder / "conversion" / "cases" / f"{case_id}.json"
+
+    def tile_path(self, case_id: str) -> Path:
+        return self.folder / "conversion" / "tiles" / f"{case_id}.png"
+
+
+def convert(
+    cases: Sequence[Case], skipped: Sequence[Skipped], target: Target, prepare: Prepare, n_processes: int
+) -> tuple[list[Case], list[dict[str, Any]]]:
+    """Convert what is not converted yet, remove what no longer belongs to the data set, and write the report.
+
+    Args:
+        cases: all cases of the data set.
+        skipped: what was left out so far.
+        target: where to write.
+        prepare: brings one case's channels onto one grid; must be importable by other processes.
+        n_processes: how many cases at a time.
+
+    Returns:
+        the converted cases and their rows of the report.
+
+    Raises:
+        UserError: HD-BET is wanted and missing, or no case can be converted.
+    """
+    if target.strip:
+        require_hd_bet()
+    _remove_partial_files(target.folder)
+    gone = _remove_stale_files(cases, target)
+    waiting = [case for case in cases if not _is_done(case, target)]
+    logger.info("%d cases; %d are already converted.", len(cases), len(cases) - len(waiting))
+    failed = _run(waiting, partial(_convert_one, target=target, prepare=prepare), n_processes)
+    reasons = {item.what: item for item in failed}
+    converted = [case for case in cases if case.id not in reasons]
+    if not converted:
+        raise UserError(f"No case could be converted. The first one, {failed[0].what}: {failed[0].reason}")
+    skipped = [*skipped, *failed]
+    rows = [json.loads(target.record_path(case.id).read_text())["row"] for case in converted]
+    report.write_report(rows, skipped, target.folder / "conversion", changed=bool(waiting or gone))
+    report.log_notes(rows)
+    report.log_skipped(skipped, target.folder / "conversion")
+    return converted, rows
+
+
+def write_dataset_json(folder: Path, n_training: int, channel_names: Sequence[str], **description: str) -> None:
+    """Write nnU-Net's dataset.json; reading reorients to RAS, so that stored orientation doesn't matter."""
+    content = {
+        "channel_names": {str(number): name for number, name in enumerate(channel_names)},
+        "labels": {"background": 0, "lesion": 1},
+        "numTraining": n_training,
+        "file_ending": ".nii.gz",
+        "overwrite_image_reader_writer": "NibabelIOWithReorient",
+        "name": folder.name,
+        **description,
+        "converted_by": "nnunet_ssl",
+    }
+    report.write_text(folder / "dataset.json", json.dumps(content, indent=2))
+
+
+def dataset_target(number: int, name: str) -> Path:
+    """Return the folder ``$nnUNet_raw/DatasetXXX_NAME``.
+
+    Raises:
+        UserError: the number belongs to another data set already, or isn't between 1 and 999.
+    """
+    if not 0 < number < 1000:
+        raise UserError(f"nnU-Net's data set numbers have three digits; {number} is not one of them.")
+    root = folder_of("nnUNet_raw")
+    folder = root / f"Dataset{number:03d}_{name}"
+    others = [path.name for path in root.glob(f"Dataset{number:03d}_*") if path != folder]
+    if others:
+        raise UserError(f"The number {number} belongs to {others[0]} in {root}. Choose another with -d.")
+    return folder
+
+
+def read_image(path: Path, facts: dict[str, Any]) -> Volume:
+    """Read an image and set NaN and infinite voxels to 0, which nnU-Net refuses; their number goes to `facts`."""
+    volume = read_volume(path)
+    broken = ~np.isfinite(volume.array)
+    if broken.any():
+        facts["nonfinite_voxels"] = facts.get("nonfinite_voxels", 0) + int(broken.sum())
+        return volume.with_array(np.where(broken, np.float32(0), volume.array))
+    return volume
+
+
+def _run(cases: Sequence[Case], work: Callable[[Case], Skipped | None], n_processes: int) -> list[Skipped]:
+    """Run `work` on every case and return the failures."""
+    if n_processes <= 1 or len(cases) <= 1:
+        results = [work(case) for case in tqdm(cases, desc="converting", disable=not cases)]
+    else:
+        with ProcessPoolExecutor(min(n_processes, len(cases)), mp_context=get_context("spawn")) as pool:
+            results = list(tqdm(pool.map(work, cases), total=len(cases), desc="converting"))
+    return [result for result in results if result is not None]
+
+
+def _convert_one(case: Case, target: Target, prepare: Prepare) -> Skipped | None:
+    """Convert a case; its record is written last, so a record means that all its files are there."""
+    try:
+        prepared = prepare(case)
+        channels = [prepared.channels[name] for name in target.channels]
+        label, facts = _label(case, channels[0], target)
+        facts = prepared.facts | facts
+        channels = _finish_channels(channels, label, facts, target)
+    except UserError as error:
+        for path in target.outputs(case):
+            path.unlink(missing_ok=True)
+        _forget(case.id, target)
+        return Skipped(case.id, str(error))
+    for path, channel in zip(target.image_paths(case), channels):
+        write_volume(path, channel)
+    if label is not None:
+        write_volume(target.label_path(case), channels[0].with_array(label))
+    row = _row(case, channels[0], facts)
+    report.write_tile(target.tile_path(case.id), channels, label)
+    with written_beside(target.record_path(case.id)) as unfinished:
+        unfinished.write_text(json.dumps({"made_from": _made_from(case, target), "row": row}, indent=1))
+    return None
+
+
+def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Read a case's lesion masks onto the channels' grid, counting voxels before and after."""
+    if target.label_path(case) is None:
+        return None, {}
+    label = np.zeros(reference.array.shape, dtype=bool)
+    facts = {"mask_voxels": 0, "mask_ml": 0.0, "mask_alignment": "healthy control: empty"}
+    for path in case.masks:
+        mask = read_mask(path)
+        aligned, facts["mask_alignment"] = align_mask(mask, reference)
+        facts["mask_voxels"] += int(mask.array.sum())
+        facts["mask_ml"] += float(mask.array.sum() * mask.voxel_ml)
+        label |= aligned
+    facts |= {"label_voxels": int(label.sum()), "label_ml": float(label.sum() * reference.voxel_ml)}
+    return label, facts
+
+
+def _finish_channels(
+    channels: list[Volume], label: np.ndarray | None, facts: dict[str, Any], target: Target
+) -> list[Volume]:
+    """Check that the channels share one grid, skull-strip them if asked, and give all the same header."""
+    first = channels[0]
+    assert all(same_grid(channel, first) for channel in channels), "prepare() must bring the channels onto one grid"
+    if target.strip:
+        brain = brain_mask(nib.Nifti1Image(channels[_strip_on(target.channels)].array, first.affine), target.device)
+        facts["brain_ml"] = float(brain.sum() * first.voxel_ml)
+        if label is not None:
+            facts["label_voxels_outside_brain"] = int((label & ~brain).sum())
+        channels = [channel.with_array(channel.array * brain) for channel in channels]
+    facts["stripped"] = target.strip or looks_stripped(first.array, first.voxel_ml * 1000)
+    return [Volume(channel.array, first.affine) for channel in channels]
+
+
+def _strip_on(channels: Sequence[str]) -> int:
+    """Return which channel HD-BET looks at: the contrasts it was trained on, T1 first."""
+    known = [channels.index(name) for name in ("t1", "flair") if name in channels]
+    if not known:
+        raise UserError(f"HD-BET knows T1, T2 and FLAIR, not {' or '.join(channels)}: add the channel flair.")
+    return known[0]
+
+
+def _row(case: Case, first: Volume, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return a case's line of the report."""
+    notes = [*case.notes, *facts.pop("notes", []), *_label_notes(facts)]
+    if facts.get("nonfinite_voxels"):
+        notes.append(f"{facts['nonfinite_voxels']} NaN or infinite voxels set to 0")
+    return {
+        "case": case.id,
+        "part": {"Tr": "train", "Ts": "test"}[case.part],
+        "group": case.group,
+        "shape": "x".join(map(str, first.array.shape)),
+        "spacing_mm": "x".join(f"{size:.3g}" for size in first.spacing),
+        "orientation": first.orientation,
+        **facts,
+        "notes": "; ".join(notes),
+        "sources": "; ".join(str(path) for path in [*case.images.values(), *case.masks]),
+    }
+
+
+def _label_notes(facts: dict[str, Any]) -> list[str]:
+    """Say what is remarkable about a label."""
+    if "label_voxels" not in facts:
+        return []
+    notes = []
+    if facts["mask_alignment"] == "resampled":
+        change = facts["label_ml"] - facts["mask_ml"]
+        notes.append(f"label resampled, volume changed by {change:+.3f} ml of {facts['mask_ml']:.3f} ml")
+    elif facts["label_voxels"] != facts["mask_voxels"]:
+        notes.append(f"{facts['mask_voxels'] - facts['label_voxels']} mask voxels lie outside the image")
+    if facts["label_voxels"] == 0:
+        notes.append("empty mask")
+    if facts.get("label_voxels_outside_brain"):
+        notes.append(f"{facts['label_voxels_outside_brain']} label voxels lie outside HD-BET's brain mask")
+    return notes
+
+
+def _made_from(case: Case, target: Target) -> dict[str, Any]:
+    """Return all that decides how a case's files come out, JSON-able, to tell whether they must be made again."""
+    sources = [*case.images.values(), *case.masks]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    described = asdict(case) | {"images": list(case.images), "masks": len(case.masks)}
+    options = [FORMAT, target.channels, target.strip, target.settings]
+    return json.loads(json.dumps({"case": described, "sources": stats, "options": options}))
+
+
+def _is_done(case: Case, target: Target) -> bool:
+    path = target.record_path(case.id)
+    if not path.is_file() or json.loads(path.read_text())["made_from"] != _made_from(case, target):
+        return False
+    return all(made.is_file() for made in [*target.outputs(case), target.tile_path(case.id)])
+
+
+def _remove_stale_files(cases: Sequence[Case], target: Target) -> list[str]:
+    """Remove what an earlier run made and this one would not: dropped cases, channels, another part."""
+    expected = {path for case in cases for path in target.outputs(case)}
+    current = {case.id for case in cases}
+    gone = []
+    for record in sorted((target.folder / "conversion" / "cases").glob("*.json")):
+        name = record.stem
+        for folder in (
+            target.folder,
+            *(target.folder / f"{kind}{part}" for kind in ("images", "labels") for part in PARTS),
+        ):
+            for path in (folder / f"{name}.nii.gz", *folder.glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz")):
+                if path not in expected:
+                    path.unlink(missing_ok=True)
+        if name not in current:
+            _forget(name, target)
+            gone.append(name)
+    if gone:
+        logger.info("Removed %d cases that are not part of the data set any more: %s", len(gone), ", ".join(gone))
+    return gone
+
+
+def _forget(case_id: str, target: Target) -> None:
+    target.record_path(case_id).unlink(missing_ok=True)
+    target.tile_path(case_id).unlink(missing_ok=True)
+
+
+def _remove_partial_files(folder: Path) -> None:
+    """Remove what an interrupted run left half-written; nnU-Net would take such a file for a case."""
+    for path in folder.rglob(".*.partial.*"):
+        path.unlink()

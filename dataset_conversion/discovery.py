@@ -1,0 +1,148 @@
+"""What lies in a folder: NIfTI images with subject and session, and what can't be used, each with its reason."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+
+_ANNEX_HINT = "git-annex link without content; fetch it with `datalad get` or `git annex get`"
+_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A NIfTI file, seen by its name only.
+
+    Attributes:
+        path: where it lies.
+        folders: the names of the folders above it, from the searched folder's own name down.
+    """
+
+    path: Path
+    folders: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        """Return the name without ``.nii`` or ``.nii.gz``."""
+        return _NIFTI.sub("", self.path.name)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Return the name's pieces in lower case: ``sub-01_ses-1_T1w`` -> ``sub 01 ses 1 t1w``."""
+        return tuple(re.split(r"[\W_]+", self.stem.lower()))
+
+    def entity(self, key: str) -> str | None:
+        """Return the BIDS entity ``key-value`` from the file's name, or else from the closest folder's."""
+        for name in (self.stem, *reversed(self.folders)):
+            found = re.search(rf"(?:^|_){key}-([A-Za-z0-9]+)", name)
+            if found:
+                return f"{key}-{found[1]}"
+        return None
+
+    def kind(self, words: Mapping[str, str]) -> str | None:
+        """Return what the file is: the meaning of the last word of its name that `words` knows."""
+        return next((words[word] for word in reversed(self.words) if word in words), None)
+
+    def scan_id(self, words: Mapping[str, str]) -> str:
+        """Return the name of the case: subject and session, or what is left of a free name without its kind."""
+        subject, session = self.entity("sub"), self.entity("ses")
+        if subject:
+            return f"{subject}_{session}" if session else subject
+        pieces = [piece for piece in re.split(r"[_\s]+", self.stem) if piece.lower() not in words]
+        if pieces and re.fullmatch(r"\d{4}", pieces[-1]) and len(pieces) > 1:  # nnU-Net's channel number
+            pieces.pop()
+        return re.sub(r"[^\w-]+", "-", "_".join(pieces) or self.folders[-1])
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or a case that is left out, and why."""
+
+    what: str
+    reason: str
+
+
+def find_images(root: Path) -> tuple[list[ImageFile], list[Skipped]]:
+    """List the readable NIfTI files below a folder, sorted, and the other files with the reason they are no use.
+
+    Hidden folders (``.git``) are not entered. Where an image lies there compressed and uncompressed, the compressed
+    one is taken.
+
+    Raises:
+        UserError: the folder doesn't exist, or every image in it is a dangling link.
+    """
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}. Give the folder that holds the data set with -i.")
+    images, skipped = [], []
+    root = root.absolute()
+    for path in _files_below(root):
+        folders = (root.name, *path.parent.relative_to(root).parts)
+        reason = _why_unusable(path)
+        if reason is None:
+            images.append(ImageFile(path, folders))
+        else:
+            skipped.append(Skipped(str(path.relative_to(root)), reason))
+    dangling = sum(item.reason == _ANNEX_HINT for item in skipped)
+    if dangling and not images:
+        raise UserError(
+            f"All {dangling} images in {root} are git-annex links without content: the repository was cloned, but its "
+            f"data not fetched. Run `datalad get .` (or `git annex get .`) in {root} first."
+        )
+    return images, skipped
+
+
+def choose_one(files: list[ImageFile], like: ImageFile | None) -> tuple[ImageFile, list[ImageFile]]:
+    """Choose one of several images of a kind: that whose name shares most words with `like`, else the first.
+
+    Returns:
+        the chosen one and the others.
+    """
+    wanted = Counter(like.words) if like else Counter()
+    ranked = sorted(files, key=lambda file: (-(Counter(file.words) & wanted).total(), str(file.path)))
+    return ranked[0], ranked[1:]
+
+
+def describe_contents(images: list[ImageFile], root: Path) -> str:
+    """Say in one clause what was found in a folder that is not the data set it should be."""
+    if not images:
+        archives = sorted(
+            path.name for path in root.iterdir() if path.name.endswith((".tar.gz", ".zip", ".tgz", ".7z"))
+        )
+        return f"no NIfTI image but the archive {archives[0]}: unpack it first" if archives else "no NIfTI image"
+    return f"{len(images)} NIfTI images such as {images[0].path.relative_to(root.absolute())}"
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder in sorted order; links to folders are followed, each folder is entered once."""
+    entered = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(files))
+
+
+def _why_unusable(path: Path) -> str | None:
+    if path.name.startswith("."):
+        return "hidden file"
+    if not _NIFTI.search(path.name):
+        return "not a NIfTI image"
+    if path.is_symlink() and not path.exists():
+        return _ANNEX_HINT if "annex" in str(path.readlink()) else "link to a file that doesn't exist"
+    size = path.stat().st_size
+    if size == 0:
+        return "empty file"
+    if size < 1000 and path.read_bytes().startswith(b"/annex/objects/"):
+        return _ANNEX_HINT
+    if path.name.lower().endswith(".nii") and path.with_name(path.name + ".gz").exists():
+        return "the same image is there compressed"
+    return None

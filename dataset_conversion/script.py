@@ -1,0 +1,153 @@
+"""The command line that the conversion scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from conversion import PARTS, Case, Prepare, Target, convert, dataset_target, write_dataset_json
+from discovery import Skipped
+from report import log_skipped
+from splits import Folds, make_splits, store_splits
+
+from nnunet_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What the scripts say about a data set.
+
+    Attributes:
+        name: ends the folder's name after ``DatasetXXX_``; single channels append theirs.
+        channel_names: channel -> its name in dataset.json, in nnU-Net's order.
+        numbers: channels -> default data set number.
+        reference: where the data come from.
+        licence: its terms.
+    """
+
+    name: str
+    channel_names: Mapping[str, str]
+    numbers: Mapping[tuple[str, ...], int]
+    reference: str
+    licence: str
+
+
+def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all conversion scripts have."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="the folder with the data")
+    parser.add_argument("-d", type=int, metavar="ID", help=f"the data set's number (default: {_default_numbers(info)})")
+    parser.add_argument("-np", type=int, default=4, metavar="N", help="cases at a time (default: 4)")
+    parser.add_argument("--skull-strip", choices=("hd-bet",), help="remove what is not brain (see docs/conversion.md)")
+    parser.add_argument("-device", default=None, help="where HD-BET runs (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, write nothing")
+    parser.add_argument("--images-only", action="store_true", help="prepare new images for nnUNetv2_predict (needs -o)")
+    parser.add_argument("-o", type=Path, metavar="OUT", help="--images-only: the folder to write")
+    if len(info.channel_names) > 1:
+        names = list(info.channel_names)
+        parser.add_argument("--channels", nargs="+", choices=names, default=names, help="default: all")
+    return parser
+
+
+def chosen_channels(arguments: argparse.Namespace, info: DatasetInfo) -> tuple[str, ...]:
+    """Return the channels to convert, always in the data set's own order."""
+    wanted = getattr(arguments, "channels", info.channel_names)
+    return tuple(name for name in info.channel_names if name in wanted)
+
+
+def run(
+    arguments: argparse.Namespace,
+    info: DatasetInfo,
+    cases: Sequence[Case],
+    skipped: Sequence[Skipped],
+    prepare: Prepare,
+    folds: Folds = "random",
+) -> None:
+    """Convert the cases as the command line asks, and say what to type next.
+
+    Raises:
+        UserError: options that don't go together, or nothing to convert.
+    """
+    if arguments.images_only != (arguments.o is not None):
+        raise UserError("--images-only and -o OUT belong together: -o names the folder for the prepared images.")
+    channels = chosen_channels(arguments, info)
+    number = info.numbers[channels] if arguments.d is None else arguments.d
+    everything = len(channels) == len(info.channel_names)
+    name = info.name if everything else "_".join([info.name, *(channel.upper() for channel in channels)])
+    target = Target(
+        folder=arguments.o if arguments.images_only else dataset_target(number, name),
+        channels=channels,
+        images_only=arguments.images_only,
+        strip=arguments.skull_strip is not None,
+        device=_device(arguments),
+    )
+    if arguments.dry_run:
+        _describe(cases, skipped, target)
+        return
+    converted, rows = convert(cases, skipped, target, prepare, arguments.np)
+    if target.images_only:
+        logger.info("%d cases in %s. Next:", len(converted), target.folder)
+        logger.info(
+            "  nnUNetv2_predict -i %s -o PREDICTIONS -d %d -c 3d_fullres -f 0 -tr TRAINER", target.folder, number
+        )
+    else:
+        training = [case for case in converted if case.part == "Tr"]
+        names = [info.channel_names[channel] for channel in channels]
+        write_dataset_json(target.folder, len(training), names, reference=info.reference, licence=info.licence)
+        store_splits(make_splits(training, folds), target.folder)
+        logger.info(
+            "%d training and %d test cases in %s. Next:", len(training), len(rows) - len(training), target.folder
+        )
+        logger.info("  nnUNetv2_plan_and_preprocess -d %d --verify_dataset_integrity", number)
+        logger.info("  nnUNetv2_train %d 3d_fullres 0 -tr nnUNetTrainerMCLMIM", number)
+    logger.info("%s", _skull_hint([row["stripped"] for row in rows], target))
+
+
+def _default_numbers(info: DatasetInfo) -> str:
+    return ", ".join(f"{number} = {' '.join(channels)}" for channels, number in info.numbers.items())
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    if arguments.device or not arguments.skull_strip:
+        return arguments.device or "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _describe(cases: Sequence[Case], skipped: Sequence[Skipped], target: Target) -> None:
+    """Say what a run would do."""
+    logger.info("Dry run: nothing is written. A run would fill %s with", target.folder)
+    for part in PARTS:
+        chosen = [case for case in cases if case.part == part]
+        if chosen:
+            logger.info(
+                "  %d %s cases, %s ... %s",
+                len(chosen),
+                {"Tr": "training", "Ts": "test"}[part],
+                chosen[0].id,
+                chosen[-1].id,
+            )
+    for path, made in zip(cases[0].images.values(), target.image_paths(cases[0])):
+        logger.info("  for instance %s -> %s", path, made.name)
+    log_skipped(skipped, None)
+
+
+def _skull_hint(stripped: Sequence[bool], target: Target) -> str:
+    """Tell whether the images look as those of pre-training did."""
+    if target.strip:
+        return "Skull-stripped with HD-BET, as pre-training's images: prepare new images with --skull-strip hd-bet too."
+    if all(stripped):
+        return "The images look skull-stripped, as pre-training saw them; otherwise, use --skull-strip hd-bet."
+    return (
+        f"{len(stripped) - sum(stripped)} of {len(stripped)} cases still have their skull, but pre-training saw "
+        "skull-stripped brains.\nTo strip them, install HD-BET (pip install 'nnunet_ssl[skullstrip]') and run this "
+        "again with: --skull-strip hd-bet"
+    )
