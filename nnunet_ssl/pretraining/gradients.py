@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,23 @@ def measure(apart: Mapping[str, Gradients]) -> dict[str, Tensor]:
     return figures
 
 
-def balanced(apart: Mapping[str, Gradients], max_ratio: float) -> dict[str, Gradients]:
-    """Scale the contrastive gradient down to at most `max_ratio` times the norm of the masked one."""
+def balance(apart: Mapping[str, Gradients], head: Iterable[nn.Parameter], max_ratio: float) -> Tensor:
+    """Scale the contrastive branch down, in place, to at most `max_ratio` times the masked one's norm on the encoder.
+
+    Args:
+        apart: the gradients of "contrastive" and "masked" on the encoder.
+        head: the parameters that the contrastive branch has for itself. Their gradients are scaled alike: otherwise
+            they would fill the gradient-norm clip, which shrinks the masked branch.
+        max_ratio: of the norms.
+
+    Returns:
+        The factor, at most 1.
+    """
     limit = max_ratio * norm(apart["masked"])
     factor = (limit / norm(apart["contrastive"]).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)
-    scaled = [None if one is None else one * factor for one in apart["contrastive"]]
-    return {**apart, "contrastive": scaled}
+    torch._foreach_mul_([one for one in apart["contrastive"] if one is not None], factor)
+    torch._foreach_mul_([parameter.grad for parameter in head], factor)
+    return factor
 
 
 def put_together(apart: Mapping[str, Gradients], shared: Sequence[nn.Parameter]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
-from nnunet_ssl.pretraining.momentum import Queue, move_towards
+from nnunet_ssl.pretraining.momentum import Queue
 from nnunet_ssl.pretraining.objectives.contrastive import ProjectionHead
 from nnunet_ssl.pretraining.objectives.tokens import TokenHead
 
@@ -96,8 +96,3 @@ class Learner(nn.Module):
         if config.compile:
             for network in filter(None, (self.query, self.key)):
                 network.encoder.compile()
-
-    def follow(self, momentum: float) -> None:
-        """Move the key network towards the query network."""
-        if self.key is not None:
-            move_towards(self.key, self.query, momentum)

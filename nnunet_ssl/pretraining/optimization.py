@@ -20,16 +20,19 @@ def build_optimizer(network: nn.Module, config: PretrainingConfig) -> torch.opti
 
 
 def schedules(step: int, config: PretrainingConfig) -> dict[str, float]:
-    """The learning rate, the key network's momentum and the weight of the contrastive branch at `step`."""
-    return {
-        "learning_rate": warmup_cosine(
-            step,
-            steps=config.steps,
-            warmup=int(config.warmup * config.steps),
-            peak=config.learning_rate,
-            floor=config.minimum_learning_rate,
-        ),
-        "momentum": config.momentum.at(step, config.steps),
-        "contrastive_weight": config.contrastive.weight.at(step, config.steps),
-        "teacher_temperature": config.masked.tokens.teacher_temperature.at(step, config.steps),
+    """The numbers that `step` uses: learning_rate, and, where the recipe has a use for them, momentum (of the key
+    network), contrastive_weight and teacher_temperature."""
+    learning_rate = warmup_cosine(
+        step,
+        steps=config.steps,
+        warmup=int(config.warmup * config.steps),
+        peak=config.learning_rate,
+        floor=config.minimum_learning_rate,
+    )
+    ramps = {
+        "momentum": config.momentum if config.needs_keys else None,
+        "contrastive_weight": config.contrastive.weight if config.has_contrastive else None,
+        "teacher_temperature": config.masked.tokens.teacher_temperature if config.masked.target == "tokens" else None,
     }
+    used = {name: one.at(step, config.steps) for name, one in ramps.items() if one is not None}
+    return {"learning_rate": learning_rate, **used}

@@ -94,10 +94,14 @@ class Records:
             return
         self.rows.append(row)
         with written_beside(self.folder / CSV) as temporary:
-            pd.DataFrame(self.rows).to_csv(temporary, index=False)
+            self._table().to_csv(temporary, index=False)
         self._sinks.write(step, row)
         shown = ", ".join(form.format(row[name]) for name, form in IN_THE_LOG.items() if name in row)
         logger.info("%s step %d: %s", time.strftime("%Y-%m-%d %H:%M:%S"), step, shown)
+
+    def _table(self) -> pd.DataFrame:
+        table = pd.DataFrame(self.rows)
+        return table[["step", *sorted(table.columns.drop("step"))]]
 
     def _means(self) -> dict[str, float]:
         """The mean of each figure over the interval and over ranks, in one exchange and one wait for the device."""
@@ -114,7 +118,7 @@ class Records:
 
         if self._sinks is None:
             return
-        table = pd.DataFrame(self.rows)
+        table = self._table()
         panels = {title: [name for name in names if name in table] for title, names in PANELS.items()}
         panels = {title: names for title, names in panels.items() if names}
         if not panels:

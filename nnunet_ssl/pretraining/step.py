@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.gradients import Gradients, backward, balanced, measure, put_together
-from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.gradients import Gradients, backward, balance, measure, put_together
+from nnunet_ssl.pretraining.model import Learner, Network
+from nnunet_ssl.pretraining.momentum import move_towards
 from nnunet_ssl.pretraining.passes import Branch, Examples, Keys, key_pass, query_passes
 
 
@@ -61,7 +62,8 @@ def training_step(
     finite = not distributed.any_rank(not finite, finite.device)
     if finite:
         optimizer.step()
-        learner.follow(schedule["momentum"])
+        if learner.key is not None:
+            move_towards(learner.key, learner.query, schedule["momentum"])
         remember(learner, parts)
     return Update(
         finite=finite,
@@ -71,7 +73,7 @@ def training_step(
 
 
 def collect_gradients(
-    network: nn.Module, shared: list[nn.Parameter], apart: dict[str, Gradients] | None, max_ratio: float | None
+    network: Network, shared: list[nn.Parameter], apart: dict[str, Gradients] | None, max_ratio: float | None
 ) -> dict[str, Tensor]:
     """Average gradients over ranks; measure, balance and add up those that were taken apart. Returns the figures."""
     distributed.average_([one.grad for one in network.parameters() if one.grad is not None])
@@ -80,7 +82,9 @@ def collect_gradients(
     for gradients in apart.values():
         distributed.average_([one for one in gradients if one is not None])
     figures = measure(apart)
-    put_together(apart if max_ratio is None else balanced(apart, max_ratio), shared)
+    if max_ratio is not None:
+        figures["gradient/balance"] = balance(apart, network.projection.parameters(), max_ratio)
+    put_together(apart, shared)
     return figures
 
 

@@ -1,6 +1,18 @@
+import json
+
+import blosc2
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.ndimage import zoom
+
+CONTRASTS = {
+    "t1": lambda anatomy: anatomy,
+    "t2": lambda anatomy: -anatomy,
+    "flair": lambda anatomy: np.abs(anatomy) - 1,
+    "scan_1": lambda anatomy: anatomy**2 - 1,
+}
 
 
 @pytest.fixture
@@ -35,5 +47,43 @@ def write_scan():
             image.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), target)), path
         )
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_prepared(nnunet_folders):
+    """A function that writes a prepared corpus of small smooth "brains": each subject has its own anatomy, and each
+    modality shows the same anatomy in its own contrast."""
+
+    def write(n_subjects=6, modalities=("t1", "t2", "flair"), unpaired=2, name="Dataset500_FOMO60K"):
+        folder = nnunet_folders["nnUNet_preprocessed"] / name
+        store = folder / "nnsslPlans_3d_fullres"
+        store.mkdir(parents=True)
+        rows, shape = [], (72, 40, 40)
+        for subject in range(n_subjects + unpaired):
+            stems = modalities if subject < n_subjects else ("scan_1",)
+            anatomy = zoom(np.random.default_rng(subject).normal(0, 1, (9, 5, 5)), 8, order=1)  # 72 x 40 x 40
+            for stem in stems:
+                scan = f"A__sub_{subject}__ses_1__{stem}"
+                data = CONTRASTS[stem](anatomy).astype(np.float16)[None]
+                blosc2.asarray(data, urlpath=str(store / f"{scan}.b2nd"), chunks=data.shape)
+                rows.append(
+                    {
+                        "scan_id": scan,
+                        "dataset": "A",
+                        "subject": f"A/sub_{subject}",
+                        "session": f"A/sub_{subject}/ses_1",
+                        "modality": "unknown" if stem == "scan_1" else stem,
+                        "repeat": 1,
+                        "age": "",
+                        "sex": "",
+                        "shape": ",".join(map(str, shape)),
+                        "bbox": ",".join(f"0,{size}" for size in shape),
+                    }
+                )
+        pd.DataFrame(rows).to_csv(folder / "manifest.tsv", sep="\t", index=False)
+        (folder / "nnsslPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
+        return folder
 
     return write

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_ssl.pretraining.gradients import backward, balanced, measure, put_together
+from nnunet_ssl.pretraining.gradients import backward, balance, measure, put_together
 
 
 @pytest.fixture
@@ -70,13 +70,15 @@ def test_a_parameter_of_one_branch_only_counts_as_zero_in_the_other():
     assert float(figures["gradient/cosine"]) == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(("contrastive", "expected"), [(10.0, 4.0), (1.0, 1.0), (0.0, 0.0)])
-def test_the_contrastive_gradient_is_only_ever_scaled_down(contrastive, expected):
+@pytest.mark.parametrize(("contrastive", "factor"), [(10.0, 0.4), (1.0, 1.0), (0.0, 1.0)])
+def test_the_contrastive_gradient_is_only_ever_scaled_down_and_its_head_alike(contrastive, factor):
     apart = {"contrastive": [torch.tensor([contrastive]), None], "masked": [torch.tensor([2.0]), torch.tensor([0.0])]}
-    result = balanced(apart, max_ratio=2.0)
-    assert float(result["contrastive"][0]) == pytest.approx(expected)
-    assert result["contrastive"][1] is None
-    assert result["masked"] is apart["masked"]
+    head = nn.Parameter(torch.zeros(1))
+    head.grad = torch.tensor([30.0])
+    assert float(balance(apart, [head], max_ratio=2.0)) == pytest.approx(factor)
+    assert float(apart["contrastive"][0]) == pytest.approx(factor * contrastive)
+    assert float(head.grad) == pytest.approx(factor * 30)
+    assert float(apart["masked"][0]) == 2
 
 
 def test_a_parameter_without_any_gradient_keeps_none():
