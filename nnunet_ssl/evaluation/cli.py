@@ -18,6 +18,11 @@ examples:
   nnssl_evaluate alignment --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500
   nnssl_evaluate alignment --embeddings mcl.npz --metadata mcl.csv -o alignment_mcl --json
 """,
+    "lesions": """\
+examples:
+  nnssl_evaluate lesions -ref $nnUNet_raw/Dataset501_ATLASv2/labelsTs -pred predictions --preset atlas
+  nnssl_evaluate lesions -ref labelsTr -pred fold_0/validation --chill -np 8 -o lesions_fold_0 --json
+""",
 }
 
 
@@ -29,6 +34,7 @@ def evaluate() -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="alignment | lesions | probe | gradients")
     _add_alignment(commands)
+    _add_lesions(commands)
     arguments = parser.parse_args()
     logging.getLogger("numexpr").setLevel(logging.WARNING)
     if getattr(arguments, "json", None) == "-":
@@ -152,3 +158,40 @@ def _alignment(arguments: argparse.Namespace) -> None:
         if arguments.checkpoint:
             write_embeddings(embeddings, arguments.o)
     _finish(result, describe(result), arguments, arguments.o)
+
+
+def _add_lesions(commands) -> None:
+    parser = _subcommand(commands, "lesions", _lesions, "How well predicted lesion masks agree with their references.")
+    parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
+    parser.add_argument("-pred", type=Path, required=True, metavar="FOLDER", help="predicted masks of the same names")
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write lesions.json, .tsv and .png here (default: FOLDER of -pred)"
+    )
+    parser.add_argument("--preset", choices=("isles", "atlas", "fcd"), default="isles", help="(default: isles)")
+    parser.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="neighbours that make one lesion")
+    parser.add_argument("-l", "--label", type=int, metavar="N", help="the lesion's label (default: all above 0)")
+    parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default: 1)")
+    parser.add_argument("--chill", action="store_true", help="compare only the cases that were predicted")
+    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: 1)")
+    _add_json(parser)
+
+
+def _lesions(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.figures.lesions import draw_lesions
+    from nnunet_ssl.evaluation.results import write_json, write_tsv
+    from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders, describe, summarize
+
+    config = LesionConfig(
+        preset=arguments.preset,
+        connectivity=arguments.connectivity,
+        label=arguments.label,
+        tolerance_mm=arguments.tolerance,
+    )
+    cases = compare_folders(arguments.ref, arguments.pred, config, subset=arguments.chill, processes=arguments.np)
+    summary = summarize(cases, config)
+    folder = arguments.o or arguments.pred
+    result = summary | {"cases": cases.to_dict("records")}
+    write_json(result, folder / "lesions.json")
+    write_tsv(cases, folder / "lesions.tsv")
+    draw_lesions(cases, summary, folder / "lesions.png", title=str(arguments.pred))
+    _finish(result, describe(summary), arguments, folder)

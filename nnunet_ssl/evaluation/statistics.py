@@ -42,6 +42,19 @@ def mean_interval(values: ArrayLike, **options) -> tuple[float, float]:
     return bootstrap_interval(lambda weights: weights @ known / weights.sum(axis=1), len(known), **options)
 
 
+def rate_interval(values: ArrayLike) -> tuple[float, float]:
+    """Return Wilson's interval (95 %) of a rate from one 0 or 1 per unit; nan values are not units.
+
+    A bootstrap of all ones would claim certainty; Wilson's (1927) does not.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return float("nan"), float("nan")
+    interval = stats.binomtest(int(known.sum()), len(known)).proportion_ci(LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def jackknife_interval(
     statistic: Callable[[np.ndarray], float], unit: ArrayLike, *, groups: int = 20, seed: int = 0
 ) -> tuple[float, float]:

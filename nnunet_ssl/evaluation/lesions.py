@@ -1,0 +1,161 @@
+"""How well a predicted lesion mask agrees with its reference: voxels, lesions, volumes and surfaces of one case.
+
+The lesion-wise definitions are those of the ISLES'22 and ATLAS R2.0 challenges, which differ in connectivity only. A
+reference lesion is found when at least one of its voxels is predicted; a predicted lesion is false when it touches no
+reference voxel. What a ratio means when a mask is empty is settled once, for all of them: both masks empty, 1; exactly
+one, 0.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+
+CONNECTIVITIES = (6, 18, 26)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What a challenge or a publication counts as one lesion, and which metrics it reports."""
+
+    connectivity: int
+    official: tuple[str, ...]
+
+
+_CHALLENGE = ("dice", "volume_difference_ml", "count_difference", "lesion_f1")
+PRESETS = {
+    "isles": Preset(connectivity=26, official=_CHALLENGE),
+    "atlas": Preset(connectivity=6, official=_CHALLENGE),
+    "fcd": Preset(connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseMetrics:
+    """The agreement of one case; nan where a quantity does not exist.
+
+    Attributes:
+        dice: 2 |A and B| / (|A| + |B|) over voxels.
+        lesion_f1: TP / (TP + (FP + FN) / 2), with TP and FN reference lesions and FP predicted ones.
+        lesion_precision: TP / (TP + FP).
+        lesion_recall: TP / (TP + FN).
+        volume_difference_ml: absolute difference of the volumes.
+        count_difference: absolute difference of the numbers of lesions.
+        hd95_mm: the larger of the two directed 95th percentiles of the distance between surfaces; both masks empty, 0;
+            exactly one, nan.
+        surface_dice: share of both surfaces that lies within a tolerance of the other.
+        detected: 1 if at least one lesion is found, else 0; nan when there is none to find. Its mean over cases is the
+            detection rate.
+        correctly_empty: 1 if nothing is predicted where nothing is, 0 if something is; nan when the reference has a
+            lesion. Its mean over cases is the specificity.
+        reference_lesions, predicted_lesions, found_lesions, false_lesions: counts.
+        reference_ml, predicted_ml: volumes.
+    """
+
+    dice: float
+    lesion_f1: float
+    lesion_precision: float
+    lesion_recall: float
+    volume_difference_ml: float
+    count_difference: int
+    hd95_mm: float
+    surface_dice: float
+    detected: float
+    correctly_empty: float
+    reference_lesions: int
+    predicted_lesions: int
+    found_lesions: int
+    false_lesions: int
+    reference_ml: float
+    predicted_ml: float
+
+
+def compare_masks(
+    reference: np.ndarray,
+    predicted: np.ndarray,
+    *,
+    spacing: Sequence[float],
+    connectivity: int = 26,
+    tolerance_mm: float = 1.0,
+) -> CaseMetrics:
+    """Compare a predicted mask with its reference.
+
+    Args:
+        reference: bool (X, Y, Z).
+        predicted: bool, the same shape.
+        spacing: voxel size in mm, in the order of the axes.
+        connectivity: 6, 18 or 26 neighbours make one lesion.
+        tolerance_mm: for the surface Dice.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != predicted.shape:
+        raise ValueError(f"The masks have different shapes: {reference.shape} and {predicted.shape}.")
+    voxel_ml = float(np.prod(spacing)) / 1000
+    reference_ml, predicted_ml = (float(np.count_nonzero(mask)) * voxel_ml for mask in (reference, predicted))
+    n_reference, found = count_lesions(reference, predicted, connectivity)
+    n_predicted, supported = count_lesions(predicted, reference, connectivity)
+    false, missed = n_predicted - supported, n_reference - found
+    hd95, surface_dice = compare_surfaces(reference, predicted, spacing, tolerance_mm)
+    return CaseMetrics(
+        dice=dice(reference, predicted),
+        lesion_f1=_ratio(found, found + (false + missed) / 2),
+        lesion_precision=_ratio(found, found + false, empty=float(n_reference == 0)),
+        lesion_recall=_ratio(found, n_reference, empty=float(n_predicted == 0)),
+        volume_difference_ml=abs(reference_ml - predicted_ml),
+        count_difference=abs(n_reference - n_predicted),
+        hd95_mm=hd95,
+        surface_dice=surface_dice,
+        detected=float(found > 0) if n_reference else float("nan"),
+        correctly_empty=float("nan") if n_reference else float(n_predicted == 0),
+        reference_lesions=n_reference,
+        predicted_lesions=n_predicted,
+        found_lesions=found,
+        false_lesions=false,
+        reference_ml=reference_ml,
+        predicted_ml=predicted_ml,
+    )
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the Dice coefficient of two boolean masks; both empty, 1."""
+    return _ratio(2 * np.count_nonzero(first & second), np.count_nonzero(first) + np.count_nonzero(second))
+
+
+def count_lesions(mask: np.ndarray, other: np.ndarray, connectivity: int) -> tuple[int, int]:
+    """Return how many connected components `mask` has, and how many of them share a voxel with `other`."""
+    labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
+    touched = np.unique(labels[mask & other])
+    return int(count), len(touched)
+
+
+def compare_surfaces(
+    reference: np.ndarray, predicted: np.ndarray, spacing: Sequence[float], tolerance_mm: float
+) -> tuple[float, float]:
+    """Return HD95 in mm and the surface Dice, both by MONAI.
+
+    MONAI takes HD95 between the centres of the voxels at the surface, and the surface Dice over the area of surface
+    elements between voxels, as Nikolov et al. (arXiv 1809.04430) define it.
+    """
+    if not reference.any() or not predicted.any():
+        both_empty = not reference.any() and not predicted.any()
+        return (0.0, 1.0) if both_empty else (float("nan"), 0.0)
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    masks = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (predicted, reference)]
+    options = {"include_background": True, "spacing": [float(size) for size in spacing]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it passes itself
+        hd95 = compute_hausdorff_distance(*masks, percentile=95, **options)
+        surface = compute_surface_dice(*masks, class_thresholds=[tolerance_mm], use_subvoxels=True, **options)
+    return float(hd95), float(surface)
+
+
+def _ratio(part: float, whole: float, *, empty: float = 1.0) -> float:
+    return float(part / whole) if whole else empty

@@ -1,0 +1,208 @@
+"""Two folders of masks, case by case: find and read them, refuse what does not match, summarise what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.lesions import CONNECTIVITIES, PRESETS, CaseMetrics, compare_masks
+from nnunet_ssl.evaluation.statistics import mean_interval, rate_interval
+from nnunet_ssl.imaging.geometry import Volume, read_volume, same_grid
+
+ENDINGS = (".nii.gz", ".nii")
+COUNTS = ("reference_lesions", "predicted_lesions", "found_lesions", "false_lesions", "reference_ml", "predicted_ml")
+RATES = ("detected", "correctly_empty")
+METRICS = tuple(field.name for field in dataclasses.fields(CaseMetrics) if field.name not in COUNTS)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LesionConfig:
+    """How masks are compared.
+
+    Attributes:
+        preset: "isles", "atlas" or "fcd": the connectivity, and which metrics are official.
+        connectivity: 6, 18 or 26; None takes the preset's.
+        label: the label that is the lesion; None takes everything above 0.
+        tolerance_mm: of the surface Dice.
+    """
+
+    preset: str = "isles"
+    connectivity: int | None = None
+    label: int | None = None
+    tolerance_mm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"There is no preset '{self.preset}'. Presets: {', '.join(PRESETS)}.")
+        if self.connectivity is not None and self.connectivity not in CONNECTIVITIES:
+            raise UserError(f"The connectivity is {self.connectivity}; in three dimensions it is 6, 18 or 26.")
+        if self.tolerance_mm < 0:
+            raise UserError(f"The tolerance is {self.tolerance_mm} mm; a distance cannot be negative.")
+
+    @property
+    def neighbours(self) -> int:
+        """The connectivity that is used."""
+        return self.connectivity or PRESETS[self.preset].connectivity
+
+
+def compare_folders(
+    reference: Path, predicted: Path, config: LesionConfig, *, subset: bool = False, processes: int = 1
+) -> pd.DataFrame:
+    """Compare every case of two folders.
+
+    Args:
+        reference: folder of reference masks, ``<case>.nii.gz``.
+        predicted: folder of predicted masks with the same names.
+        subset: compare only the cases that were predicted; otherwise a missing prediction is an error.
+        processes: cases at a time.
+
+    Returns:
+        One row per case, sorted: ``case`` and the fields of :class:`CaseMetrics`.
+
+    Raises:
+        UserError: the folders do not hold the same cases, or the two masks of a case do not lie on the same grid.
+    """
+    pairs = match_cases(reference, predicted, subset=subset)
+    work = partial(_compare_files, config=config)
+    if processes == 1:
+        rows = [work(pair) for pair in tqdm(pairs, desc="comparing masks", disable=None)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            rows = list(tqdm(pool.map(work, pairs), total=len(pairs), desc="comparing masks", disable=None))
+    return pd.DataFrame(rows)
+
+
+def match_cases(reference: Path, predicted: Path, *, subset: bool = False) -> list[tuple[str, Path, Path]]:
+    """Return (case, reference file, predicted file) for every case of both folders.
+
+    Raises:
+        UserError: a folder is missing or empty, or a case has only one of the two masks.
+    """
+    references, predictions = _masks_in(reference), _masks_in(predicted)
+    missing = sorted(references.keys() - predictions.keys())
+    foreign = sorted(predictions.keys() - references.keys())
+    if foreign:
+        raise UserError(f"{len(foreign)} masks in {predicted} have no reference in {reference}: {_some(foreign)}.")
+    if missing and not subset:
+        raise UserError(
+            f"{len(missing)} of {len(references)} cases have no prediction in {predicted}: {_some(missing)}. "
+            "To compare only the predicted ones, for example one fold's, add --chill."
+        )
+    return [(case, references[case], predictions[case]) for case in sorted(predictions)]
+
+
+def summarize(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]:
+    """Summarise a table of cases: of each metric the mean, its 95 % interval over cases, spread, median and number.
+
+    Intervals are bootstrapped; those of the two rates are Wilson's.
+    """
+    known = {name: cases[name].dropna().to_numpy(np.float64) for name in METRICS}
+    return {
+        "n_cases": len(cases),
+        "n_empty_references": int((cases["reference_lesions"] == 0).sum()),
+        "preset": config.preset,
+        "connectivity": config.neighbours,
+        "surface_dice_tolerance_mm": config.tolerance_mm,
+        "official": list(PRESETS[config.preset].official),
+        "metrics": {
+            name: {
+                "mean": values.mean() if len(values) else float("nan"),
+                "interval": rate_interval(values) if name in RATES else mean_interval(values),
+                "std": values.std(ddof=1) if len(values) > 1 else float("nan"),
+                "median": np.median(values) if len(values) else float("nan"),
+                "n": len(values),
+            }
+            for name, values in known.items()
+        },
+        "totals": {name: cases[name].sum() for name in COUNTS},
+    }
+
+
+NAMES = {
+    "dice": "Dice",
+    "lesion_f1": "lesion-wise F1",
+    "lesion_precision": "lesion-wise precision",
+    "lesion_recall": "lesion-wise recall",
+    "volume_difference_ml": "volume difference (ml)",
+    "count_difference": "lesion count difference",
+    "hd95_mm": "HD95 (mm)",
+    "surface_dice": "surface Dice",
+    "detected": "detection rate",
+    "correctly_empty": "specificity",
+}
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Write a summary as the few lines that the command prints; official metrics of the preset come first."""
+    lines = [
+        f"{summary['n_cases']} cases ({summary['n_empty_references']} without a lesion), preset {summary['preset']}, "
+        f"connectivity {summary['connectivity']}; mean [95 % interval], median, number of cases"
+    ]
+    official = summary["official"]
+    for name in [*official, *(name for name in METRICS if name not in official)]:
+        entry = summary["metrics"][name]
+        if entry["n"]:
+            low, high = entry["interval"]
+            star = "*" if name in official else " "
+            lines.append(
+                f"{star} {NAMES[name]:<24} {entry['mean']:8.4f}  [{low:.4f}, {high:.4f}]  "
+                f"{entry['median']:8.4f}  {entry['n']}"
+            )
+    return "\n".join(lines)
+
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    masks = {path.name[: -len(end)]: path for end in reversed(ENDINGS) for path in files if path.name.endswith(end)}
+    if not masks:
+        raise UserError(f"{folder} holds no mask: no file ends in {' or '.join(ENDINGS)}.")
+    return masks
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _compare_files(pair: tuple[str, Path, Path], config: LesionConfig) -> dict[str, Any]:
+    case, reference_path, predicted_path = pair
+    reference, predicted = read_volume(reference_path), read_volume(predicted_path)
+    if not same_grid(reference, predicted):
+        raise UserError(
+            f"The masks of {case} do not lie on the same grid. {reference_path}: {_geometry(reference)}. "
+            f"{predicted_path}: {_geometry(predicted)}. Predict on, or resample to, the reference's grid."
+        )
+    metrics = compare_masks(
+        _lesion(reference, config.label),
+        _lesion(predicted, config.label),
+        spacing=reference.spacing,
+        connectivity=config.neighbours,
+        tolerance_mm=config.tolerance_mm,
+    )
+    return {"case": case, **dataclasses.asdict(metrics)}
+
+
+def _lesion(volume: Volume, label: int | None) -> np.ndarray:
+    return volume.array > 0 if label is None else volume.array == label
+
+
+def _geometry(volume: Volume) -> str:
+    shape = " x ".join(map(str, volume.array.shape))
+    spacing = " x ".join(f"{size:.3g}" for size in volume.spacing)
+    origin = ", ".join(f"{place:.1f}" for place in volume.affine[:3, 3])
+    return f"{shape} voxels of {spacing} mm, {volume.orientation}, first voxel at ({origin})"
