@@ -44,9 +44,10 @@ def open_corpus(dataset: int | str) -> Corpus:
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
-    """Read a manifest.tsv: every column as strings ("" where nothing is known), `repeat` as int, `age` as float."""
+    """Read a manifest.tsv: numbers in the columns that hold them (NaN: not known), strings in the others ("")."""
     scans = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    return scans.assign(repeat=scans["repeat"].astype(int), age=pd.to_numeric(scans["age"], errors="coerce"))
+    numeric = scans.columns.intersection(["repeat", "age", "foreground", "nan_voxels"])
+    return scans.assign(**{name: pd.to_numeric(scans[name], errors="coerce") for name in numeric})
 
 
 def number_rows(scans: pd.DataFrame) -> pd.DataFrame:

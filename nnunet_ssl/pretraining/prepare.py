@@ -220,42 +220,36 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
 def _make_tasks(
     scans: pd.DataFrame, config: PreparationConfig, plans: Mapping[str, Any], store: Path, device: str
 ) -> list[SessionTask]:
-    tasks = []
-    for session, members in scans.groupby("session", sort=False):
-        members = tuple(
-            ScanTask(
-                scan_id=scan.scan_id,
-                path=scan.path,
-                modality=scan.modality,
-                stripped=config.is_stripped(scan.dataset) if config.skull_strip else None,
-            )
-            for scan in members.itertuples()
+    members: dict[str, list[ScanTask]] = {}
+    for scan in scans[["session", "scan_id", "path", "modality", "dataset"]].itertuples():
+        stripped = config.is_stripped(scan.dataset) if config.skull_strip else None
+        task = ScanTask(scan_id=scan.scan_id, path=scan.path, modality=scan.modality, stripped=stripped)
+        members.setdefault(scan.session, []).append(task)
+    options = json.dumps([plans["configurations"], plans["preprocessing"]], sort_keys=True)
+    return [
+        SessionTask(
+            session=session,
+            fingerprint=_fingerprint(group, options),
+            scans=tuple(group),
+            folder=str(store),
+            plans=plans,
+            device=device,
         )
-        tasks.append(
-            SessionTask(
-                session=session,
-                fingerprint=_fingerprint(members, plans),
-                scans=members,
-                folder=str(store),
-                plans=plans,
-                device=device,
-            )
-        )
-    return tasks
+        for session, group in members.items()
+    ]
 
 
-def _fingerprint(scans: Sequence[ScanTask], plans: Mapping[str, Any]) -> str:
+def _fingerprint(scans: Sequence[ScanTask], options: str) -> str:
     """Stand for everything a session's stored arrays depend on; a file by its size and its time of change."""
-    inputs = []
+    digest = hashlib.blake2b(options.encode(), digest_size=16)
     for scan in scans:
         try:
             status = Path(scan.path).stat()
-            state = [status.st_size, status.st_mtime_ns]
+            state = (status.st_size, status.st_mtime_ns)
         except OSError:
             state = None
-        inputs.append([scan.scan_id, scan.modality, scan.stripped, state])
-    content = json.dumps([inputs, plans["configurations"], plans["preprocessing"]], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        digest.update(repr((scan.scan_id, scan.modality, scan.stripped, state)).encode())
+    return digest.hexdigest()
 
 
 def _finished(folder: Path, tasks: Sequence[SessionTask]) -> dict[str, SessionResult]:

@@ -149,6 +149,7 @@ class _Session:
         self.grid: Grid | None = None
         self.regridded: dict[ScanTask, str] = {}
         self.brain: np.ndarray | None = None
+        self.brain_from = ""
         self.kept: dict[ScanTask, Volume] = {}
 
     def look(self, scan: ScanTask) -> _Look:
@@ -166,6 +167,7 @@ class _Session:
             return
         order = [*_STRIPPING_ORDER, *sorted({scan.modality for scan in looks} - set(_STRIPPING_ORDER))]
         best = min(looks, key=lambda scan: (order.index(scan.modality), looks[scan].grid.voxel_mm3, scan.scan_id))
+        self.brain_from = best.scan_id
         self.brain = brain_mask(self._load(best).as_nifti(), self.task.device).transpose(2, 1, 0)
 
     def foreground_box(self, scan: ScanTask) -> Box:
@@ -188,7 +190,8 @@ class _Session:
             "scan_id": scan.scan_id,
             **_describe(foreground),
             "nan_voxels": volume.nan_voxels,
-            "regridded": self.regridded.get(scan, ""),
+            "regridded_to": self.regridded.get(scan, ""),
+            "brain_mask_from": self.brain_from,
         }
         properties = {
             "spacing": list(volume.grid.spacing),

@@ -87,3 +87,58 @@ def write_prepared(nnunet_folders):
         return folder
 
     return write
+
+
+@pytest.fixture
+def tiny():
+    """Overrides that make any recipe a matter of seconds, for corpora of `write_prepared`."""
+    return [
+        "encoder.embed_dim=8",
+        "encoder.depths=1,1,1,1",
+        "encoder.num_heads=1,2,2,2",
+        "encoder.window_size=4",
+        "patch_size=64,32,32",
+        "batch_size=2",
+        "contrastive.hidden=16",
+        "contrastive.dim=8",
+        "queue_size=16",
+        "masked.unpaired_batch_size=2",
+        "masked.tokens.prototypes=16",
+        "masked.tokens.hidden=16",
+        "masked.tokens.bottleneck=8",
+        "steps=4",
+        "workers=0",
+        "log_every=2",
+        "gradients_every=2",
+        "save_every=2",
+        "validation.fraction=0.3",
+        "validation.every=4",
+        "validation.batches=1",
+    ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Where a test lays out its FOMO corpus."""
+    return tmp_path / "fomo"
+
+
+@pytest.fixture
+def prepare(nnunet_folders, source):
+    """A function that indexes what lies in `source` and prepares it; keywords are PreparationConfig's."""
+    from nnunet_ssl.pretraining.indexing import index_corpus
+    from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
+
+    def run(*, processes=1, **options):
+        index_corpus(source, 500, "FOMO60K")
+        return prepare_corpus(500, PreparationConfig(**options), processes=processes)
+
+    return run
+
+
+@pytest.fixture
+def contents():
+    """A function that gives every file below a folder with its bytes."""
+    return lambda folder: {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }

@@ -15,10 +15,6 @@ pytest.importorskip("distributed")
 SESSIONS = 24
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
 def cluster(tmp_path):
     """A scheduler's address and its two workers as processes."""
@@ -42,7 +38,9 @@ def cluster(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_loses_a_worker_makes_the_store_of_one_process(cluster, nnunet_folders, tmp_path, write_scan):
+def test_a_cluster_that_loses_a_worker_makes_the_store_of_one_process(
+    cluster, nnunet_folders, tmp_path, write_scan, contents
+):
     for subject in range(SESSIONS):
         write_scan(tmp_path / f"fomo/sub_{subject}/ses_1/t1.nii.gz", seed=subject, shape=(40, 50, 44))
         write_scan(tmp_path / f"fomo/sub_{subject}/ses_1/t2.nii.gz", seed=subject, shape=(40, 50, 44))

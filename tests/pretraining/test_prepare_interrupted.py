@@ -19,10 +19,6 @@ SESSIONS = 16
 NAME = "Dataset500_FOMO60K"
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
 def store(nnunet_folders, tmp_path, write_scan):
     """The folder where the store will be; the corpus is indexed and has a bad scan too."""
@@ -35,7 +31,7 @@ def store(nnunet_folders, tmp_path, write_scan):
 
 
 @pytest.fixture
-def unbroken(store):
+def unbroken(store, contents):
     """What every file holds after a run that nothing interrupted."""
     prepare_corpus(500, PreparationConfig())
     whole = contents(store)
@@ -43,7 +39,7 @@ def unbroken(store):
     return whole
 
 
-def test_a_store_finished_after_many_kills_equals_an_unbroken_one(store, unbroken):
+def test_a_store_finished_after_many_kills_equals_an_unbroken_one(store, unbroken, contents):
     rng = random.Random(0)
     kills = 0
     for _ in range(100):
@@ -77,7 +73,7 @@ def test_scans_finished_before_a_kill_are_not_touched_after_it(store, unbroken):
 
 
 @pytest.mark.slow
-def test_the_command_killed_with_its_workers_at_work_goes_on(store, unbroken):
+def test_the_command_killed_with_its_workers_at_work_goes_on(store, unbroken, contents):
     command = [
         sys.executable,
         "-c",
