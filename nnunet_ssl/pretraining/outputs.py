@@ -117,6 +117,7 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
     """
     state = checkpointing.load(folder)
     if state is None:
+        logger.warning("There is no checkpoint in %s to continue from: the run begins at step 0.", folder)
         return None
     changes = list(_changes(state["metadata"]["config"], learner.config.as_dict()))
     fatal = [text for key, text in changes if key.startswith(SHAPES)]

@@ -177,7 +177,9 @@ def _open_sinks(folder: Path, step: int, config: PretrainingConfig) -> _Sinks:
     nnunet.update_config(config.as_dict())
     log = logging.FileHandler(folder / LOG)
     log.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("nnunet_ssl").addHandler(log)
+    package = logging.getLogger("nnunet_ssl")
+    package.setLevel(logging.INFO)
+    package.addHandler(log)
     return _Sinks(log, SummaryWriter(str(folder / "events"), purge_step=step), nnunet.loggers)
 
 

@@ -1,0 +1,206 @@
+"""Whole trainings, tiny, in this process."""
+
+import json
+
+import blosc2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.loop import pretrain
+from nnunet_ssl.pretraining.model import Learner
+
+RECIPES = ["cl", "mcl", "mim", "cl_mim", "mcl_mim", "mcl_mim_balanced", "mcl_ibot"]
+
+
+@pytest.fixture
+def train(tiny, nnunet_folders):
+    """A function that trains and returns the folder of results."""
+
+    def run(recipe, *overrides, resume=False):
+        config = load_config(recipe, [*tiny, *overrides])
+        pretrain(config, 500, resume, torch.device("cpu"))
+        return nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / config.recipe
+
+    return run
+
+
+def checkpoint(folder, name="checkpoint_latest.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_ends_with_an_encoder_that_others_can_load(write_prepared, train, recipe):
+    write_prepared()
+    folder = train(recipe)
+    pretrained = read_checkpoint(folder / "encoder.safetensors")
+    assert (pretrained.method, pretrained.step, pretrained.preprocessing) == (recipe, 4, {"spacing": [1.0, 1.0, 1.0]})
+    assert load_encoder(build_encoder(pretrained.architecture), pretrained).fraction == 1
+    assert pretrained.metadata["corpus"]["subjects"] == 8
+    assert {"torch", "nnunetv2", "nnunet_ssl"} <= set(pretrained.metadata["versions"])
+    assert any("2511.11311" in citation for citation in pretrained.metadata["citations"])
+
+    final = checkpoint(folder, "checkpoint_final.pth")
+    for name, tensor in pretrained.tensors.items():
+        assert torch.equal(tensor, final["learner"][f"query.encoder.{name}"])
+    initial = Learner(load_config(folder / "config.yaml")).query.encoder.state_dict()
+    assert any(not torch.equal(tensor, initial[name]) for name, tensor in pretrained.tensors.items())
+
+
+def test_no_identifier_of_a_subject_leaves_with_the_weights(write_prepared, train):
+    write_prepared()
+    folder = train("mcl_mim")
+    for name in ("encoder.safetensors", "checkpoint_final.pth", "progress.csv", "config.yaml"):
+        assert b"sub_" not in (folder / name).read_bytes()
+
+
+def test_the_figures_of_the_run_are_written_down(write_prepared, train):
+    write_prepared()
+    folder = train("mcl_mim")
+    table = pd.read_csv(folder / "progress.csv")
+    assert table["step"].tolist() == [0, 2, 4]
+    expected = {
+        "loss/contrastive",
+        "loss/masked",
+        "contrastive/accuracy",
+        "contrastive/negatives",
+        "gradient/contrastive",
+        "gradient/masked",
+        "gradient/cosine",
+        "gradient/total",
+        "queue/effective_rank",
+        "queue/uniformity",
+        "validation/cross_modality_distance",
+        "validation/loss/masked",
+        "validation/error/t1",
+        "validation/error/flair",
+        "speed/steps_per_second",
+        "speed/waiting",
+        "memory/peak_gib",
+        "schedule/learning_rate",
+        "schedule/momentum",
+        "schedule/contrastive_weight",
+    }
+    assert expected <= set(table.columns)
+    assert table["validation/cross_modality_distance"].notna().tolist() == [True, False, True]
+    assert (folder / "progress.png").stat().st_size > 10_000
+    assert (folder / "reconstruction.png").is_file()
+    assert list((folder / "events").glob("events.out.tfevents*"))
+    log = (folder / "training_log.txt").read_text()
+    assert "step 4: contrastive" in log
+    assert "8 subjects, 8 sessions, 20 scans" in log
+
+
+def test_records_of_steps_that_were_lost_are_dropped(write_prepared, train):
+    write_prepared()
+    folder = train("mim", "steps=4")
+    for path in ("checkpoint_00000004.pth", "checkpoint_latest.pth"):
+        (folder / path).unlink()
+    train("mim", "steps=4", resume=True)
+    assert pd.read_csv(folder / "progress.csv")["step"].tolist() == [0, 2, 4]
+
+
+def test_without_a_checkpoint_continuing_begins(write_prepared, train, caplog):
+    write_prepared()
+    with caplog.at_level("INFO"):
+        folder = train("mim", "steps=2", resume=True)
+    assert "There is no checkpoint in" in caplog.text
+    assert checkpoint(folder)["step"] == 2
+
+
+def test_a_finished_run_is_left_alone(write_prepared, train, caplog):
+    write_prepared()
+    folder = train("mim", "steps=2")
+    before = (folder / "checkpoint_latest.pth").read_bytes()
+    with caplog.at_level("INFO"):
+        train("mim", "steps=2", resume=True)
+    assert "is finished: 2 of 2 steps" in caplog.text
+    assert (folder / "checkpoint_latest.pth").read_bytes() == before
+
+
+def test_a_run_is_never_overwritten(write_prepared, train):
+    write_prepared()
+    train("mim", "steps=2")
+    with pytest.raises(UserError, match=r"holds a run of this recipe already. Continue it with --c"):
+        train("mim", "steps=2")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(write_prepared, train):
+    write_prepared()
+    train("mim", "steps=2")
+    with pytest.raises(UserError, match=r"encoder.embed_dim was 8, is 16"):
+        train("mim", "steps=4", "encoder.embed_dim=16", "encoder.num_heads=2,2,2,2", resume=True)
+
+
+def test_a_changed_setting_is_said_aloud_and_taken(write_prepared, train, caplog):
+    write_prepared()
+    train("mim", "steps=2")
+    folder = train("mim", "steps=4", "learning_rate=0.0003", resume=True)
+    assert "learning_rate was 0.0001, is 0.0003" in caplog.text
+    assert checkpoint(folder)["step"] == 4
+
+
+def spoil(folder):
+    """Fill every scan of a prepared corpus with values that are no numbers."""
+    for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd"):
+        shape = blosc2.open(str(path)).shape
+        path.unlink()
+        blosc2.asarray(np.full(shape, np.nan, np.float16), urlpath=str(path))
+
+
+def test_losses_that_are_not_finite_stop_the_training_and_name_the_scans(write_prepared, train, nnunet_folders):
+    spoil(write_prepared())
+    with pytest.raises(UserError, match="not finite in 3 steps running"):
+        train("mim", "max_nonfinite=3")
+    folder = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mim"
+    suspects = json.loads((folder / "nonfinite_rank0.json").read_text())
+    assert [one["step"] for one in suspects] == [0, 1, 2]
+    assert all(scan.startswith("A__sub_") for one in suspects for scan in one["scans"])
+
+
+def test_skipped_steps_are_counted_and_survive_a_checkpoint(write_prepared, train):
+    spoil(write_prepared())
+    folder = train("mim", "steps=2")
+    assert checkpoint(folder)["skipped"] == 2
+    assert pd.read_csv(folder / "progress.csv")["nonfinite_steps"].iloc[-1] == 2
+
+
+def test_a_corpus_without_pairs_is_refused_for_mcl(write_prepared, train):
+    write_prepared(modalities=("t1",))
+    with pytest.raises(UserError, match="No session has two different known modalities: mcl needs"):
+        train("mcl")
+
+
+def test_a_patch_larger_than_every_scan_is_refused(write_prepared, train):
+    write_prepared()
+    with pytest.raises(UserError, match="patch"):
+        train("mim", "patch_size=128,128,128")
+
+
+def test_an_unwritable_results_folder_is_explained(write_prepared, train, nnunet_folders):
+    write_prepared()
+    (nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K").write_text("a file in the way")
+    with pytest.raises(UserError, match="results cannot be written to"):
+        train("mim")
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(write_prepared, train):
+    write_prepared()
+    with pytest.raises(UserError, match="batch_size=2 cannot be shared by 1 processes in 4 parts"):
+        train("mim", "accumulation=4")
+
+
+def test_held_out_subjects_without_pairs_are_no_obstacle(write_prepared, train, caplog):
+    write_prepared(n_subjects=5, unpaired=6)
+    folder = train("mcl", "validation.fraction=0.01", "seed=1")
+    assert (folder / "encoder.safetensors").is_file()
+
+
+def test_a_single_subject_can_be_trained_on(write_prepared, train):
+    write_prepared(n_subjects=1, unpaired=0)
+    assert (train("mcl_mim") / "encoder.safetensors").is_file()
