@@ -6,8 +6,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from conversion import Case, Prepared, read_image
-from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images
+from channels import Facts, read_image
+from conversion import Case, Prepared
+from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
 from script import DatasetInfo, make_parser, run
 
 from nnunet_ssl.errors import UserError, command
@@ -17,7 +18,7 @@ INFO = DatasetInfo(
     channel_names={"t1": "T1"},
     numbers={("t1",): 501},
     reference="Liew et al., Scientific Data 2022, doi 10.1038/s41597-022-01401-7",
-    licence="see https://fcon_1000.projects.nitrc.org/indi/retro/atlas.html",
+    licence="ATLAS data use agreement",
 )
 
 EXAMPLE = """\
@@ -67,7 +68,7 @@ def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]
 
 def _case(scan_id: str, t1: list[ImageFile], masks: list[ImageFile], skipped: list[Skipped]) -> Case | Skipped:
     """Put one session together."""
-    masks = [mask for mask in masks if "brain" not in mask.stem.lower()]
+    masks = lesion_masks(masks)
     if not t1:
         return Skipped(scan_id, "a mask without T1 image")
     image, others = choose_one(t1, masks[0] if masks else None)
@@ -94,7 +95,7 @@ def _part(image: ImageFile, has_mask: bool) -> str:
 
 def prepare(case: Case) -> Prepared:
     """Read the T1."""
-    facts = {}
+    facts: Facts = {}
     return Prepared({"t1": read_image(case.images["t1"], facts)}, facts)
 
 

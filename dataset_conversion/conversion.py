@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, read_volume, same_grid, write_volume
+from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, same_grid, write_volume
 from nnunet_ssl.imaging.skull_strip import brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.nnunet_folders import folder_of
 
@@ -177,16 +177,6 @@ def dataset_target(number: int, name: str) -> Path:
     return folder
 
 
-def read_image(path: Path, facts: dict[str, Any]) -> Volume:
-    """Read an image and set NaN and infinite voxels to 0, which nnU-Net refuses; their number goes to `facts`."""
-    volume = read_volume(path)
-    broken = ~np.isfinite(volume.array)
-    if broken.any():
-        facts["nonfinite_voxels"] = facts.get("nonfinite_voxels", 0) + int(broken.sum())
-        return volume.with_array(np.where(broken, np.float32(0), volume.array))
-    return volume
-
-
 def _run(cases: Sequence[Case], work: Callable[[Case], Skipped | None], n_processes: int) -> list[Skipped]:
     """Run `work` on every case and return the failures."""
     if n_processes <= 1 or len(cases) <= 1:
@@ -249,7 +239,7 @@ def _finish_channels(
         if label is not None:
             facts["label_voxels_outside_brain"] = int((label & ~brain).sum())
         channels = [channel.with_array(channel.array * brain) for channel in channels]
-    facts["stripped"] = target.strip or looks_stripped(first.array, first.voxel_ml * 1000)
+    facts["stripped"] = target.strip or bool(looks_stripped(first.array, first.voxel_ml * 1000))
     return [Volume(channel.array, first.affine) for channel in channels]
 
 

@@ -108,6 +108,11 @@ def choose_one(files: list[ImageFile], like: ImageFile | None) -> tuple[ImageFil
     return ranked[0], ranked[1:]
 
 
+def lesion_masks(files: list[ImageFile]) -> list[ImageFile]:
+    """Return the masks that aren't brain masks."""
+    return [file for file in files if "brain" not in file.stem.lower()]
+
+
 def describe_contents(images: list[ImageFile], root: Path) -> str:
     """Say in one clause what was found in a folder that is not the data set it should be."""
     if not images:

@@ -48,16 +48,12 @@ def write_report(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped], fol
 
 
 def log_skipped(skipped: Sequence[Skipped], folder: Path | None) -> None:
-    """Tell what was left out: each image and case by name, other files by their number."""
-    if not skipped:
-        return
-    unremarkable = ("hidden file", "not a NIfTI image")
-    for reason, number in Counter(item.reason for item in skipped if item.reason in unremarkable).items():
-        logger.info("Skipped %d files: %s.", number, reason)
-    for item in skipped:
-        if item.reason not in unremarkable:
-            logger.info("Skipped %s: %s", item.what, item.reason)
-    if folder is not None:
+    """Tell what was left out, by reason, with the first names."""
+    for reason, number in Counter(item.reason for item in skipped).items():
+        names = [item.what for item in skipped if item.reason == reason]
+        more = f" and {number - len(names[:3])} more" if number > 3 else ""
+        logger.info("Skipped (%s): %s%s", reason, ", ".join(names[:3]), more)
+    if skipped and folder is not None:
         logger.info("The whole list is in %s", folder / "skipped.tsv")
 
 

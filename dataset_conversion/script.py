@@ -135,7 +135,7 @@ def _describe(cases: Sequence[Case], skipped: Sequence[Skipped], target: Target)
                 chosen[0].id,
                 chosen[-1].id,
             )
-    for path, made in zip(cases[0].images.values(), target.image_paths(cases[0])):
+    for path, made in zip((cases[0].images[name] for name in target.channels), target.image_paths(cases[0])):
         logger.info("  for instance %s -> %s", path, made.name)
     log_skipped(skipped, None)
 

@@ -19,9 +19,16 @@ def main() -> None:
         description="Write synthetic brain MRI in the folder layout of a real data set.",
         epilog="Example: python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n-test 3 --voxel-mm 2.5",
     )
-    parser.add_argument("layout", choices=["fomo", "fomo-a", "atlas"], help="which data set; fomo-a: flat layout A")
+    parser.add_argument(
+        "layout", choices=["fomo", "fomo-a", "atlas", "isles", "fcd"], help="which data set; fomo-a: flat layout A"
+    )
     parser.add_argument("out", type=Path, help="the folder to write (must be new or empty)")
-    parser.add_argument("-n", type=int, default=8, help="subjects (training cases); default 8")
+    parser.add_argument(
+        "-n",
+        type=int,
+        default=8,
+        help="subjects (atlas: training cases; fcd: patients, and as many controls); default 8",
+    )
     parser.add_argument("--n-test", type=int, default=2, help="atlas: test cases without masks; default 2")
     parser.add_argument("--voxel-mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
     parser.add_argument("--seed", type=int, default=0)
@@ -39,6 +46,10 @@ def _write(args: argparse.Namespace) -> None:
     common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean}
     if args.layout == "atlas":
         layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, **common)
+    elif args.layout == "isles":
+        layouts.write_isles(args.out, n_cases=args.n, **common)
+    elif args.layout == "fcd":
+        layouts.write_fcd(args.out, n_patients=args.n, n_controls=args.n, **common)
     else:
         layouts.write_fomo(args.out, n_subjects=args.n, layout="A" if args.layout == "fomo-a" else "B", **common)
 
