@@ -106,6 +106,7 @@ def read_held_out(corpus: Corpus, config: PretrainingConfig) -> HeldOut:
     )
 
 
+@torch.no_grad()
 def alignment(learner: Learner, held_out: HeldOut) -> dict[str, float]:
     """The paper's two figures on the pooled bottleneck, and how many directions it uses; nothing where data lack."""
     device = next(learner.parameters()).device
@@ -121,6 +122,7 @@ def alignment(learner: Learner, held_out: HeldOut) -> dict[str, float]:
     return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
+@torch.no_grad()
 def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float], np.ndarray]:
     """The error on hidden voxels by modality, under masks that are the same every time, and a picture of some scans."""
     config, stride = learner.config, learner.config.encoder.stride

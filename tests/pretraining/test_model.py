@@ -1,0 +1,71 @@
+"""The networks of each recipe."""
+
+import pytest
+import torch
+
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.model import Learner
+
+
+def names_of(learner):
+    return {name.split(".")[1] for name in learner.state_dict() if name.startswith("query.")}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts", "has_key", "has_queue"),
+    [
+        ("cl", {"encoder", "projection"}, True, True),
+        ("mim", {"encoder", "decoder"}, False, False),
+        ("mcl_mim", {"encoder", "projection", "decoder"}, True, True),
+        ("mcl_ibot", {"encoder", "projection", "token_head"}, True, True),
+    ],
+)
+def test_a_recipe_has_the_parts_it_needs(tiny, recipe, parts, has_key, has_queue):
+    learner = Learner(load_config(recipe, tiny))
+    assert names_of(learner) == parts
+    assert (learner.key is not None, learner.queue is not None) == (has_key, has_queue)
+
+
+def test_the_key_network_starts_as_the_query_network_and_learns_nothing_by_gradient(tiny):
+    learner = Learner(load_config("mcl_mim", tiny))
+    query = learner.query.state_dict()
+    for name, tensor in learner.key.state_dict().items():
+        assert torch.equal(tensor, query[name])
+        assert tensor.data_ptr() != query[name].data_ptr()
+    assert not any(parameter.requires_grad for parameter in learner.key.parameters())
+    assert not any(name.startswith("decoder") for name in learner.key.state_dict())
+
+
+def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone(tiny):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    one, same, other = (Learner(load_config("mim", [*tiny, f"seed={seed}"])).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_a_masked_branch_there_is_no_mask_token(tiny):
+    assert "query.encoder.mask_token" not in Learner(load_config("mcl", tiny)).state_dict()
+    assert load_config("mcl", tiny).architecture()["mask_token"] is False
+
+
+def test_the_papers_sizes():
+    query = Learner(load_config("mcl_mim")).query
+    sizes = {name: sum(one.numel() for one in part.parameters()) for name, part in query.named_children()}
+    assert sizes["encoder"] == 20_525_202
+    assert sizes["decoder"] == 158_728
+    assert sizes["projection"] == 768 * 512 + 512 + 512 * 128 + 128
+
+
+def test_activation_checkpointing_changes_no_gradient(tiny):
+    gradients = []
+    for checkpointing in ("false", "true"):
+        query = Learner(load_config("mim", [*tiny, f"checkpointing={checkpointing}"])).query
+        generator = torch.Generator().manual_seed(0)
+        views = torch.randn(1, 1, 64, 32, 32, generator=generator)
+        query.encode(views, torch.tensor([True, False]).view(1, 2, 1, 1))[-1].square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in query.encoder.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)

@@ -1,0 +1,86 @@
+"""What is measured on held-out subjects."""
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.corpus import open_corpus
+from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.momentum import Queue
+from nnunet_ssl.pretraining.monitoring import alignment, queue_figures, read_held_out, reconstruction
+from nnunet_ssl.pretraining.objectives.contrastive import pooled
+from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance
+
+
+@pytest.fixture
+def corpus(write_prepared):
+    write_prepared(n_subjects=3, unpaired=2)
+    return open_corpus(500)
+
+
+def test_patches_are_central_and_only_of_known_modality(corpus, tiny):
+    import blosc2
+
+    held_out = read_held_out(corpus, load_config("mim", tiny))
+    assert held_out.patches.shape == (9, 1, 64, 32, 32)
+    assert sorted(set(held_out.modality)) == ["flair", "t1", "t2"]
+    first = corpus.scans.index[(corpus.scans["subject_index"] == held_out.subject[0])]
+    row = next(row for row in first if corpus.scans["modality"][row] == held_out.modality[0])
+    stored = blosc2.open(str(corpus.path(row)))[:]
+    assert np.array_equal(held_out.patches[0].numpy(), stored[:, 4:68, 4:36, 4:36])
+
+
+def test_beyond_the_volume_the_edge_repeats(corpus, tiny):
+    held_out = read_held_out(corpus, load_config("mim", [*tiny, "patch_size=96,32,32"]))
+    patch = held_out.patches[0, 0]
+    assert torch.equal(patch[0], patch[12])
+    assert torch.equal(patch[-1], patch[-13])
+    assert not torch.equal(patch[12], patch[13])
+
+
+def test_different_subjects_come_first(corpus, tiny):
+    held_out = read_held_out(corpus, load_config("mim", [*tiny, "validation.sessions=2"]))
+    assert len(set(held_out.subject)) == 2
+    assert len(held_out.patches) == 6
+
+
+def test_alignment_is_taken_on_the_pooled_bottleneck_before_the_projection(corpus, tiny):
+    config = load_config("mcl", tiny)
+    learner, held_out = Learner(config), read_held_out(corpus, config)
+    figures = alignment(learner, held_out)
+    with torch.no_grad():
+        embeddings = pooled(learner.query.encoder(held_out.patches.float())[-1]).numpy()
+    aligned = cross_modality_distance(embeddings, held_out.subject, held_out.modality).mean
+    apart = cross_subject_distance(embeddings, held_out.subject).mean
+    assert figures["validation/cross_modality_distance"] == pytest.approx(aligned, rel=1e-4)
+    assert figures["validation/cross_subject_distance"] == pytest.approx(apart, rel=1e-4)
+    assert 1 <= figures["validation/effective_rank"] <= 9
+
+
+def test_reconstruction_is_repeatable_and_by_modality(corpus, tiny):
+    config = load_config("mim", tiny)
+    learner, held_out = Learner(config), read_held_out(corpus, config)
+    figures, picture = reconstruction(learner, held_out)
+    assert reconstruction(learner, held_out)[0] == figures
+    assert set(figures) == {"validation/error/flair", "validation/error/t1", "validation/error/t2"}
+    assert all(value > 0 for value in figures.values())
+    assert picture.shape == (3 * 32, 3 * 32)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+
+
+def test_the_queues_figures_tell_collapse_from_spread():
+    def figures_of(keys):
+        queue = Queue(4096, 16)
+        queue.enqueue(torch.nn.functional.normalize(keys, dim=1), torch.arange(len(keys)), torch.arange(len(keys)))
+        return queue_figures(queue)
+
+    generator = torch.Generator().manual_seed(0)
+    spread = figures_of(torch.randn(3000, 16, generator=generator))
+    collapsed = figures_of(torch.ones(3000, 16) + 1e-3 * torch.randn(3000, 16, generator=generator))
+    assert spread["queue/effective_rank"] > 14
+    assert collapsed["queue/effective_rank"] < 1.5
+    assert spread["queue/uniformity"] < -3
+    assert collapsed["queue/uniformity"] > -0.01
+    assert queue_figures(None) == queue_figures(Queue(8, 4)) == {}
