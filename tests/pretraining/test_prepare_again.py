@@ -103,6 +103,19 @@ def test_the_store_does_not_depend_on_the_number_of_processes(prepare, source, w
     assert contents(folder) == alone
 
 
+def test_the_store_does_not_depend_on_what_fits_into_memory(
+    prepare, source, write_scan, nnunet_folders, contents, monkeypatch
+):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz", spacing=2.0)
+    write_scan(source / "sub_1/ses_1/t2.nii.gz", spacing=1.5, shape=(26, 30, 28))
+    folder = prepare().folder
+    kept = contents(folder)
+    folder.rename(nnunet_folders["nnUNet_results"] / "kept")
+    monkeypatch.setattr("nnunet_ssl.pretraining.session.KEPT_BYTES", 0)
+    prepare()
+    assert contents(folder) == kept
+
+
 def test_two_runs_do_not_work_on_one_store(prepare, source, write_scan):
     from filelock import FileLock
 

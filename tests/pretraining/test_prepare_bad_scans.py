@@ -60,6 +60,13 @@ def _kilometres(path, good):
     nibabel.save(nibabel.Nifti1Image(image.get_fdata(), np.diag([1000.0, 1000, 1000, 1])), path)
 
 
+def _elsewhere(path, good):
+    image = nibabel.load(good)
+    affine = image.affine.copy()
+    affine[:3, 3] += 400
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), affine), path)
+
+
 def _dangling(path, good):
     path.symlink_to("../../.git/annex/objects/absent")
 
@@ -77,6 +84,7 @@ def _dangling(path, good):
         (_flat_affine, "affine is not finite or not invertible"),
         (_contradiction, "by pixdim"),
         (_kilometres, "no brain scan's"),
+        (_elsewhere, "does not overlap"),
         (_dangling, "a link that leads nowhere"),
     ],
 )
