@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -29,3 +30,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit("interrupted")
 
     return run
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with one line and status 1 on a :class:`UserError`, inside a command that is not ours."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -9,8 +9,10 @@ import contextlib
 import functools
 import importlib.util
 import io
+import logging
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,8 @@ import nibabel
 import numpy as np
 
 from nnunet_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 STRIPPED_MAXIMUM_ML = 2200.0
 """More tissue than this is no bare brain: intracranial volumes reach about 2 l, whole heads start near 3 l."""
@@ -63,28 +67,29 @@ def brain_mask(image: nibabel.Nifti1Image, device: str = "cpu") -> np.ndarray:
 
 
 def require_hd_bet() -> None:
-    """Check that HD-BET and its weights are there.
+    """Make sure that HD-BET is installed and its weights are there; download them if need be.
 
     Raises:
-        UserError: one of them is missing; the message says how to get it.
+        UserError: one of them is missing and cannot be got from here; the message says how to get it.
     """
     if importlib.util.find_spec("HD_BET") is None:
         raise UserError('HD-BET is not installed. Skull-stripping needs it: pip install "nnunet_ssl[skullstrip]"')
-    weights = _weights_folder()
-    if not (weights / "fold_all" / "checkpoint_final.pth").is_file():
-        with _contained():
-            from HD_BET.paths import ZENODO_DOWNLOAD_URL
-        raise UserError(
-            f"HD-BET is installed, but its weights are not in {weights}. On a machine with internet access, run "
-            "`python -c 'from HD_BET.checkpoint_download import maybe_download_parameters as get; get()'` "
-            f"(it unpacks {ZENODO_DOWNLOAD_URL} there) and copy that folder to the same place here."
-        )
-
-
-def _weights_folder() -> Path:
     with _contained():
-        from HD_BET.paths import folder_with_parameter_files
-    return Path(folder_with_parameter_files)
+        from HD_BET.checkpoint_download import maybe_download_parameters
+        from HD_BET.paths import ZENODO_DOWNLOAD_URL, folder_with_parameter_files
+    weights = Path(folder_with_parameter_files)
+    if (weights / "fold_all" / "checkpoint_final.pth").is_file():
+        return
+    logger.info("Downloading HD-BET's weights to %s", weights)
+    try:
+        with _contained():
+            maybe_download_parameters()
+    except (OSError, TypeError, zipfile.BadZipFile) as error:  # TypeError: it was told no length of the file
+        raise UserError(
+            f"HD-BET is installed, but its weights are not in {weights}, and they could not be downloaded "
+            f"({type(error).__name__}). On a machine with internet access, run `hd-bet` once, or unpack "
+            f"{ZENODO_DOWNLOAD_URL} there, and copy the folder to the same place here."
+        ) from error
 
 
 @functools.lru_cache(maxsize=1)

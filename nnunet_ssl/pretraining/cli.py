@@ -64,6 +64,9 @@ def prepare() -> None:
         arguments.d, config, processes=arguments.np, scheduler=arguments.scheduler, device=arguments.device
     )
     logger.info("%s\nThe store is in %s", describe(report.summary), report.folder)
+    skulls = (report.manifest["skull"] == "present").sum()
+    if skulls:
+        logger.info("%d scans seem to have their skull still; --skull-strip hd-bet removes it.", skulls)
     if len(report.failures):
         logger.info("%d scans could not be used, see %s", len(report.failures), report.folder / "failures.tsv")
         sys.exit(EXIT_WITH_FAILURES)

@@ -22,8 +22,8 @@ COLUMNS = ("scan_id", "dataset", "subject", "session", "modality", "repeat", "ag
 LAYOUTS = ("fomo", "bids", "nnssl")
 NNSSL_FILE = "pretrain_data.json"
 
+_FOUND = [name for name in COLUMNS if name not in ("age", "sex")]  # what the names of files and folders tell
 _IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$")
-_FOMO_KEYS = ["dataset", "participant_id", "session_id"]
 _FOMO_STEM = re.compile(r"(?P<name>.+?)(_(?P<repeat>\d+))?$")
 _BIDS_FOLDERS = ("anat", "dwi", "swi")
 _BIDS_NOT_IMAGES = {"mask", "roi", "dseg", "probseg", "defacemask", "label"}
@@ -101,11 +101,10 @@ def _read_fomo(root: Path) -> pd.DataFrame:
                             "path": str(file),
                         }
                     )
-    scans = pd.DataFrame(rows, columns=[*COLUMNS, *_FOMO_KEYS[1:], "filename"])
-    scans = scans.drop(columns=["age", "sex"])
-    keys = _FOMO_KEYS
+    keys = ["dataset", "participant_id", "session_id"]
+    scans = pd.DataFrame(rows, columns=[*_FOUND, "participant_id", "session_id", "filename"])
     if _roots(root, "sub_") == [root]:
-        keys = _FOMO_KEYS[1:]
+        keys.remove("dataset")
         scans = scans.drop(columns="dataset")
     for table, on in (("participants", keys), ("mapping", [*keys, "filename"]), ("mri_info", [*keys, "filename"])):
         scans = _join(scans, root / f"{table}.tsv", on)
@@ -145,7 +144,7 @@ def _read_bids_tree(root: Path) -> pd.DataFrame:
                             "path": str(file),
                         }
                     )
-    scans = pd.DataFrame(rows, columns=[*COLUMNS, "participant_id"]).drop(columns=["age", "sex"])
+    scans = pd.DataFrame(rows, columns=[*_FOUND, "participant_id"])
     scans = _join(scans, root / "participants.tsv", ["participant_id"]).assign(dataset_doi=_bids_doi(root))
     return _with_age_and_sex(scans.drop(columns="participant_id"))
 

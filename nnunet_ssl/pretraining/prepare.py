@@ -1,6 +1,6 @@
 """From an indexed corpus to a store that a training loop samples from, safe against interruption at any instant.
 
-Three things make it safe. Every stored file appears by one rename, a case's .pkl last (see :mod:`.session`). The
+Three things make it safe. Every stored file appears by one rename, a case's .pkl last (see :mod:`.store`). The
 journal gets a line for each finished session, with a fingerprint of its inputs and options. The manifest, which
 :func:`nnunet_ssl.pretraining.corpus.open_corpus` asks for, is there only while the whole store is finished.
 """
@@ -26,7 +26,8 @@ from nnunet_ssl.files import written_beside
 from nnunet_ssl.imaging.skull_strip import require_hd_bet
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
 from nnunet_ssl.pretraining.corpus import CONFIGURATION, DATA_IDENTIFIER, PLANS_NAME, summarize
-from nnunet_ssl.pretraining.session import STORED_SUFFIXES, ScanTask, SessionResult, SessionTask, prepare_session
+from nnunet_ssl.pretraining.session import ScanTask, SessionResult, SessionTask, prepare_session
+from nnunet_ssl.pretraining.store import SUFFIXES
 from nnunet_ssl.pretraining.workers import run_locally, run_on_cluster
 
 JOURNAL = f"{PLANS_NAME}_journal.jsonl"
@@ -67,10 +68,11 @@ class PreparationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationReport:
-    """What a finished preparation leaves behind."""
+    """What a finished preparation leaves behind: the data set's folder, counts, and the tables that lie in it."""
 
     folder: Path
     summary: dict[str, Any]
+    manifest: pd.DataFrame
     failures: pd.DataFrame
 
 
@@ -262,7 +264,7 @@ def _finished(folder: Path, tasks: Sequence[SessionTask]) -> dict[str, SessionRe
             continue
         same = result.fingerprint == fingerprints[result.session]
         changed += not same
-        complete = all(row["scan_id"] + suffix in present for row in result.rows for suffix in STORED_SUFFIXES)
+        complete = all(row["scan_id"] + suffix in present for row in result.rows for suffix in SUFFIXES)
         if same and complete and not result.transient:
             done[result.session] = result
         else:
@@ -289,7 +291,7 @@ def _write_journal(path: Path, results: Collection[SessionResult]) -> None:
 
 def _strangers(store: Path, scan_ids: Collection[str]) -> list[Path]:
     """What does not belong in the store: files that a kill left half-written, cases that the index no longer has."""
-    expected = {f"{scan_id}{suffix}" for scan_id in scan_ids for suffix in STORED_SUFFIXES}
+    expected = {f"{scan_id}{suffix}" for scan_id in scan_ids for suffix in SUFFIXES}
     strangers = [path for path in store.iterdir() if path.name not in expected]
     cases = sum(path.suffix == ".pkl" and not path.name.startswith(".") for path in strangers)
     if cases:
@@ -353,4 +355,4 @@ def _conclude(folder: Path, scans: pd.DataFrame, results: Sequence[SessionResult
     manifest = scans.merge(pd.DataFrame(rows), on="scan_id", validate="one_to_one")
     with written_beside(folder / "manifest.tsv") as path:
         manifest.to_csv(path, sep="\t", index=False)
-    return PreparationReport(folder=folder, summary=summarize(manifest), failures=failures)
+    return PreparationReport(folder=folder, summary=summarize(manifest), manifest=manifest, failures=failures)

@@ -6,37 +6,27 @@ number of processes or machines may prepare different sessions of a corpus at th
 
 from __future__ import annotations
 
-import os
-import pickle
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import blosc2
 import numpy as np
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import written_beside
 from nnunet_ssl.imaging.normalization import PercentileZScoreNormalization
 from nnunet_ssl.imaging.skull_strip import brain_mask, looks_stripped
 from nnunet_ssl.pretraining.corpus import CONFIGURATION
+from nnunet_ssl.pretraining.store import finished_row, flush_folder, remove_case, to_half, write_case
 from nnunet_ssl.pretraining.volumes import BadScan, Grid, Volume, on_grid, read_volume
 
 KEPT_BYTES = 2**30
 """A session's volumes stay in memory up to this size between the first look and the storing; others are read twice."""
-
-HALF_STEP = 2.0**-10
-"""Half-precision values are no finer than this (standard deviations): finer bits are noise, and do not compress."""
-
-STORED_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
-"""What makes a stored case, in the order of writing: the .pkl file is there only if the others are complete."""
 
 _STRIPPING_ORDER = ("t1", "t1c", "flair", "t2")  # what HD-BET was trained on, best first
 
@@ -87,8 +77,7 @@ class SessionResult:
     def remove_failed_cases(self, folder: str) -> None:
         """Remove what an earlier run stored of the scans that fail now."""
         for failure in self.failures:
-            for suffix in STORED_SUFFIXES:
-                Path(folder, failure["scan_id"] + suffix).unlink(missing_ok=True)
+            remove_case(Path(folder, failure["scan_id"]))
 
 
 def prepare_session(task: SessionTask) -> SessionResult:
@@ -114,7 +103,7 @@ def prepare_session(task: SessionTask) -> SessionResult:
     box = _union(boxes.values())
     result.rows = list(_attempt(lambda scan: session.store(scan, box), boxes, result).values())
     result.remove_failed_cases(task.folder)
-    _flush_folder(task.folder)
+    flush_folder(Path(task.folder))
     return result
 
 
@@ -148,6 +137,7 @@ class _Session:
         self.reader = plans.image_reader_writer_class()
         self.grid: Grid | None = None
         self.regridded: dict[ScanTask, str] = {}
+        self.skull: dict[ScanTask, str] = {}
         self.brain: np.ndarray | None = None
         self.brain_from = ""
         self.kept: dict[ScanTask, Volume] = {}
@@ -163,12 +153,14 @@ class _Session:
         sharpest = min(looks, key=lambda scan: (looks[scan].grid.voxel_mm3, scan.scan_id))
         self.grid = looks[sharpest].grid
         self.regridded = {scan: sharpest.scan_id for scan in looks if not looks[scan].grid.same_as(self.grid)}
-        if self.options["skull_strip"] is None or all(look.stripped for look in looks.values()):
+        self.skull = {scan: "absent" if look.stripped else "present" for scan, look in looks.items()}
+        if self.options["skull_strip"] is None or "present" not in self.skull.values():
             return
         order = [*_STRIPPING_ORDER, *sorted({scan.modality for scan in looks} - set(_STRIPPING_ORDER))]
         best = min(looks, key=lambda scan: (order.index(scan.modality), looks[scan].grid.voxel_mm3, scan.scan_id))
         self.brain_from = best.scan_id
         self.brain = brain_mask(self._load(best).as_nifti(), self.task.device).transpose(2, 1, 0)
+        self.skull = {scan: "removed" if skull == "present" else skull for scan, skull in self.skull.items()}
 
     def foreground_box(self, scan: ScanTask) -> Box:
         """The box of what is not zero, on the session's grid."""
@@ -179,18 +171,19 @@ class _Session:
 
     def store(self, scan: ScanTask, box: Box) -> dict[str, Any]:
         """Crop, normalise, resample and write a scan; return its row of the manifest."""
-        folder = Path(self.task.folder)
-        row = _stored_row(folder / scan.scan_id, self.task.fingerprint)
+        case, fingerprint = Path(self.task.folder, scan.scan_id), self.task.fingerprint
+        row = finished_row(case, fingerprint)
         if row is not None:
             return row
         volume = self._load(scan)
         self.kept.pop(scan, None)
-        data, foreground = self._preprocess(volume.data[bounding_box_to_slice(box)])
+        image, foreground = self._preprocess(volume.data[bounding_box_to_slice(box)])
         row = {
             "scan_id": scan.scan_id,
             **_describe(foreground),
             "nan_voxels": volume.nan_voxels,
             "regridded_to": self.regridded.get(scan, ""),
+            "skull": self.skull[scan],
             "brain_mask_from": self.brain_from,
         }
         properties = {
@@ -199,9 +192,9 @@ class _Session:
             "shape_before_cropping": volume.grid.shape,
             "bbox_used_for_cropping": box,
             "shape_after_cropping_and_before_resampling": tuple(stop - start for start, stop in box),
-            "nnunet_ssl": {"fingerprint": self.task.fingerprint, "row": row},
         }
-        _write_case(folder / scan.scan_id, data, foreground, properties, self.configuration.patch_size)
+        patch_size = self.configuration.patch_size
+        write_case(case, image, foreground, properties, patch_size=patch_size, fingerprint=fingerprint, row=row)
         return row
 
     def _load(self, scan: ScanTask) -> Volume:
@@ -233,14 +226,7 @@ class _Session:
             raise BadScan(f"its foreground is thinner than a voxel of {configuration.spacing} mm")
         image = configuration.resampling_fn_data(image[None], shape, *spacings)
         foreground = configuration.resampling_fn_seg(foreground[None], shape, *spacings).astype(np.int8, copy=False)
-        return _to_half(image) if self.options["dtype"] == "float16" else image.astype(np.float32), foreground
-
-
-def _to_half(image: np.ndarray) -> np.ndarray:
-    """Round to float16; where that is finer than :data:`HALF_STEP`, to multiples of the step."""
-    fine = np.abs(image) < 1
-    image[fine] = np.round(image[fine] / HALF_STEP) * HALF_STEP + 0.0  # + 0.0 makes one zero of -0.0 and 0.0
-    return image.astype(np.float16)
+        return to_half(image) if self.options["dtype"] == "float16" else image.astype(np.float32), foreground
 
 
 def _union(boxes: Iterable[Box]) -> Box:
@@ -259,45 +245,3 @@ def _describe(foreground: np.ndarray) -> dict[str, Any]:
         "bbox": ",".join(str(bound) for axis in bounds for bound in axis),
         "foreground": round(float(inside.mean()), 4),
     }
-
-
-def _write_case(
-    case: Path, data: np.ndarray, foreground: np.ndarray, properties: dict[str, Any], patch_size: list[int]
-) -> None:
-    """Write a case as nnUNetDatasetBlosc2 reads it, each file in one rename, the .pkl last."""
-    for suffix, array, filters in (
-        (".b2nd", data, blosc2.Filter.SHUFFLE),
-        ("_seg.b2nd", foreground, blosc2.Filter.NOFILTER),
-    ):
-        blocks, chunks = comp_blosc2_params(array.shape, patch_size, array.itemsize)
-        # The same bytes every time: with several threads the order of a chunk's blocks is left to chance, and the file
-        # also records how many threads a reader uses by default.
-        layout = {
-            "chunks": chunks,
-            "blocks": blocks,
-            "cparams": {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [filters], "nthreads": 1},
-            "dparams": {"nthreads": 1},
-        }
-        with written_beside(f"{case}{suffix}") as path:
-            blosc2.asarray(np.ascontiguousarray(array), urlpath=str(path), mode="w", **layout)
-    with written_beside(f"{case}.pkl") as path:
-        path.write_bytes(pickle.dumps(properties))
-
-
-def _stored_row(case: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest row of a case that an interrupted run finished from the same inputs, or None."""
-    if not all(Path(f"{case}{suffix}").is_file() for suffix in STORED_SUFFIXES):
-        return None
-    stored = pickle.loads(Path(f"{case}.pkl").read_bytes())["nnunet_ssl"]
-    return stored["row"] if stored["fingerprint"] == fingerprint else None
-
-
-def _flush_folder(folder: str) -> None:
-    """Make the renames in a folder survive a power cut (Windows offers no such call)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

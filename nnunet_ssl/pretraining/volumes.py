@@ -82,7 +82,8 @@ def read_volume(path: Path, reader: BaseReaderWriter) -> Volume:
         BadScan: the file is missing or holds no readable 3-D image, its header makes no sense, or no voxel differs.
         MemoryError: the image is larger than the memory.
     """
-    _check_file(path)
+    with _bad_if_unreadable("cannot be opened"):
+        _check_file(path)
     with _bad_if_unreadable("not a readable NIfTI file"):
         _check_header(nibabel.load(path))
     with _bad_if_unreadable("truncated or corrupt"):

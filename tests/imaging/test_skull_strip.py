@@ -49,6 +49,9 @@ def fake_hd_bet(tmp_path, monkeypatch):
     (package / "paths.py").write_text(
         f"folder_with_parameter_files = {str(tmp_path / 'params')!r}\nZENODO_DOWNLOAD_URL = 'https://zenodo.org/x'\n"
     )
+    (package / "checkpoint_download.py").write_text(
+        "def maybe_download_parameters():\n    raise ConnectionError('no internet')\n"
+    )
     (package / "hd_bet_prediction.py").write_text(
         textwrap.dedent(
             """
@@ -110,10 +113,10 @@ def test_hd_bets_side_effects_stay_inside(fake_hd_bet, monkeypatch, capsys, comp
     assert capsys.readouterr().out == ""
 
 
-def test_missing_weights_are_explained(fake_hd_bet):
+def test_missing_weights_offline_are_explained(fake_hd_bet):
     require_hd_bet()
     fake_hd_bet.unlink()
-    with pytest.raises(UserError, match=r"weights are not in .*params.*maybe_download_parameters.*zenodo\.org"):
+    with pytest.raises(UserError, match=r"weights are not in .*params.*ConnectionError.*zenodo\.org.*copy the folder"):
         require_hd_bet()
 
 
@@ -134,7 +137,7 @@ def test_the_real_hd_bet_offline_asks_for_its_weights_and_leaves_the_process_as_
         assert sys.stdout is stdout and "nnUNet_compile" not in os.environ
         require_hd_bet()
     """
-    environment = os.environ | {"HOME": str(tmp_path)}
+    environment = os.environ | {"HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     environment.pop("nnUNet_compile", None)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True

@@ -184,6 +184,7 @@ def test_stripping_finds_the_brain_once_a_session_and_applies_it_to_all_its_scan
     assert all(corpus.scans["size_z"] < 0.6 * width), "cropped to the half that is left"
     assert corpus.preprocessing["skull_strip"] == "hd-bet"
     assert set(corpus.scans["brain_mask_from"]) == {"fomo__sub_1__ses_1__t1"}
+    assert set(corpus.scans["skull"]) == {"removed"}
 
 
 def test_stripped_sessions_are_left_alone_by_look_and_by_word(prepare, source, write_scan, cut_in_half):

@@ -130,20 +130,24 @@ def test_a_full_disk_stops_the_run_and_costs_nothing_done(prepare, source, write
         write_scan(source / f"sub_{subject}/ses_1/t1.nii.gz", seed=subject)
     from nnunet_ssl.pretraining import session
 
-    write, written = session._write_case, []
+    write, written = session.write_case, []
 
-    def write_until_full(case, *rest):
+    def write_until_full(case, *rest, **options):
         if written:
             raise OSError(28, "No space left on device")
         written.append(case)
-        write(case, *rest)
+        write(case, *rest, **options)
 
-    monkeypatch.setattr(session, "_write_case", write_until_full)
+    def note_and_write(case, *rest, **options):
+        written.append(case)
+        write(case, *rest, **options)
+
+    monkeypatch.setattr(session, "write_case", write_until_full)
     with pytest.raises(OSError, match="No space left"):
         prepare()
     with pytest.raises(UserError, match="run to the end"):
         open_corpus(500)
-    monkeypatch.setattr(session, "_write_case", lambda case, *rest: (written.append(case), write(case, *rest)))
+    monkeypatch.setattr(session, "write_case", note_and_write)
     prepare()
     assert len(written) == len(set(written)) == 3
     assert len(open_corpus(500)) == 3

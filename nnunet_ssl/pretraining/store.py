@@ -1,0 +1,93 @@
+"""The files of a prepared store: write a case so that nnU-Net reads it, and recognise one that is finished."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+
+from nnunet_ssl.files import written_beside
+
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+"""What makes a case, in the order of writing: the .pkl file is there only if the others are complete."""
+
+HALF_STEP = 2.0**-10
+"""Half-precision values are no finer than this (standard deviations): finer bits are noise, and do not compress."""
+
+
+def to_half(image: np.ndarray) -> np.ndarray:
+    """Round to float16; where that is finer than :data:`HALF_STEP`, to multiples of the step."""
+    fine = np.abs(image) < 1
+    rounded = np.round(image / HALF_STEP) * HALF_STEP + 0.0  # + 0.0 makes one zero of -0.0 and 0.0
+    return np.where(fine, rounded, image).astype(np.float16)
+
+
+def write_case(
+    case: Path,
+    image: np.ndarray,
+    foreground: np.ndarray,
+    properties: Mapping[str, Any],
+    *,
+    patch_size: Sequence[int],
+    fingerprint: str,
+    row: Mapping[str, Any],
+) -> None:
+    """Write a case as nnUNetDatasetBlosc2 reads it, each file by one rename.
+
+    Args:
+        case: the files' common path, without suffix.
+        image: (1, X, Y, Z).
+        foreground: (1, X, Y, Z) int8, 0 inside and -1 outside: nnU-Net's "segmentation".
+        properties: nnU-Net's properties of the case.
+        patch_size: the crops to choose chunks and blocks for.
+        fingerprint: of what the case was made from.
+        row: what :func:`finished_row` is to return.
+    """
+    for suffix, array, shuffle in (
+        (".b2nd", image, blosc2.Filter.SHUFFLE),
+        ("_seg.b2nd", foreground, blosc2.Filter.NOFILTER),
+    ):
+        blocks, chunks = comp_blosc2_params(array.shape, patch_size, array.itemsize)
+        # The same bytes every time: with several threads the order of a chunk's blocks is left to chance, and the file
+        # also records how many threads a reader uses by default.
+        layout = {
+            "chunks": chunks,
+            "blocks": blocks,
+            "cparams": {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [shuffle], "nthreads": 1},
+            "dparams": {"nthreads": 1},
+        }
+        with written_beside(f"{case}{suffix}") as path:
+            blosc2.asarray(np.ascontiguousarray(array), urlpath=str(path), mode="w", **layout)
+    with written_beside(f"{case}.pkl") as path:
+        path.write_bytes(pickle.dumps({**properties, "nnunet_ssl": {"fingerprint": fingerprint, "row": row}}))
+
+
+def finished_row(case: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest row of a case that is complete and made from the same inputs, or None."""
+    if not all(Path(f"{case}{suffix}").is_file() for suffix in SUFFIXES):
+        return None
+    stored = pickle.loads(Path(f"{case}.pkl").read_bytes())["nnunet_ssl"]
+    return stored["row"] if stored["fingerprint"] == fingerprint else None
+
+
+def remove_case(case: Path) -> None:
+    """Remove what there is of a case."""
+    for suffix in SUFFIXES:
+        Path(f"{case}{suffix}").unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut (Windows offers no such call)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
