@@ -9,6 +9,7 @@ from pathlib import Path
 from nnunet_ssl.errors import command
 from nnunet_ssl.pretraining.corpus import describe, summarize
 from nnunet_ssl.pretraining.indexing import index_corpus, read_exclusions
+from nnunet_ssl.pretraining.layouts import LAYOUTS
 
 EXAMPLE = """\
 example:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("-i", type=Path, required=True, help="the corpus' folder, or nnssl's pretrain_data.json")
     parser.add_argument("-d", type=int, default=500, help="the data set's number (default: 500)")
     parser.add_argument("--name", default="FOMO60K", help="the data set's name (default: FOMO60K)")
-    parser.add_argument("--layout", choices=("auto", "fomo", "bids", "nnssl"), default="auto")
+    parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="names to leave out, one a line (see below)")
     arguments = parser.parse_args()
 

@@ -29,7 +29,7 @@ example:
 Found by looking: ATLAS_2/{Training,Testing}/R001/sub-*/ses-1/anat and data/{train,test}/derivatives/ATLAS/sub-*.
 """
 
-KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "roi": "mask", "lesion": "mask"}
+KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "lesion": "mask"}
 PARTS = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
 
 

@@ -140,7 +140,8 @@ def convert(
         raise UserError(f"No case could be converted. The first one, {failed[0].what}: {failed[0].reason}")
     skipped = [*skipped, *failed]
     rows = [json.loads(target.record_path(case.id).read_text())["row"] for case in converted]
-    report.write_report(rows, skipped, target.folder / "conversion", changed=bool(waiting or gone))
+    changed = bool(waiting or gone)
+    report.write_report(rows, skipped, target.folder / "conversion", len(target.channels), changed)
     report.log_notes(rows)
     report.log_skipped(skipped, target.folder / "conversion")
     return converted, rows
@@ -303,22 +304,30 @@ def _is_done(case: Case, target: Target) -> bool:
 
 
 def _remove_stale_files(cases: Sequence[Case], target: Target) -> list[str]:
-    """Remove what an earlier run made and this one would not: dropped cases, channels, another part."""
+    """Remove what an earlier run made and this one would not: dropped cases, channels, another part.
+
+    In the folder of ``--images-only`` patients may gather: cases of earlier runs stay.
+
+    Raises:
+        UserError: the earlier run was on other data altogether.
+    """
     expected = {path for case in cases for path in target.outputs(case)}
     current = {case.id for case in cases}
-    gone = []
-    for record in sorted((target.folder / "conversion" / "cases").glob("*.json")):
-        name = record.stem
-        for folder in (
-            target.folder,
-            *(target.folder / f"{kind}{part}" for kind in ("images", "labels") for part in PARTS),
-        ):
+    earlier = {path.stem for path in (target.folder / "conversion" / "cases").glob("*.json")}
+    gone = [] if target.images_only else sorted(earlier - current)
+    if gone and not earlier & current:
+        raise UserError(
+            f"{target.folder} was made from other data: none of its {len(gone)} cases (such as {gone[0]}) is among the "
+            f"{len(current)} found now (such as {min(current)}). Remove that folder, or choose another number with -d."
+        )
+    folders = [target.folder, *(target.folder / f"{kind}{part}" for kind in ("images", "labels") for part in PARTS)]
+    for name in sorted(earlier & current) + gone:
+        for folder in folders:
             for path in (folder / f"{name}.nii.gz", *folder.glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz")):
                 if path not in expected:
                     path.unlink(missing_ok=True)
-        if name not in current:
-            _forget(name, target)
-            gone.append(name)
+    for name in gone:
+        _forget(name, target)
     if gone:
         logger.info("Removed %d cases that are not part of the data set any more: %s", len(gone), ", ".join(gone))
     return gone

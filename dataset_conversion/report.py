@@ -21,17 +21,20 @@ from nnunet_ssl.imaging.geometry import Volume
 logger = logging.getLogger(__name__)
 
 _TILE_PIXELS = 200
-_COLUMNS, _ROWS = 4, 6
+_SHEET_PANELS = 48
 _OUTLINE = (1.0, 0.25, 0.2)
 
 
-def write_report(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped], folder: Path, changed: bool) -> None:
+def write_report(
+    rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped], folder: Path, n_channels: int, changed: bool
+) -> None:
     """Write ``report.tsv``, ``skipped.tsv`` and, when a case changed, the contact sheets ``contact_sheet_01.png`` ...
 
     Args:
         rows: one per converted case, with at least `case` and `notes`.
         skipped: what was left out.
         folder: where to write; the cases' tiles lie in its folder ``tiles``.
+        n_channels: how many pictures a tile holds, side by side.
         changed: whether any case was converted or removed since the sheets were made.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -42,7 +45,7 @@ def write_report(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped], fol
     if changed or not sheets:
         for sheet in sheets:
             sheet.unlink()
-        per_sheet = _COLUMNS * _ROWS
+        per_sheet = _SHEET_PANELS // n_channels
         for number, start in enumerate(range(0, len(rows), per_sheet), start=1):
             _write_sheet(folder / f"contact_sheet_{number:02d}.png", rows[start : start + per_sheet], folder / "tiles")
 
@@ -111,7 +114,7 @@ def _write_sheet(path: Path, rows: Sequence[dict[str, Any]], tiles: Path) -> Non
     from matplotlib.image import imread
 
     pictures = [imread(tiles / f"{row['case']}.png") for row in rows]
-    columns = min(len(rows), _COLUMNS)
+    columns = min(len(rows), max(1, 8 * pictures[0].shape[0] // pictures[0].shape[1]))
     lines = -(-len(rows) // columns)
     height, width = (size / 100 for size in pictures[0].shape[:2])
     figure = Figure(figsize=(columns * width * 1.02, lines * (height + 0.45)), facecolor="black")
