@@ -180,8 +180,8 @@ def _template_coordinates(rng: np.random.Generator, person: Person, axes: Axes, 
     coarse_axes = [np.arange(low, high + _COARSE_MM, _COARSE_MM) for low, high in MNI_BOX]
     mesh = np.stack(np.meshgrid(*coarse_axes, indexing="ij"))
     points = mesh - _CENTRE_MM[:, None, None, None]
-    size = 1 + (0.025 if person.sex == "M" else -0.025) + rng.normal(0, 0.015, 3)
-    angles = rng.normal(0, 0.07, 3)
+    size = 0.94 + (0.025 if person.sex == "M" else -0.025) + rng.normal(0, 0.015, 3)
+    angles = rng.normal(0, 0.07, 3)  # the MNI template is larger than most heads: 0.94
     if pose:
         matrix = Rotation.from_euler("xyz", angles).as_matrix() / size
         points = np.einsum("ij,jxyz->ixyz", matrix, points)

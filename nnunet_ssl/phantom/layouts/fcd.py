@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +116,9 @@ def _write_subject(anat: Path, subject: Subject, rng: np.random.Generator, voxel
         volume_ml = lesion_volume(rng, median_ml=4, spread=0.8, smallest_ml=0.8, largest_ml=25)
         anatomy, mask = focal_dysplasia(anatomy, rng, volume_ml)
     slices = max(4.0, voxel_mm) if subject.thick else voxel_mm
-    flair_grid = scan_grid(anatomy, (voxel_mm, slices if subject.thick else voxel_mm, voxel_mm), orientation="LAS")
-    flair = 400 * acquire(anatomy, "flair", draw_quality(rng), rng, flair_grid)
+    flair_grid = scan_grid(anatomy, (voxel_mm, slices, voxel_mm), orientation="LAS")
+    quality = replace(draw_quality(rng), thickness_mm=slices, slice_axis=1)
+    flair = 400 * acquire(anatomy, "flair", quality, rng, flair_grid)
     write_nifti(anat / f"{subject.name}_{subject.flair}.nii.gz", flair, flair_grid.affine, np.int16)
     t1_grid = scan_grid(anatomy, (0.8 * voxel_mm,) * 3, orientation="PSR", shift_mm=tuple(rng.uniform(-6, 6, 3)))
     motion = move(np.eye(4), tuple(rng.uniform(-4, 4, 3)), tuple(rng.uniform(-4, 4, 3))) if quirks else np.eye(4)
