@@ -1,0 +1,66 @@
+"""Networks by name and numbers: what a checkpoint's architecture or nnU-Net's plans describe, built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnunet_ssl.architectures.fpn import FPNDecoder
+from nnunet_ssl.architectures.swin import SwinEncoder
+from nnunet_ssl.errors import UserError
+
+ENCODERS = {"swin": SwinEncoder}
+
+
+def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
+    """Build an encoder from an architecture as checkpoints carry it.
+
+    An encoder maps (B, C, X, Y, Z), and optionally a boolean mask on its bottleneck grid, to a list of feature maps,
+    finest first; its attributes `channels` and `strides` describe them.
+
+    Args:
+        architecture: ``{"backbone": "swin", "in_channels": 1, ...}``; every other key is a keyword of the encoder.
+
+    Raises:
+        UserError: an unknown backbone or keyword.
+    """
+    settings = dict(architecture)
+    backbone = settings.pop("backbone", None)
+    if backbone not in ENCODERS:
+        raise UserError(f"The backbone is '{backbone}'; it can be one of: {', '.join(ENCODERS)}.")
+    try:
+        return ENCODERS[backbone](**settings)
+    except TypeError as error:
+        raise UserError(f"The architecture of the '{backbone}' encoder does not fit: {error}.") from error
+
+
+class SwinFPN(nn.Module):
+    """SwinEncoder and FPNDecoder as the segmentation network that nnU-Net builds from its plans.
+
+    The encoder has no mask token here: a parameter that no loss reaches would stop distributed training.
+
+    Args:
+        input_channels: channels of the input.
+        num_classes: channels of the output.
+        deep_supervision: accepted because nnU-Net passes it; the network has one output at full resolution either way.
+        width: channels inside the decoder.
+        encoder_kwargs: keywords of :class:`SwinEncoder`, JSON-serialisable, as a checkpoint's architecture has them.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        width: int = 32,
+        **encoder_kwargs: Any,
+    ):
+        super().__init__()
+        self.encoder = SwinEncoder(input_channels, **{**encoder_kwargs, "mask_token": False})
+        self.decoder = FPNDecoder(self.encoder.channels, num_classes, width=width, stride=self.encoder.strides[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, input_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z)."""
+        return self.decoder(self.encoder(x), x.shape[2:])

@@ -1,0 +1,282 @@
+"""SwinEncoder: the hybrid Swin UNETR-V2 encoder, five feature maps from a volume.
+
+Tang et al. 2022 (Swin UNETR, arXiv 2111.14791), He et al. 2023 (Swin UNETR-V2: a residual conv block before each Swin
+stage) and the GroupNorm and mask token of arXiv 2511.11311. Given the same weights the maps equal those of MONAI's
+``SwinTransformer(use_v2=True)(x, normalize=True)``; the tests hold it to 1e-10 in float64.
+
+Tokens stay channels-last from the patch embedding to the outputs, so linear layers, norms and windows need no copies,
+and the convolutions run in PyTorch's ``channels_last_3d`` layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
+from nnunet_ssl.errors import UserError
+
+OCTANTS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
+"""The order in which a patch merging concatenates the eight tokens of a 2x2x2 cell (MONAI 1.5 and later)."""
+
+
+def expand_mask(mask: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Bring a mask (B, x, y, z) to a finer grid of `size`, each cell covering `stride` places along each axis."""
+    for axis, length in enumerate(size, start=1):
+        cell = torch.arange(length, device=mask.device) // stride
+        mask = mask.index_select(axis, cell)
+    return mask
+
+
+class PatchEmbedding(nn.Module):
+    """A volume (B, C, X, Y, Z), zero-padded to whole patches, to tokens (B, x, y, z, width)."""
+
+    def __init__(self, in_channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv3d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = [-size % self.patch_size for size in x.shape[2:]]
+        if any(missing):
+            x = F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]))
+        return self.proj(x).permute(0, 2, 3, 4, 1).contiguous()
+
+
+class ResidualBlock(nn.Module):
+    """The convolutions of "V2": two 3x3x3 convs with norm and LeakyReLU, on tokens (B, x, y, z, C)."""
+
+    def __init__(self, channels: int, norm: str):
+        super().__init__()
+        self.conv1 = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.norm1 = conv_normalization(norm, channels)
+        self.norm2 = conv_normalization(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 4, 1, 2, 3)  # a view in channels_last_3d
+        y = F.leaky_relu(self.norm1(self.conv1(x)), 0.01)
+        y = F.leaky_relu(self.norm2(self.conv2(y)) + x, 0.01)
+        return y.permute(0, 2, 3, 4, 1)
+
+
+def conv_normalization(kind: str, channels: int) -> nn.Module:
+    """Return the norm of the conv blocks: "instance" (MONAI's, without parameters) or "group".
+
+    "group" has 8 groups, or the largest number below that divides both 8 and `channels` (4 for 12 channels).
+    """
+    if kind == "instance":
+        return nn.InstanceNorm3d(channels)
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+    raise UserError(f"The norm of the conv blocks is '{kind}'; it can be 'group' or 'instance'.")
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a learnt bias for each relative position."""
+
+    def __init__(self, channels: int, heads: int, window: int):
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 3, heads))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.register_buffer("relative_position_index", relative_positions(window), persistent=False)
+
+    def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:
+        """Attend within the windows of `plan`; tokens (batch * tokens, C) in and out."""
+        qkv = self.qkv(tokens)
+        # A padded token is a zero vector before the projection, so its projection is the projection's bias.
+        windows = to_windows(qkv, self.qkv.bias.to(qkv.dtype), plan)
+        qkv = windows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.bias(plan.length)
+        attended = [
+            attention(*kind, bias if penalty is None else bias + penalty.to(bias.dtype))
+            for kind, penalty in zip(qkv.split(plan.windows_of_kind, dim=1), plan.penalties, strict=True)
+        ]
+        windows = torch.cat([part.transpose(1, 2) for part in attended]).flatten(2)
+        return self.proj(from_windows(windows, plan))
+
+    def bias(self, length: int) -> Tensor:
+        """Return the bias (heads, length, length) of windows of `length` tokens.
+
+        A window smaller than the table's takes the first rows and columns of the full index, as MONAI does. Geometry
+        would ask for another choice, but this is how published weights were trained.
+        """
+        index = self.relative_position_index[:length, :length]
+        bias = self.relative_position_bias_table.index_select(0, index.reshape(-1))
+        return bias.reshape(length, length, self.heads).permute(2, 0, 1).contiguous()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Scaled dot-product attention; query, key, value: (windows, heads, length, d), bias: (heads, length, length)."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
+
+
+def relative_positions(window: int) -> Tensor:
+    """Return (window**3, window**3): the row of the bias table for each pair of places in a window."""
+    place = torch.cartesian_prod(*[torch.arange(window)] * 3)
+    offset = place[:, None] - place[None, :] + window - 1
+    x, y, z = offset.unbind(-1)
+    return (x * (2 * window - 1) + y) * (2 * window - 1) + z
+
+
+class SwinBlock(nn.Module):
+    """Window attention and an MLP, each after a LayerNorm and with a residual connection."""
+
+    def __init__(self, channels: int, heads: int, window: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = WindowAttention(channels, heads, window)
+        self.norm2 = nn.LayerNorm(channels)
+        hidden = int(channels * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
+
+    def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens), plan)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class PatchMerging(nn.Module):
+    """Halve the grid: concatenate the eight tokens of each 2x2x2 cell, normalise, reduce to twice the channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(8 * channels)
+        self.reduction = nn.Linear(8 * channels, 2 * channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = [size % 2 for size in x.shape[1:4]]
+        if any(odd):
+            x = F.pad(x, (0, 0, 0, odd[2], 0, odd[1], 0, odd[0]))
+        x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in OCTANTS], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """A conv block, Swin blocks with plain and shifted windows in turn, and a patch merging."""
+
+    def __init__(self, channels: int, depth: int, heads: int, window: int, mlp_ratio: float, conv_norm: str):
+        super().__init__()
+        self.window = window
+        self.conv = ResidualBlock(channels, conv_norm)
+        self.blocks = nn.ModuleList(SwinBlock(channels, heads, window, mlp_ratio) for _ in range(depth))
+        self.merging = PatchMerging(channels)
+
+    def forward(self, x: Tensor, *, checkpointing: bool) -> Tensor:
+        """Map tokens (B, x, y, z, C) to (B, ceil(x / 2), ceil(y / 2), ceil(z / 2), 2 C)."""
+        x = self.conv(x)
+        batch, *grid, channels = x.shape
+        tokens = x.reshape(-1, channels)
+        for number, block in enumerate(self.blocks):
+            plan = plan_windows(tuple(grid), self.window, shifted=number % 2 == 1, batch=batch, device=x.device)
+            if checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, plan, use_reentrant=False)
+            else:
+                tokens = block(tokens, plan)
+        return self.merging(tokens.reshape(batch, *grid, channels))
+
+
+class SwinEncoder(nn.Module):
+    """Volumes of any size to a pyramid of feature maps, finest first, each normalised over its channels.
+
+    Args:
+        in_channels: channels of the input.
+        embed_dim: channels of the finest map; each further stage doubles them.
+        depths: Swin blocks per stage.
+        num_heads: attention heads per stage; each must divide the stage's channels.
+        window_size: edge of the attention windows, in tokens.
+        patch_size: edge of the patches that become tokens, in voxels: the stride of the finest map.
+        mlp_ratio: hidden width of the MLPs over their channels.
+        conv_norm: norm of the conv blocks, "group" (the paper's) or "instance" (MONAI's).
+        mask_token: own the learnt vector that stands for hidden tokens; needed to call with a mask.
+        checkpointing: recompute the Swin blocks in the backward pass: less memory, about a third more time.
+
+    Attributes:
+        channels: channels of the maps, (48, 96, 192, 384, 768) by default.
+        strides: voxels per place of the maps, (2, 4, 8, 16, 32) by default.
+
+    Raises:
+        UserError: the sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        *,
+        embed_dim: int = 48,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        conv_norm: str = "group",
+        mask_token: bool = True,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.channels = tuple(embed_dim * 2**level for level in range(len(depths) + 1))
+        self.strides = tuple(patch_size * 2**level for level in range(len(depths) + 1))
+        self.checkpointing = checkpointing
+        if len(num_heads) != len(depths):
+            raise UserError(f"The encoder has {len(depths)} depths {tuple(depths)} but {len(num_heads)} num_heads.")
+        for heads, channels in zip(num_heads, self.channels, strict=False):
+            if channels % heads:
+                raise UserError(f"A stage of {channels} channels cannot have {heads} heads: they must divide it.")
+        self.patch_embed = PatchEmbedding(in_channels, embed_dim, patch_size)
+        self.mask_token = nn.Parameter(torch.zeros(embed_dim)) if mask_token else None
+        self.stages = nn.ModuleList(
+            SwinStage(channels, depth, heads, window_size, mlp_ratio, conv_norm)
+            for channels, depth, heads in zip(self.channels, depths, num_heads, strict=False)
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Draw linear layers, bias tables and the mask token as Swin does; convolutions keep PyTorch's default."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Encode volumes.
+
+        Args:
+            x: (B, C, X, Y, Z).
+            mask: (B, ceil(X / s), ceil(Y / s), ceil(Z / s)) with s the last of `strides`; boolean, True hides a cell:
+                all its tokens become the mask token before the first stage.
+
+        Returns:
+            The maps, level i of shape (B, channels[i], ceil(X / strides[i]), ...).
+
+        Raises:
+            ValueError: `mask` has another shape, or the encoder has no mask token.
+        """
+        tokens = self.patch_embed(x)
+        if mask is not None:
+            tokens = self._hide(tokens, mask, x.shape[2:])
+        maps = [tokens]
+        for stage in self.stages:
+            maps.append(stage(maps[-1], checkpointing=self.checkpointing))
+        return [F.layer_norm(level, level.shape[-1:]).permute(0, 4, 1, 2, 3) for level in maps]
+
+    def _hide(self, tokens: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("This encoder was built with mask_token=False, so it cannot hide what a mask covers.")
+        expected = (tokens.shape[0], *(-(-length // self.strides[-1]) for length in size))
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"The mask has shape {tuple(mask.shape)}; for input of size {tuple(size)} it is {expected}."
+            )
+        hidden = expand_mask(mask, tokens.shape[1:4], self.strides[-1] // self.strides[0])
+        return torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)
