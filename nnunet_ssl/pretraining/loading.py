@@ -1,0 +1,274 @@
+"""From the store to the training device: workers read the boxes that the drawn views need, and nothing else.
+
+An example's random numbers derive from (seed, stream, step, place in the global batch), never from the worker that
+happens to make it. So the k-th batch is the same for any number of workers and after a resume, and two ranks with half
+the batch size see together what one process sees.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import blosc2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.augmentation import (
+    AugmentationConfig,
+    Intensities,
+    RawBatch,
+    draw_flip,
+    draw_intensities,
+    draw_matrix,
+)
+from nnunet_ssl.pretraining.corpus import Corpus
+from nnunet_ssl.pretraining.interruption import SIGNALS
+from nnunet_ssl.pretraining.sampling import (
+    Kind,
+    SamplingConfig,
+    common_box,
+    draw_centre,
+    draw_jitter,
+    example_table,
+)
+from nnunet_ssl.pretraining.spatial import source_box
+
+ATTEMPTS = 20
+"""Draws for one example before its worker gives up: that many failures in a row are no accident."""
+
+DRAWS_BEFORE_JUDGEMENT = 200
+"""One unreadable scan among the first few drawn is no large share yet."""
+
+logger = logging.getLogger(__name__)
+
+
+def make_loader(
+    corpus: Corpus,
+    *,
+    kind: Kind,
+    batch_size: int,
+    patch_size: Sequence[int],
+    sampling: SamplingConfig,
+    augmentation: AugmentationConfig,
+    seed: int,
+    only_unpaired: bool = False,
+    stream: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    workers: int = 0,
+) -> Batches:
+    """Return an iterator over the batches of one rank, from `start_step` on.
+
+    Args:
+        corpus: the prepared scans to draw from.
+        kind: "mcl": patches at the same place of two modalities of a session; "cl": two patches at the same place of
+            one scan, from the scans that mcl draws; "mim": one patch of any scan.
+        batch_size: examples per step on this rank.
+        patch_size: voxels of a view along each axis.
+        sampling: weights, jitter and the tolerated share of unreadable scans.
+        augmentation: ranges and probabilities.
+        seed: of the run.
+        only_unpaired: mim draws only the scans that cannot enter a pair: the second stream of a combined recipe.
+        stream: distinguishes the loaders of one run: other random numbers for the same seed.
+        rank: of this process.
+        world_size: number of processes.
+        start_step: the first batch's number; a resumed run passes the number of steps it has done.
+        stop_step: the first batch not to be made; None goes on for ever.
+        workers: processes that read; 0 reads in this process.
+
+    Raises:
+        UserError: there is nothing to draw, or every scan is smaller than the patch. While iterating: too large a share
+            of the scans drawn cannot be read.
+    """
+    dataset = ExampleReader(
+        corpus,
+        kind=kind,
+        places=range(rank * batch_size, (rank + 1) * batch_size),
+        patch_size=patch_size,
+        sampling=sampling,
+        augmentation=augmentation,
+        seed=(seed, stream),
+        only_unpaired=only_unpaired,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=itertools.count(start_step) if stop_step is None else range(start_step, stop_step),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+    )
+    return Batches(loader, sampling.max_failed_share)
+
+
+class Batches:
+    """Iterate over batches, log the scans that could not be read, and stop when they are too many.
+
+    Args:
+        loader: yields what :class:`ExampleReader` returns.
+        max_failed_share: of the scans drawn so far, taken as at least :data:`DRAWS_BEFORE_JUDGEMENT`.
+    """
+
+    def __init__(self, loader: DataLoader, max_failed_share: float) -> None:
+        self.loader = loader
+        self.max_failed_share = max_failed_share
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        drawn = failed = 0
+        for read in self.loader:
+            drawn += read.drawn
+            failed += len(read.failures)
+            for failure in read.failures:
+                logger.warning("%s cannot be read and is replaced by another draw (failure %d).", failure, failed)
+            if failed > self.max_failed_share * max(drawn, DRAWS_BEFORE_JUDGEMENT):
+                raise UserError(
+                    f"{failed} of {drawn} scans drawn could not be read, more than sampling.max_failed_share="
+                    f"{self.max_failed_share:g} allows; the last one: {read.failures[-1]}. Is the disk still there? "
+                    "A store is repaired by deleting the damaged files and running nnssl_prepare again."
+                )
+            yield read.batch
+
+
+class Read(NamedTuple):
+    """A batch and what it took to read it."""
+
+    batch: RawBatch
+    drawn: int  # scans
+    failures: list[str]  # "<path>: <reason>"
+
+
+class View(NamedTuple):
+    """One view as drawn: a scan, the part of it that is needed, and what is to be done to it."""
+
+    row: int
+    matrix: np.ndarray  # (3, 3)
+    centre: np.ndarray  # (3,) voxels
+    box: np.ndarray  # (3, 2) half-open voxel ranges
+    intensities: Intensities
+
+
+class ExampleReader(Dataset):
+    """The batches of one rank by number: draws views, then reads the boxes they need.
+
+    What it knows of the scans lies in a few flat arrays, which forked workers share however many scans there are.
+    Arguments as of :func:`make_loader`; `places` are this rank's places in the global batch, `seed` is (seed, stream).
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        kind: Kind,
+        places: range,
+        patch_size: Sequence[int],
+        sampling: SamplingConfig,
+        augmentation: AugmentationConfig,
+        seed: tuple[int, int],
+        only_unpaired: bool,
+    ) -> None:
+        self.table = example_table(corpus, kind, sampling, only_unpaired=only_unpaired)
+        self.places = places
+        self.patch_size = tuple(patch_size)
+        self.jitter_mm = sampling.jitter_mm
+        self.augmentation = augmentation
+        self.seed = seed
+        self.folder = corpus.folder
+        self.spacing = corpus.spacing
+        self.left_right_axis = corpus.left_right_axis
+        scans = corpus.scans
+        self.scan_ids = scans["scan_id"].to_numpy(bytes)
+        self.subjects = scans["subject_index"].to_numpy(np.int64)
+        self.sessions = scans["session_index"].to_numpy(np.int64)
+        self.modalities = scans["modality"].cat.codes.to_numpy(np.int64)
+        self.sizes = scans[["size_x", "size_y", "size_z"]].to_numpy(np.int32)
+        self.boxes = scans[["x0", "x1", "y0", "y1", "z0", "z1"]].to_numpy(np.int32).reshape(-1, 3, 2)
+        self._check_patch()
+
+    def __getitem__(self, step: int) -> Read:
+        examples, failures, drawn = [], [], 0
+        for place in self.places:
+            for attempt in range(ATTEMPTS):
+                views = self._draw(np.random.default_rng([*self.seed, step, place, attempt]))
+                drawn += len(views)
+                crops, failed = self._read(views)
+                failures += failed
+                if not failed:
+                    examples.append((views, crops))
+                    break
+            else:
+                raise UserError(f"{ATTEMPTS} scans drawn in a row could not be read; the last one: {failures[-1]}.")
+        return Read(self._collate(examples, step), drawn, failures)
+
+    def _draw(self, rng: np.random.Generator) -> list[View]:
+        """Draw the views of one example: co-located, up to the jitter, each with its own affine map."""
+        rows = self.table.draw(rng)
+        centre = draw_centre(common_box(self.boxes[rows]), self.patch_size, rng)
+        flip_axis = self.left_right_axis if draw_flip(self.augmentation, rng) else None
+        views, matrix = [], None
+        for number, row in enumerate(rows):
+            if matrix is None or not self.augmentation.shared_affine:
+                matrix = draw_matrix(self.augmentation, flip_axis, self.spacing, rng)
+            shift = draw_jitter(self.jitter_mm, self.spacing, rng) if number else 0.0
+            box = source_box(matrix, centre + shift, self.patch_size, self.sizes[row])
+            views.append(View(int(row), matrix, centre + shift, box, draw_intensities(self.augmentation, rng)))
+        return views
+
+    def _read(self, views: Sequence[View]) -> tuple[list[np.ndarray], list[str]]:
+        """Decompress the boxes of an example; return the crops and what could not be read."""
+        crops, failures = [], []
+        for view in views:
+            path = self.folder / f"{self.scan_ids[view.row].decode()}.b2nd"
+            try:
+                array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+                if array.shape[1:] != tuple(self.sizes[view.row]):
+                    raise ValueError(f"its shape is {array.shape[1:]}, the manifest says {tuple(self.sizes[view.row])}")
+                crops.append(array[(slice(0, 1), *(slice(*ends) for ends in view.box.tolist()))][0])
+            except (OSError, RuntimeError, ValueError) as error:  # blosc2 raises any of them for a damaged file
+                failures.append(f"{path}: {error}")
+        return crops, failures
+
+    def _collate(self, examples: Sequence[tuple[list[View], list[np.ndarray]]], step: int) -> RawBatch:
+        """Lay the views one after the other, those of view 0 first."""
+        views = [view for one in zip(*(views for views, _ in examples)) for view in one]
+        crops = [crop for one in zip(*(crops for _, crops in examples)) for crop in one]
+        rows = np.array([view.row for view in views]).reshape(-1, len(examples))
+        voxels = np.concatenate([crop.ravel() for crop in crops]).astype(np.float16, copy=False)
+        return RawBatch(
+            voxels=torch.from_numpy(voxels),
+            sizes=np.array([crop.shape for crop in crops]),
+            matrices=np.array([view.matrix for view in views]),
+            centres=np.array([view.centre for view in views]),
+            origins=np.array([view.box[:, 0] for view in views]),
+            intensities=[view.intensities for view in views],
+            patch_size=self.patch_size,
+            subject=self.subjects[rows[0]],
+            session=self.sessions[rows[0]],
+            modality=self.modalities[rows],
+            scan_ids=[[self.scan_ids[row].decode() for row in view_rows] for view_rows in rows],
+            step=step,
+        )
+
+    def _check_patch(self) -> None:
+        sizes = self.sizes[np.unique(self.table.rows)]
+        if (sizes < self.patch_size).all():
+            raise UserError(
+                f"Every scan is smaller, along every axis, than patch_size {list(self.patch_size)}; the largest has "
+                f"{sizes[sizes.prod(axis=1).argmax()].tolist()} voxels. Choose a smaller patch_size, or prepare the "
+                "corpus with a smaller --spacing."
+            )
+
+
+def _start_worker(worker: int) -> None:
+    """Workers are many: one thread each. Requests to stop are the training's business, which sends workers home."""
+    for number in (*SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    blosc2.set_nthreads(1)
