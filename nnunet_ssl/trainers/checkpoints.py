@@ -1,0 +1,59 @@
+"""Which pre-trained encoder a trainer starts from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet_folders import folder_of
+
+VARIABLE = "nnssl_checkpoint"
+FILE = "encoder.safetensors"
+
+
+def explicit_checkpoint() -> Path | None:
+    """Return the file that the environment variable ``nnssl_checkpoint`` names, or ``None`` when it is not set.
+
+    The variable may name a file or the folder of a finished pre-training.
+
+    Raises:
+        UserError: the variable is set and there is no such file.
+    """
+    value = os.environ.get(VARIABLE)
+    if not value:
+        return None
+    path = Path(value).expanduser()
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{VARIABLE}={value}: there is no file {path}. Correct the path, or unset {VARIABLE}.")
+    return path
+
+
+def find_checkpoint(recipe: str | None, trainer: str) -> Path:
+    """Return ``nnssl_checkpoint``, else the newest finished pre-training of `recipe` under ``$nnUNet_results``.
+
+    Args:
+        recipe: such as ``"mcl_mim"``; ``None`` for a trainer that is told its file explicitly.
+        trainer: the trainer's name, for the message.
+
+    Raises:
+        UserError: there is none; the message says where it looked and what to do.
+    """
+    if (path := explicit_checkpoint()) is not None:
+        return path
+    if recipe is None:
+        raise UserError(
+            f"{trainer} fine-tunes from any checkpoint that nnssl_weights can read, and none was named. "
+            f"Name one: export {VARIABLE}=/path/to/checkpoint"
+        )
+    results = folder_of("nnUNet_results")
+    found = sorted(results.glob(f"Dataset*/{recipe}/{FILE}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"{trainer} needs a finished pre-training of the recipe {recipe}, and there is no file "
+            f"{results}/Dataset*/{recipe}/{FILE}. Three ways out: (1) pre-train one: nnssl_pretrain -c {recipe}; "
+            f"(2) point to a checkpoint you have: export {VARIABLE}=/path/to/checkpoint; "
+            f"(3) train the same network from scratch: -tr nnUNetTrainerSwinFPNScratch"
+        )
+    return found[-1]

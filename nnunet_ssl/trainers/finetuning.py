@@ -1,0 +1,215 @@
+"""The fine-tuning recipe as a stock nnU-Net trainer: encoder from a checkpoint, frozen first, then slowly trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.helpers import dummy_context
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_ssl.architectures.networks import PAPER_ENCODER
+from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
+from nnunet_ssl.errors import UserError, exit_on_user_error
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
+from nnunet_ssl.trainers.fractions import nested_subset
+from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer
+from nnunet_ssl.trainers.plans import network_entry, plans_with_settings, saved_network_entry
+from nnunet_ssl.trainers.settings import Settings
+
+GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
+
+
+class nnUNetTrainerSSL(nnUNetTrainer):
+    """Fine-tune a pre-trained encoder with an FPN decoder; every arm is this class with another `recipe`.
+
+    The network goes into the plans, so prediction needs neither the checkpoint nor the settings of the training.
+
+    Attributes:
+        recipe: the pre-training whose newest checkpoint is taken when ``nnssl_checkpoint`` names none.
+        from_scratch: start from random weights and freeze nothing.
+    """
+
+    recipe: str | None = None
+    from_scratch = False
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        with exit_on_user_error():
+            self.settings = Settings.from_environment()
+            plans = plans_with_settings(plans, configuration, self.settings)
+            folder = Path(
+                get_output_folder(plans["dataset_name"], type(self).__name__, plans["plans_name"], configuration)
+            )
+            if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
+                self._find_checkpoint()  # a missing one is reported before any folder is made
+        plans["nnunet_ssl"] = {"settings": dataclasses.asdict(self.settings)}
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = min(self.settings.epoch_steps, self.settings.steps)
+        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
+        self.num_epochs = self.settings.steps // self.num_iterations_per_epoch
+        self.freeze_steps = 0 if self.from_scratch else round(self.settings.freeze_share * self.settings.steps)
+        self.initial_lr = self.settings.lr
+        self.oversample_foreground_percent = 0.5  # one patch around a lesion for each one drawn anywhere
+        self.enable_deep_supervision = False
+        self.save_every = 1
+        self.resuming = False
+        self.encoder_trainable = True
+        self.step_in_epoch = 0
+
+    # ---- network and weights -----------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        with exit_on_user_error():
+            pretrained = None if self.resuming else self._read_checkpoint()
+            if self.resuming:
+                entry = saved_network_entry(self.output_folder_base, self.configuration_name)
+            else:
+                entry = network_entry(pretrained.architecture if pretrained else PAPER_ENCODER)
+                self._refuse_to_mix_networks(entry)
+            self._write_network_into_plans(entry)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.settings.seed)
+                super().initialize()
+            if pretrained is not None and not self.from_scratch:
+                self._load_encoder(pretrained)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        self.resuming = not self.was_initialized
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _find_checkpoint(self) -> Path | None:
+        return explicit_checkpoint() if self.from_scratch else find_checkpoint(self.recipe, type(self).__name__)
+
+    def _read_checkpoint(self) -> PretrainedEncoder | None:
+        path = self._find_checkpoint()
+        if path is None:
+            return None
+        use = "Taking the network's sizes, not its weights, from" if self.from_scratch else "Pre-trained encoder:"
+        self.print_to_log_file(f"{use} {path}")
+        return read_checkpoint(path)
+
+    def _load_encoder(self, pretrained: PretrainedEncoder) -> None:
+        report = load_encoder(unwrapped(self.network).encoder, pretrained)
+        self.print_to_log_file(f"origin {pretrained.origin}, method {pretrained.method}, step {pretrained.step}")
+        self.print_to_log_file(str(report))
+        self.plans_manager.plans["nnunet_ssl"]["pretrained"] = {
+            "origin": pretrained.origin,
+            "method": pretrained.method,
+            "step": pretrained.step,
+            "loaded_fraction": report.fraction,
+        }
+
+    def _write_network_into_plans(self, entry: dict[str, Any]) -> None:
+        self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
+        self.configuration_manager.configuration["architecture"] = entry
+
+    def _refuse_to_mix_networks(self, entry: dict[str, Any]) -> None:
+        """All folds of a model share one plans file: a fold of another network would break the others' prediction."""
+        others = [
+            path.parent.name
+            for path in Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth")
+            if path.parent.name != f"fold_{self.fold}"
+        ]
+        if others and saved_network_entry(self.output_folder_base, self.configuration_name) != entry:
+            raise UserError(
+                f"{self.output_folder_base} holds {', '.join(sorted(set(others)))} of another network than the "
+                "checkpoint chosen now. Name the checkpoint of those folds (nnssl_checkpoint), or move them away."
+            )
+
+    # ---- optimization ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
+        default = self.settings.lr if self.from_scratch else 0.1 * self.settings.lr
+        optimizer = build_optimizer(unwrapped(self.network), self.settings.lr, self.settings.encoder_lr or default)
+        schedule = StepSchedule(
+            optimizer,
+            steps=self.settings.steps,
+            epoch_steps=self.num_iterations_per_epoch,
+            freeze_steps=self.freeze_steps,
+        )
+        return optimizer, schedule
+
+    def on_train_epoch_start(self) -> None:
+        self.step_in_epoch = 0
+        self._prepare_step()
+        super().on_train_epoch_start()
+        unwrapped(self.network).encoder.train(self.encoder_trainable)
+
+    def train_step(self, batch: dict) -> dict:
+        self._prepare_step()
+        self.step_in_epoch += 1
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self.network(data), target)
+        if self.grad_scaler is None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _prepare_step(self) -> None:
+        """Set learning rates for the coming step, and freeze or unfreeze the encoder when its time has come."""
+        step = self.current_epoch * self.num_iterations_per_epoch + self.step_in_epoch
+        self.lr_scheduler.set_step(step)
+        if self.encoder_trainable != (step >= self.freeze_steps):
+            self.encoder_trainable = not self.encoder_trainable
+            self.network = with_trainable_encoder(self.network, self.encoder_trainable)
+            self.print_to_log_file(f"Step {step}: encoder {'unfrozen' if self.encoder_trainable else 'frozen'}")
+
+    # ---- data and files ----------------------------------------------------------------------------------------------
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        train, validation = super().do_split()
+        if self.settings.fraction < 100:
+            kept = nested_subset(train, self.settings.fraction, self.settings.seed)
+            self.print_to_log_file(f"Training on {len(kept)} of {len(train)} cases ({self.settings.fraction} %)")
+            train = kept
+        return train, validation
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        with written_beside(filename) as temporary:
+            super().save_checkpoint(str(temporary))
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of DDP and torch.compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
+    """Switch the encoder's gradients on or off and return the network to use from now on.
+
+    DDP decides when it wraps which gradients it synchronises, so a wrapped network is wrapped anew.
+    """
+    core = unwrapped(network)
+    core.encoder.requires_grad_(trainable)
+    core.encoder.train(trainable and network.training)
+    if isinstance(network, DistributedDataParallel):
+        return DistributedDataParallel(network.module, device_ids=network.device_ids)
+    return network

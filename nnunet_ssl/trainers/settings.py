@@ -1,0 +1,118 @@
+"""The few knobs of fine-tuning, read from one environment variable and written into the folder's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+VARIABLE = "nnssl_settings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Length and pace of a fine-tuning; the defaults are the recipe of arXiv 2511.11311.
+
+    Attributes:
+        steps: optimizer steps in all.
+        epoch_steps: optimizer steps in one of nnU-Net's epochs; validation, logging and checkpoints follow each.
+        freeze_share: share of the steps, from the start, in which a pre-trained encoder stays as it is.
+        lr: peak learning rate of decoder and head.
+        encoder_lr: peak learning rate of the encoder. ``None``: a tenth of `lr` for a pre-trained encoder, `lr` itself
+            for one that starts from scratch.
+        patch_size: patch in voxels, in the plans' axis order. ``None``: the plans'.
+        batch_size: patches per step. ``None``: the plans'.
+        fraction: per cent of the fold's training subjects to train on; smaller fractions are subsets of larger ones.
+        seed: draws the order of subjects for `fraction`, and the initial weights of what is not pre-trained.
+    """
+
+    steps: int = 5000
+    epoch_steps: int = 250
+    freeze_share: float = 0.3
+    lr: float = 5e-4
+    encoder_lr: float | None = None
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+    fraction: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1 and self.epoch_steps >= 1, "steps and epoch_steps must be at least 1")
+        _require(
+            self.steps % min(self.epoch_steps, self.steps) == 0,
+            f"steps={self.steps} is not a whole number of epochs of epoch_steps={self.epoch_steps}",
+        )
+        _require(0 <= self.freeze_share < 1, f"freeze_share={self.freeze_share} must be at least 0 and below 1")
+        _require(self.lr > 0 and (self.encoder_lr is None or self.encoder_lr > 0), "learning rates must be positive")
+        _require(1 <= self.fraction <= 100, f"fraction={self.fraction} must be 1 to 100 (per cent)")
+        _require(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        _require(
+            self.patch_size is None or (len(self.patch_size) == 3 and min(self.patch_size) >= 1),
+            f"patch_size={self.patch_size} must be three positive numbers, such as 96x96x96",
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Settings:
+        """Read ``"steps=500,patch_size=64x64x64"``; an empty text gives the defaults.
+
+        Raises:
+            UserError: an unknown key, a value of the wrong kind or out of range.
+        """
+        readers = {field.name: _READERS[field.type] for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            key, _, value = (part.strip() for part in item.partition("="))
+            if key not in readers:
+                near = difflib.get_close_matches(key, readers, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(readers)}."
+                raise UserError(f"{VARIABLE} has no key '{key}': {hint}")
+            try:
+                values[key] = readers[key](value)
+            except ValueError:
+                raise UserError(f"{VARIABLE}: '{value}' is not a value for {key}.") from None
+        return cls(**values)
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read the environment variable ``nnssl_settings``."""
+        return cls.parse(os.environ.get(VARIABLE, ""))
+
+    def suffix(self) -> str:
+        """Return what to add to the plans' name so that runs with different settings never share a folder.
+
+        Only settings that differ from the defaults appear: ``""``, or ``"_steps500_patch64x64x64"``.
+        """
+        return "".join(
+            f"_{_SHORT.get(field.name, field.name)}{_written(value)}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        )
+
+
+_READERS = {
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "float | None": float,
+    "tuple[int, int, int] | None": lambda text: tuple(int(size) for size in text.split("x")),
+}
+_SHORT = {
+    "epoch_steps": "epoch",
+    "freeze_share": "freeze",
+    "encoder_lr": "encoderlr",
+    "patch_size": "patch",
+    "batch_size": "batch",
+}
+
+
+def _written(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"{VARIABLE}: {message}.")
