@@ -8,23 +8,38 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.fpn import FPNDecoder
+from nnunet_ssl.architectures.resenc import ResEncEncoder
 from nnunet_ssl.architectures.swin import SwinEncoder
 from nnunet_ssl.errors import UserError
 
-ENCODERS = {"swin": SwinEncoder}
+ENCODERS = {"swin": SwinEncoder, "resenc": ResEncEncoder}
+
+PAPER_ENCODER = {
+    "backbone": "swin",
+    "in_channels": 1,
+    "embed_dim": 48,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [3, 6, 12, 24],
+    "window_size": 7,
+    "mlp_ratio": 4.0,
+    "conv_norm": "group",
+}
+"""The architecture of arXiv 2511.11311, for a network that takes no checkpoint's."""
 
 
 def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
     """Build an encoder from an architecture as checkpoints carry it.
 
-    An encoder maps (B, C, X, Y, Z), and optionally a boolean mask on its bottleneck grid, to a list of feature maps,
-    finest first; its attributes `channels` and `strides` describe them.
+    An encoder maps (B, C, X, Y, Z), and optionally a boolean mask on the grid of its coarsest map, to a list of feature
+    maps, finest first, level i of shape (B, channels[i], ceil(X / strides[i]), ...); `channels` and `strides` are its
+    attributes.
 
     Args:
-        architecture: ``{"backbone": "swin", "in_channels": 1, ...}``; every other key is a keyword of the encoder.
+        architecture: ``{"backbone": "swin" or "resenc", "in_channels": 1, ...}``; every other key is a keyword of
+            :class:`SwinEncoder` or :class:`ResEncEncoder`. JSON-serialisable.
 
     Raises:
-        UserError: an unknown backbone or keyword.
+        UserError: an unknown backbone or keyword, or sizes that do not fit each other.
     """
     settings = dict(architecture)
     backbone = settings.pop("backbone", None)

@@ -18,19 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_ssl.architectures.masking import check_mask, expand_mask
 from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
 from nnunet_ssl.errors import UserError
 
 OCTANTS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
 """The order in which a patch merging concatenates the eight tokens of a 2x2x2 cell (MONAI 1.5 and later)."""
-
-
-def expand_mask(mask: Tensor, size: Sequence[int], stride: int) -> Tensor:
-    """Bring a mask (B, x, y, z) to a finer grid of `size`, each cell covering `stride` places along each axis."""
-    for axis, length in enumerate(size, start=1):
-        cell = torch.arange(length, device=mask.device) // stride
-        mask = mask.index_select(axis, cell)
-    return mask
 
 
 class PatchEmbedding(nn.Module):
@@ -264,19 +257,15 @@ class SwinEncoder(nn.Module):
         """
         tokens = self.patch_embed(x)
         if mask is not None:
-            tokens = self._hide(tokens, mask, x.shape[2:])
+            check_mask(mask, x, self.strides[-1])
+            tokens = self._hide(tokens, mask)
         maps = [tokens]
         for stage in self.stages:
             maps.append(stage(maps[-1], checkpointing=self.checkpointing))
         return [F.layer_norm(level, level.shape[-1:]).permute(0, 4, 1, 2, 3) for level in maps]
 
-    def _hide(self, tokens: Tensor, mask: Tensor, size: Sequence[int]) -> Tensor:
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
         if self.mask_token is None:
             raise ValueError("This encoder was built with mask_token=False, so it cannot hide what a mask covers.")
-        expected = (tokens.shape[0], *(-(-length // self.strides[-1]) for length in size))
-        if tuple(mask.shape) != expected:
-            raise ValueError(
-                f"The mask has shape {tuple(mask.shape)}; for input of size {tuple(size)} it is {expected}."
-            )
         hidden = expand_mask(mask, tokens.shape[1:4], self.strides[-1] // self.strides[0])
         return torch.where(hidden[..., None], self.mask_token.to(tokens.dtype), tokens)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from nnunet_ssl.architectures.resenc import PRESETS
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.augmentation import AugmentationConfig
 from nnunet_ssl.pretraining.sampling import SamplingConfig
@@ -46,10 +47,9 @@ class Ramp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """The network that is pre-trained; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
+class SwinConfig:
+    """Of ``backbone: swin``; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
 
-    backbone: Literal["swin"] = "swin"
     embed_dim: int = 48
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
@@ -58,9 +58,36 @@ class EncoderConfig:
     conv_norm: Literal["group", "instance"] = "group"
 
     @property
-    def stride(self) -> int:
-        """Voxels per cell of the bottleneck: 2 for the patch embedding, and 2 for each stage's merging."""
-        return 2 ** (len(self.depths) + 1)
+    def maps(self) -> int:
+        """How many maps it has: the patch embedding's, and one of each stage's merging."""
+        return len(self.depths) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResEncConfig:
+    """Of ``backbone: resenc``; see :class:`nnunet_ssl.architectures.resenc.ResEncEncoder`."""
+
+    preset: Literal["resenc_m", "resenc_l"] = "resenc_l"  # nnU-Net's; M and L are one encoder, see docs/backbones.md
+    features: tuple[int, ...] | None = None  # channels per stage, in place of the preset's
+    blocks: tuple[int, ...] | None = None  # residual blocks per stage, in place of the preset's
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes()
+        _require(
+            len(sizes["features"]) == len(sizes["blocks"]) >= 2,
+            f"resenc.features {list(sizes['features'])} and resenc.blocks {list(sizes['blocks'])} must have one number "
+            "for each stage, and two stages at least",
+        )
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The numbers that build the encoder."""
+        given = {"features": self.features, "blocks": self.blocks}
+        return PRESETS[self.preset] | {name: values for name, values in given.items() if values is not None}
+
+    @property
+    def maps(self) -> int:
+        """How many maps it has: one of each stage but the first, which works at full resolution."""
+        return len(self.sizes()["features"]) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +173,9 @@ class PretrainingConfig:
 
     recipe: str  # names the results folder
 
-    encoder: EncoderConfig = EncoderConfig()
+    backbone: Literal["swin", "resenc"] = "swin"  # which of the next two is pre-trained
+    encoder: SwinConfig = SwinConfig()
+    resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
     shared_pass: bool = False  # one masked pass of the query network for both branches: faster, not the paper's
@@ -169,7 +198,7 @@ class PretrainingConfig:
     accumulation: int = 1  # a step's examples come in so many parts, to save memory
     bf16: bool = True  # autocast, on GPUs that have it
     compile: bool = False  # torch.compile for the encoder
-    checkpointing: bool = False  # recompute Swin blocks in the backward pass: less memory, more time
+    checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
 
     log_every: int = 100  # steps
     gradients_every: int = 100  # steps between measurements of each branch's gradient
@@ -200,15 +229,29 @@ class PretrainingConfig:
             combined or self.contrastive.max_gradient_ratio is None,
             "contrastive.max_gradient_ratio needs a masked branch to compare with",
         )
+        single = f"patch_size {list(self.patch_size)} is a single cell of {self.stride} voxels"
+        several = max(self.patch_size) > self.stride
         _require(
-            not self.has_masked or max(self.patch_size) > self.encoder.stride,
-            f"patch_size {list(self.patch_size)} is a single cell of {self.encoder.stride} voxels, of which the masked "
-            "branch could hide all or nothing: use a larger patch",
+            several or not self.has_masked,
+            f"{single}, of which the masked branch could hide all or nothing: use a larger patch",
         )
         _require(
-            self.masked.target != "tokens" or 0 <= self.masked.tokens.level <= len(self.encoder.depths),
-            f"masked.tokens.level is {self.masked.tokens.level}; the maps are 0 to {len(self.encoder.depths)}",
+            several or self.backbone != "resenc",
+            f"{single}, which the residual encoder cannot normalise: use a larger patch",
         )
+        _require(
+            self.masked.target != "tokens" or 0 <= self.masked.tokens.level < self._network.maps,
+            f"masked.tokens.level is {self.masked.tokens.level}; the maps are 0 to {self._network.maps - 1}",
+        )
+
+    @property
+    def _network(self) -> SwinConfig | ResEncConfig:
+        return self.encoder if self.backbone == "swin" else self.resenc
+
+    @property
+    def stride(self) -> int:
+        """Voxels per cell of the bottleneck along each axis, whatever the backbone: every map halves the grid."""
+        return 2**self._network.maps
 
     @property
     def has_contrastive(self) -> bool:
@@ -225,7 +268,11 @@ class PretrainingConfig:
 
     def architecture(self) -> dict[str, Any]:
         """What :func:`nnunet_ssl.architectures.networks.build_encoder` takes, in types that JSON keeps."""
-        return {**self.as_dict()["encoder"], "in_channels": 1, "mask_token": self.has_masked}
+        if self.backbone == "swin":
+            own = {**self.as_dict()["encoder"], "mask_token": self.has_masked}
+        else:
+            own = {name: list(values) for name, values in self.resenc.sizes().items()}
+        return {"backbone": self.backbone, "in_channels": 1, **own}
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain types (tuples as lists), which :func:`from_dict` reads back."""

@@ -125,7 +125,7 @@ def alignment(learner: Learner, held_out: HeldOut) -> dict[str, float]:
 @torch.no_grad()
 def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float], np.ndarray]:
     """The error on hidden voxels by modality, under masks that are the same every time, and a picture of some scans."""
-    config, stride = learner.config, learner.config.encoder.stride
+    config, stride = learner.config, learner.config.stride
     device = next(learner.parameters()).device
     grid = bottleneck_grid(config.patch_size, stride)
     generator = torch.Generator().manual_seed(config.seed)

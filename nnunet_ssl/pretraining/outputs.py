@@ -34,7 +34,9 @@ CITATIONS = (
 )
 
 SHAPES = (
+    "backbone",
     "encoder",
+    "resenc",
     "contrastive.pairs",
     "contrastive.hidden",
     "contrastive.dim",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nnunet_ssl.architectures.swin import expand_mask
+from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.pretraining.augmentation import Batch
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives.contrastive import symmetric_info_nce
@@ -141,7 +141,7 @@ def masked_branch(
 
 
 def _voxel_branch(learner: Learner, maps: Sequence[Tensor], examples: Examples) -> Branch:
-    targets, stride = examples.targets, learner.config.encoder.stride
+    targets, stride = examples.targets, learner.config.stride
     prediction = learner.query.reconstruct(maps, targets.shape[2:])
     loss = reconstruction_error(prediction, targets, examples.mask, stride).mean()
     with torch.no_grad():
@@ -154,7 +154,7 @@ def _token_branch(
     learner: Learner, maps: Sequence[Tensor], examples: Examples, keys: Keys, schedule: Mapping[str, float]
 ) -> Branch:
     config = learner.config.masked
-    places = learner.config.encoder.stride // learner.query.encoder.strides[config.tokens.level]
+    places = learner.config.stride // learner.query.encoder.strides[config.tokens.level]
     hidden = expand_mask(examples.mask, maps[config.tokens.level].shape[2:], places).flatten(1)
     result = distillation(
         learner.query.score_tokens(maps),

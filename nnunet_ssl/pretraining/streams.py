@@ -94,7 +94,7 @@ class Stream:
         views, count = batch.views.shape[:2]
         everyone = count * distributed.world_size()
         seed = np.random.SeedSequence([self.config.seed, MASKS, stream, batch.step]).generate_state(1)[0]
-        grid = bottleneck_grid(self.config.patch_size, self.config.encoder.stride)
+        grid = bottleneck_grid(self.config.patch_size, self.config.stride)
         generator = torch.Generator().manual_seed(int(seed))
         masks = draw_masks(views * everyone, grid, self.config.masked.ratio, generator)
         first = distributed.rank() * count

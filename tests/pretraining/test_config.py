@@ -72,7 +72,7 @@ def test_overrides_reach_nested_keys_in_every_form():
         ],
     )
     assert config.encoder.depths == (2, 2, 2)
-    assert config.encoder.stride == 16
+    assert config.stride == 16
     assert config.learning_rate == 2e-4
     assert config.patch_size == (64, 64, 64)
     assert config.contrastive.max_gradient_ratio == 2.0

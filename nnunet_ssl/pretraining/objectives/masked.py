@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnunet_ssl.architectures.swin import expand_mask
+from nnunet_ssl.architectures.masking import expand_mask
 
 
 def bottleneck_grid(patch_size: Sequence[int], stride: int) -> tuple[int, ...]:
