@@ -20,17 +20,27 @@ CONNECTIVITIES = (6, 18, 26)
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a challenge or a publication counts as one lesion, and which metrics it reports."""
+    """What a challenge or a publication counts as one lesion, and which metrics it reports.
+
+    Attributes:
+        connectivity: of voxels that are one lesion.
+        official: the metrics it reports.
+        patients_only: every metric but specificity is summarised over the cases that have a lesion. Otherwise a
+            healthy control in which nothing is found scores a Dice of 1, and the mean says how many controls there are.
+    """
 
     connectivity: int
     official: tuple[str, ...]
+    patients_only: bool = False
 
 
 _CHALLENGE = ("dice", "volume_difference_ml", "count_difference", "lesion_f1")
 PRESETS = {
     "isles": Preset(connectivity=26, official=_CHALLENGE),
     "atlas": Preset(connectivity=6, official=_CHALLENGE),
-    "fcd": Preset(connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty")),
+    "fcd": Preset(
+        connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty"), patients_only=True
+    ),
 }
 
 

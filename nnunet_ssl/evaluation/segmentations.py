@@ -105,17 +105,30 @@ def match_cases(reference: Path, predicted: Path, *, subset: bool = False) -> li
     return [(case, references[case], predictions[case]) for case in sorted(predictions)]
 
 
+def scored(cases: pd.DataFrame, metric: str, preset: str) -> pd.Series:
+    """Return the values (float) of a metric for the cases it is summarised over, with the index of `cases`.
+
+    Those are the cases where it exists and, with a preset of ``patients_only`` and any metric but specificity, those
+    whose reference has a lesion.
+    """
+    counts = cases[metric].notna()
+    if PRESETS[preset].patients_only and metric != "correctly_empty":
+        counts &= cases["reference_lesions"] > 0
+    return cases.loc[counts, metric].astype(np.float64)
+
+
 def summarize(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]:
     """Summarise a table of cases: of each metric the mean, its 95 % interval over cases, spread, median and number.
 
     Intervals are bootstrapped; those of the two rates are Wilson's.
     """
-    known = {name: cases[name].dropna().to_numpy(np.float64) for name in METRICS}
+    known = {name: scored(cases, name, config.preset).to_numpy() for name in METRICS}
     return {
         "n_cases": len(cases),
         "n_empty_references": int((cases["reference_lesions"] == 0).sum()),
         "preset": config.preset,
         "connectivity": config.neighbours,
+        "patients_only": PRESETS[config.preset].patients_only,
         "surface_dice_tolerance_mm": config.tolerance_mm,
         "official": list(PRESETS[config.preset].official),
         "metrics": {
@@ -152,6 +165,8 @@ def describe(summary: dict[str, Any]) -> str:
         f"{summary['n_cases']} cases ({summary['n_empty_references']} without a lesion), preset {summary['preset']}, "
         f"connectivity {summary['connectivity']}; mean [95 % interval], median, number of cases"
     ]
+    if summary["patients_only"] and summary["n_empty_references"]:
+        lines.append("all but specificity over the cases with a lesion")
     official = summary["official"]
     for name in [*official, *(name for name in METRICS if name not in official)]:
         entry = summary["metrics"][name]

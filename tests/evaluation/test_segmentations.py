@@ -51,6 +51,15 @@ def test_every_case_is_compared_and_summarised(folders):
     assert "specificity" in describe(summary)
 
 
+def test_healthy_controls_count_for_specificity_alone_with_the_fcd_preset(folders):
+    cases = compare_folders(*folders, LesionConfig(preset="fcd"))
+    summary = summarize(cases, LesionConfig(preset="fcd"))
+    assert cases["dice"].tolist()[-1] == 1, "the control itself is scored as ever"
+    assert summary["metrics"]["dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert (summary["metrics"]["lesion_f1"]["n"], summary["metrics"]["correctly_empty"]["n"]) == (3, 1)
+    assert "all but specificity over the cases with a lesion" in describe(summary)
+
+
 def test_the_order_of_cases_does_not_matter(folders):
     cases = compare_folders(*folders, LesionConfig())
     shuffled = cases.iloc[[2, 0, 3, 1]]

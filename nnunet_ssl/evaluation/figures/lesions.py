@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from nnunet_ssl.evaluation.figures.style import PALETTE, figure
-from nnunet_ssl.evaluation.segmentations import RATES
+from nnunet_ssl.evaluation.segmentations import RATES, scored
 
 RATIOS = {
     "dice": "Dice",
@@ -39,7 +39,7 @@ def _draw_scores(axes: Axes, cases: pd.DataFrame, summary: dict[str, Any]) -> No
     rng = np.random.default_rng(0)
     for place, name in enumerate(RATIOS):
         entry = summary["metrics"][name]
-        values = cases[name].dropna().to_numpy(float)
+        values = scored(cases, name, summary["preset"]).to_numpy()
         if name not in RATES:
             axes.scatter(place + rng.uniform(-0.28, 0.28, len(values)), values, s=9, lw=0, alpha=0.45, color=PALETTE[5])
         if entry["n"]:
