@@ -23,7 +23,7 @@ PRESETS = {
     "resenc_m": {"features": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6)},
     "resenc_l": {"features": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6)},
 }
-"""The encoders that nnU-Net's planners ResEncM and ResEncL give to patches with six stages, such as 96^3 to 160^3.
+"""The encoders that nnU-Net's planners ResEncM and ResEncL give to patches of 128^3 and more.
 
 They are equal: M and L are targets of GPU memory (8 and 24 GB) and differ in the patch and batch that fit. OpenMind's
 published ResEnc-L has these numbers, too.
