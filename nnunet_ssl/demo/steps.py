@@ -1,0 +1,160 @@
+"""What the demo runs: the real commands, in order, with small networks and few steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+
+SUBJECTS, TRAINING_CASES, TEST_CASES = 24, 24, 6
+VOXEL_MM = 3
+TRAINER = "nnUNetTrainerMCLMIM"
+
+SMALL_PRETRAINING = (
+    "encoder.embed_dim=24",
+    "encoder.depths=2,2,2",
+    "encoder.num_heads=2,4,8",
+    "encoder.window_size=4",
+    "patch_size=48,48,48",
+    "batch_size=4",
+    "masked.unpaired_batch_size=1",
+    "queue_size=256",
+    "steps=300",
+    "learning_rate=5e-4",
+    "workers=1",
+    "log_every=25",
+    "gradients_every=5",
+    "validation.every=150",
+    "validation.fraction=0.15",
+)
+"""Three stages in place of four, so that half the paper's patch still has 27 cells to hide."""
+
+SMALL_FINETUNING = "steps=600,epoch_steps=100,patch_size=48x48x48,batch_size=2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: of its log and of the mark that it is done.
+        title: what it is for.
+        command: program and arguments.
+        continued: arguments to add when an earlier try was interrupted.
+        leftovers: what an interrupted try leaves and this command would not overwrite.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    continued: tuple[str, ...] = ()
+    leftovers: tuple[Path, ...] = field(default=())
+
+
+def variables(work: Path) -> dict[str, str]:
+    """The environment of the steps: nnU-Net's three folders, and the length of the fine-tuning."""
+    folders = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    return {**folders, "nnssl_settings": SMALL_FINETUNING}
+
+
+def steps(work: Path, scripts: Path, device: str) -> list[Step]:
+    """List the steps.
+
+    Args:
+        work: the demo's folder.
+        scripts: the folder ``dataset_conversion`` of the repository.
+        device: cpu, cuda or mps.
+    """
+    corpus, atlas, truth, predictions = (work / name for name in ("fomo", "ATLAS_2", "truth", "predictions"))
+    images = work / "nnUNet_raw" / "Dataset501_ATLASv2" / "imagesTs"
+    size = ("--voxel-mm", str(VOXEL_MM))
+    model = ("-d", "501", "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-device", device)
+    return [
+        Step(
+            name="01_scans",
+            title=f"Write a synthetic corpus of {SUBJECTS} subjects without labels, in FOMO's layout",
+            command=("python", "-m", "nnunet_ssl.phantom", "fomo", str(corpus), "-n", str(SUBJECTS), *size),
+            leftovers=(corpus,),
+        ),
+        Step(
+            name="02_strokes",
+            title="Write a synthetic ATLAS: T1 images with stroke lesions",
+            command=(
+                *("python", "-m", "nnunet_ssl.phantom", "atlas", str(atlas), "-n", str(TRAINING_CASES)),
+                *("--n-test", str(TEST_CASES), "--truth", str(truth), *size),
+            ),
+            leftovers=(atlas, truth),
+        ),
+        Step(
+            name="03_index",
+            title="Index the corpus (a manifest; images stay where they are)",
+            command=("python", str(scripts / "Dataset500_FOMO60K.py"), "-i", str(corpus)),
+        ),
+        Step(
+            name="04_prepare",
+            title="Preprocess the corpus",
+            command=("nnssl_prepare", "-d", "500", "-np", "2", "--spacing", *[str(VOXEL_MM)] * 3),
+        ),
+        Step(
+            name="05_pretrain",
+            title="Pre-train an encoder: modality-invariant contrastive learning and masked image modelling",
+            command=("nnssl_pretrain", "-c", "mcl_mim", "-device", device, "-o", *SMALL_PRETRAINING),
+            continued=("--c",),
+        ),
+        Step(
+            name="06_convert",
+            title="Convert ATLAS for nnU-Net",
+            command=("python", str(scripts / "Dataset501_ATLASv2.py"), "-i", str(atlas), "-np", "2"),
+        ),
+        Step(
+            name="07_plan",
+            title="Plan and preprocess: stock nnU-Net",
+            command=(
+                *("nnUNetv2_plan_and_preprocess", "-d", "501", "-c", "3d_fullres", "-np", "2", "-npfp", "2"),
+                "--verify_dataset_integrity",
+            ),
+        ),
+        Step(
+            name="08_train",
+            title="Fine-tune for lesion segmentation: stock nnU-Net, one flag more than usual",
+            command=("nnUNetv2_train", "501", "3d_fullres", "0", "-tr", TRAINER, "-device", device),
+            continued=("--c",),
+        ),
+        Step(
+            name="09_predict",
+            title="Predict the held-out cases: stock nnU-Net",
+            command=("nnUNetv2_predict", "-i", str(images), "-o", str(predictions), *model),
+        ),
+        Step(
+            name="10_lesions",
+            title="Compare the predictions with the truth",
+            command=(
+                *("nnssl_evaluate", "lesions", "-ref", str(truth), "-pred", str(predictions)),
+                *("--preset", "atlas", "-o", str(work / "evaluation")),
+            ),
+        ),
+        Step(
+            name="11_alignment",
+            title="Measure how close a subject's modalities lie in the representation",
+            command=(
+                *("nnssl_evaluate", "alignment", "-d", "500", "-device", device, "--checkpoint"),
+                *(str(work / "nnUNet_results" / "Dataset500_FOMO60K" / "mcl_mim"), "-o", str(work / "evaluation")),
+            ),
+        ),
+    ]
+
+
+def find_scripts() -> Path:
+    """Return the repository's folder ``dataset_conversion``: here, or beside the installed package.
+
+    Raises:
+        UserError: there is none.
+    """
+    for root in (Path.cwd(), Path(__file__).parents[2]):
+        if (root / "dataset_conversion" / "Dataset500_FOMO60K.py").is_file():
+            return root / "dataset_conversion"
+    raise UserError(
+        f"The demo runs the scripts of dataset_conversion/, which is not in {Path.cwd()}. Run nnssl_demo in the folder "
+        "of the cloned repository."
+    )
