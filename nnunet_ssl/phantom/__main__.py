@@ -30,6 +30,7 @@ def main() -> None:
         help="subjects (atlas: training cases; fcd: patients, and as many controls); default 8",
     )
     parser.add_argument("--n-test", type=int, default=2, help="atlas: test cases without masks; default 2")
+    parser.add_argument("--truth", type=Path, metavar="DIR", help="atlas: write the test cases' masks here")
     parser.add_argument("--voxel-mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
@@ -45,7 +46,7 @@ def _write(args: argparse.Namespace) -> None:
 
     common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean}
     if args.layout == "atlas":
-        layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, **common)
+        layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, truth=args.truth, **common)
     elif args.layout == "isles":
         layouts.write_isles(args.out, n_cases=args.n, **common)
     elif args.layout == "fcd":

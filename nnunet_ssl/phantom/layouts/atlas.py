@@ -27,18 +27,20 @@ def write_atlas(
     quirks: bool = True,
     rearranged: bool = False,
     skull: bool = True,
+    truth: Path | None = None,
 ) -> Path:
     """Write a synthetic ATLAS.
 
     Args:
         folder: becomes the data set's top folder (``ATLAS_2``).
         n_train: cases with a lesion mask, spread unevenly over cohorts.
-        n_test: cases without.
+        n_test: cases without; `truth` has their masks.
         voxel_mm: 1 is the real size (197 x 233 x 189), 3 is fast.
         seed: fixes everything.
         quirks: dot-files, foreign files and masks of several types and values.
         rearranged: the variant ``data/{train,test}/derivatives/ATLAS/sub-*``.
         skull: keep skull and scalp, as ATLAS does.
+        truth: a folder for the masks that the organisers keep to themselves, ``<case>.nii.gz`` as nnU-Net names them.
 
     Returns:
         the folder.
@@ -53,7 +55,12 @@ def write_atlas(
             root = folder / ("Training" if training else "Testing") / cohort
         anat = root / f"sub-{subject}" / "ses-1" / "anat"
         mask_type = _MASK_TYPES[i % len(_MASK_TYPES)] if quirks else _MASK_TYPES[0]
-        _write_case(anat, subject, np.random.default_rng([seed, i]), voxel_mm, training, mask_type, skull)
+        stem = f"sub-{subject}_ses-1"
+        mask_path = anat / f"{stem}_{_SPACE}_label-L_desc-T1lesion_mask.nii.gz" if training else None
+        if truth and not training:
+            mask_path, mask_type = Path(truth) / f"{stem}.nii.gz", _MASK_TYPES[0]
+        image_path = anat / f"{stem}_{_SPACE}_T1w.nii.gz"
+        _write_case(image_path, mask_path, np.random.default_rng([seed, i]), voxel_mm, mask_type, skull)
         root.joinpath("dataset_description.json").write_text(json.dumps({"Name": "ATLAS", "BIDSVersion": "1.4.1"}))
         if quirks and i % 4 == 0:
             write_litter(anat)
@@ -74,11 +81,10 @@ def _case_names(count: int) -> list[tuple[str, str]]:
 
 
 def _write_case(
-    anat: Path,
-    subject: str,
+    image_path: Path,
+    mask_path: Path | None,
     rng: np.random.Generator,
     voxel_mm: float,
-    labelled: bool,
     mask_type: tuple[type, int],
     skull: bool,
 ) -> None:
@@ -86,12 +92,10 @@ def _write_case(
     volume_ml = lesion_volume(rng, median_ml=25, spread=0.9, smallest_ml=5, largest_ml=150)
     anatomy, mask = chronic_stroke(anatomy, rng, volume_ml)
     image = acquire(anatomy, "t1", draw_quality(rng, stripped=not skull), rng)
-    stem = f"sub-{subject}_ses-1_{_SPACE}"
-    write_nifti(anat / f"{stem}_T1w.nii.gz", image * 300, anatomy.grid.affine, np.float32, qform_code=0, sform_code=4)
-    if labelled:
+    write_nifti(image_path, image * 300, anatomy.grid.affine, np.float32, qform_code=0, sform_code=4)
+    if mask_path:
         dtype, value = mask_type
-        path = anat / f"{stem}_label-L_desc-T1lesion_mask.nii.gz"
-        write_nifti(path, mask * value, anatomy.grid.affine, dtype, qform_code=0, sform_code=4)
+        write_nifti(mask_path, mask * value, anatomy.grid.affine, dtype, qform_code=0, sform_code=4)
 
 
 def _write_foreign_files(folder: Path, voxel_mm: float) -> None:
