@@ -23,6 +23,11 @@ examples:
   nnssl_evaluate lesions -ref $nnUNet_raw/Dataset501_ATLASv2/labelsTs -pred predictions --preset atlas
   nnssl_evaluate lesions -ref labelsTr -pred fold_0/validation --chill -np 8 -o lesions_fold_0 --json
 """,
+    "probe": """\
+examples:
+  nnssl_evaluate probe --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500 --target age -o probe_age
+  nnssl_evaluate probe --embeddings mcl.npz --metadata mcl.csv --target sex --json
+""",
 }
 
 
@@ -35,6 +40,7 @@ def evaluate() -> None:
     commands = parser.add_subparsers(required=True, metavar="alignment | lesions | probe | gradients")
     _add_alignment(commands)
     _add_lesions(commands)
+    _add_probe(commands)
     arguments = parser.parse_args()
     logging.getLogger("numexpr").setLevel(logging.WARNING)
     if getattr(arguments, "json", None) == "-":
@@ -56,7 +62,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_embedding_source(parser: argparse.ArgumentParser) -> None:
+def _add_embedding_source(parser: argparse.ArgumentParser, max_subjects: int) -> None:
     stored = parser.add_argument_group("stored embeddings")
     stored.add_argument("--embeddings", type=Path, metavar="FILE.npz", help="one array (scans, dimensions)")
     stored.add_argument(
@@ -82,7 +88,9 @@ def _add_embedding_source(parser: argparse.ArgumentParser) -> None:
     fresh.add_argument(
         "--subjects", choices=("all", "validation"), default="all", help="validation: those the pre-training held out"
     )
-    fresh.add_argument("--max_subjects", type=int, default=500, metavar="N", help="draw at most N (default: 500)")
+    fresh.add_argument(
+        "--max_subjects", type=int, default=max_subjects, metavar="N", help=f"draw at most N (default: {max_subjects})"
+    )
     fresh.add_argument("--batch_size", type=int, default=4, metavar="N", help="patches at a time (default: 4)")
     fresh.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
 
@@ -135,7 +143,7 @@ def _add_alignment(commands) -> None:
         _alignment,
         "How close a subject's modalities lie in a representation, and subjects apart.",
     )
-    _add_embedding_source(parser)
+    _add_embedding_source(parser, max_subjects=500)
     parser.add_argument(
         "-o", type=Path, metavar="FOLDER", help="write alignment.json, alignment.png and new embeddings here"
     )
@@ -195,3 +203,42 @@ def _lesions(arguments: argparse.Namespace) -> None:
     write_tsv(cases, folder / "lesions.tsv")
     draw_lesions(cases, summary, folder / "lesions.png", title=str(arguments.pred))
     _finish(result, describe(summary), arguments, folder)
+
+
+def _add_probe(commands) -> None:
+    parser = _subcommand(
+        commands, "probe", _probe, "What a frozen representation knows of a scan: linear probes, split by subject."
+    )
+    _add_embedding_source(parser, max_subjects=10_000)
+    parser.add_argument(
+        "--target", default="age", metavar="COLUMN", help="of the manifest or the metadata (default: age)"
+    )
+    parser.add_argument(
+        "--task",
+        choices=("auto", "regression", "classification"),
+        default="auto",
+        help="auto: a regression when the column holds more than ten different numbers",
+    )
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (default: 5)")
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write probe.json, predictions.tsv, probe.png and new embeddings here"
+    )
+    _add_json(parser)
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.probes import describe, probe
+
+    embeddings, name = _embeddings(arguments)
+    result = probe(embeddings, arguments.target, task=arguments.task, folds=arguments.folds)
+    if arguments.o:
+        from nnunet_ssl.evaluation.embeddings import write_embeddings
+        from nnunet_ssl.evaluation.figures.probe import draw_probe
+        from nnunet_ssl.evaluation.results import write_json, write_tsv
+
+        write_json(result.summary, arguments.o / "probe.json")
+        write_tsv(result.predictions, arguments.o / "predictions.tsv")
+        draw_probe(result, arguments.o / "probe.png", title=name)
+        if arguments.checkpoint:
+            write_embeddings(embeddings, arguments.o)
+    _finish(result.summary, describe(result.summary), arguments, arguments.o)

@@ -76,8 +76,8 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     vectors = encode_scans(encoder.to(device).eval(), corpus, rows, tuple(patch_size), config)
     scans = corpus.scans.loc[rows].reset_index(drop=True)
     identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)
-    known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(str).replace("nan", "")
-    return Embeddings(vectors=vectors, scans=identity.join(known))
+    known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(object)
+    return Embeddings(vectors=vectors, scans=identity.join(known.where(known.notna(), "").astype(str)))
 
 
 def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingConfig) -> np.ndarray:

@@ -38,9 +38,7 @@ _CHALLENGE = ("dice", "volume_difference_ml", "count_difference", "lesion_f1")
 PRESETS = {
     "isles": Preset(connectivity=26, official=_CHALLENGE),
     "atlas": Preset(connectivity=6, official=_CHALLENGE),
-    "fcd": Preset(
-        connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty"), patients_only=True
-    ),
+    "fcd": Preset(connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty"), patients_only=True),
 }
 
 

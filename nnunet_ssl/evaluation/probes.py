@@ -16,17 +16,18 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import balanced_accuracy_score, mean_absolute_error, r2_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
+from nnunet_ssl.evaluation.scores import balanced_accuracy, mean_absolute_error, r2, roc_auc
 from nnunet_ssl.evaluation.statistics import bootstrap_interval
 
 Task = Literal["auto", "regression", "classification"]
-Score = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of truth, output and weights, each one per scan
+Score = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Maps truth (N,), output (N, ...) and weights (R, N), one per scan, to R values."""
 
 STRENGTHS = np.logspace(-1, 5, 7)
 """Candidates for the penalty, on standardised embeddings; the logistic regression's C is its inverse."""
@@ -63,8 +64,10 @@ def probe(embeddings: Embeddings, target: str, *, task: Task = "auto", folds: in
         seed: of the splits.
 
     Raises:
-        UserError: no such column, or too few subjects with a value.
+        UserError: no such column, too few subjects with a value, or fewer than two folds.
     """
+    if folds < 2:
+        raise UserError(f"A cross-validation has at least two folds; {folds} was asked for.")
     if target not in embeddings.scans:
         raise UserError(f"There is no column '{target}'. Columns: {', '.join(embeddings.scans.columns)}.")
     known = embeddings.where(~embeddings.scans[target].str.strip().str.lower().isin(NO_VALUE).to_numpy())
@@ -115,10 +118,7 @@ def _regress(embeddings: Embeddings, truth: np.ndarray, folds: int, seed: int) -
     )
     output, fold = _predict_held_out(model, embeddings, truth, splits)
     baseline, _ = _predict_held_out(DummyRegressor(), embeddings, truth, splits)
-    scores: dict[str, Score] = {
-        "mean absolute error": lambda truth, output, weights: mean_absolute_error(truth, output, sample_weight=weights),
-        "R2": lambda truth, output, weights: r2_score(truth, output, sample_weight=weights),
-    }
+    scores: dict[str, Score] = {"mean absolute error": mean_absolute_error, "R2": r2}
     return ProbeResult(
         summary={"folds": splits.folds} | _scored(scores, embeddings, truth, output, baseline),
         predictions=embeddings.scans.assign(truth=truth, predicted=output, fold=fold),
@@ -135,17 +135,14 @@ def _classify(embeddings: Embeddings, truth: np.ndarray, folds: int, seed: int) 
         scoring="balanced_accuracy",
     )
     output, fold = _predict_held_out(model, embeddings, truth, splits)
-    baseline, _ = _predict_held_out(DummyClassifier(), embeddings, truth, splits)
+    baseline, _ = _predict_held_out(DummyClassifier(strategy="uniform"), embeddings, truth, splits)
 
-    def accuracy(truth: np.ndarray, output: np.ndarray, weights: np.ndarray) -> float:
-        return balanced_accuracy_score(truth, classes[output.argmax(axis=1)], sample_weight=weights)
+    def accuracy(truth: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return balanced_accuracy(truth, classes[output.argmax(axis=1)], weights)
 
-    def area(truth: np.ndarray, output: np.ndarray, weights: np.ndarray) -> float:
-        present = [name in truth[weights > 0] for name in classes]
-        if not all(present):
-            return float("nan")
-        shares = [roc_auc_score(truth == name, output[:, k], sample_weight=weights) for k, name in enumerate(classes)]
-        return float(np.mean(shares))
+    def area(truth: np.ndarray, output: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The mean over classes of the area of each class against the others; for two classes both are one number."""
+        return np.mean([roc_auc(truth == name, output[:, k], weights) for k, name in enumerate(classes)], axis=0)
 
     probabilities = {f"p({name})": output[:, k] for k, name in enumerate(classes)}
     return ProbeResult(
@@ -201,31 +198,33 @@ def _scored(
     """Each score with its interval over subjects, the same of a model without images, and each modality's."""
     _, subject = np.unique(embeddings.scans["patient_id"].to_numpy(str), return_inverse=True)
     modality = embeddings.scans["modality"].to_numpy(str)
-    everything = np.ones(len(truth))
+
+    def value(score: Score, output: np.ndarray, rows: np.ndarray) -> float:
+        return float(score(truth[rows], output[rows], np.ones((1, rows.sum())))[0])
 
     def interval(score: Score) -> tuple[float, float]:
-        def over_draws(weights: np.ndarray) -> np.ndarray:
-            return np.array([score(truth, output, draw[subject]) for draw in weights])
+        return bootstrap_interval(
+            lambda weights: score(truth, output, weights[:, subject]), subject.max() + 1, repeats=1000
+        )
 
-        return bootstrap_interval(over_draws, subject.max() + 1, repeats=1000)
-
+    everything = np.ones(len(truth), dtype=bool)
     return {
         "scores": {
             name: {
-                "value": score(truth, output, everything),
-                "interval": interval(score),
-                "baseline": score(truth, baseline, everything),
+                "value": value(score, output, everything),
+                "interval": bootstrap_interval(
+                    lambda weights, score=score: score(truth, output, weights[:, subject]),
+                    subject.max() + 1,
+                    repeats=1000,
+                ),
+                "baseline": value(score, baseline, everything),
             }
             for name, score in scores.items()
         },
         "by_modality": {
             name: {
                 "n_scans": int((modality == name).sum()),
-                "scores": {
-                    key: score(truth[rows], output[rows], everything[rows])
-                    for key, score in scores.items()
-                    if (rows := modality == name).sum() > 1
-                },
+                "scores": {key: value(score, output, modality == name) for key, score in scores.items()},
             }
             for name in np.unique(modality)
         },

@@ -1,0 +1,85 @@
+import json
+
+import blosc2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.architectures.weights import write_encoder
+
+TINY_ENCODER = {
+    "backbone": "swin",
+    "in_channels": 1,
+    "embed_dim": 8,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 2, 2, 2],
+    "window_size": 4,
+}
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path, monkeypatch):
+    """nnU-Net's three folders, empty, as its variables name them."""
+    folders = {name: tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+    return folders
+
+
+@pytest.fixture
+def write_tiny_encoder():
+    """A function that writes a checkpoint of a tiny, randomly initialised Swin encoder and returns the encoder."""
+
+    def write(path, config=None):
+        torch.manual_seed(0)
+        encoder = build_encoder(TINY_ENCODER).eval()
+        write_encoder(
+            path,
+            encoder.state_dict(),
+            architecture=TINY_ENCODER,
+            method="mcl_mim",
+            step=1,
+            preprocessing=None,
+            metadata={"config": config or {}},
+        )
+        return encoder
+
+    return write
+
+
+@pytest.fixture
+def write_corpus(nnunet_folders):
+    """A function that writes a prepared corpus of noise whose scans of one subject share their anatomy."""
+
+    def write(n_subjects=6, modalities=("t1", "flair"), shape=(40, 36, 32), bbox=(4, 36, 0, 36, 2, 30)):
+        folder = nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K"
+        (folder / "nnsslPlans_3d_fullres").mkdir(parents=True)
+        rows = []
+        for subject in range(n_subjects):
+            anatomy = np.random.default_rng(subject).normal(size=shape)
+            for place, modality in enumerate(modalities):
+                scan = f"A__sub_{subject}__ses_1__{modality}"
+                data = (anatomy * (-1) ** place).astype(np.float16)[None]
+                blosc2.asarray(data, urlpath=str(folder / "nnsslPlans_3d_fullres" / f"{scan}.b2nd"))
+                rows.append(
+                    {
+                        "scan_id": scan,
+                        "dataset": "A",
+                        "subject": f"A/sub_{subject}",
+                        "session": f"A/sub_{subject}/ses_1",
+                        "modality": modality,
+                        "repeat": 1,
+                        "age": f"{20.5 + subject}" if subject else "",
+                        "sex": "FM"[subject % 2],
+                        "shape": ",".join(map(str, shape)),
+                        "bbox": ",".join(map(str, bbox)),
+                    }
+                )
+        pd.DataFrame(rows).to_csv(folder / "manifest.tsv", sep="\t", index=False)
+        (folder / "nnsslPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
+        return folder
+
+    return write

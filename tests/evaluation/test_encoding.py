@@ -1,0 +1,98 @@
+import json
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.cli import evaluate
+from nnunet_ssl.evaluation.embeddings import read_embeddings
+from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device, patch_starts
+from nnunet_ssl.evaluation.probes import probe
+from nnunet_ssl.pretraining.corpus import open_corpus
+
+CPU = torch.device("cpu")
+PATCH = (32, 32, 32)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, write_tiny_encoder):
+    path = tmp_path / "run" / "encoder.safetensors"
+    write_tiny_encoder(path, config={"patch_size": [32, 32, 32], "seed": 0, "validation": {"fraction": 0.34}})
+    return path
+
+
+def test_an_embedding_is_the_spatial_mean_of_the_bottleneck_of_the_central_patch(
+    tmp_path, write_corpus, write_tiny_encoder
+):
+    folder = write_corpus()
+    encoder = write_tiny_encoder(tmp_path / "encoder.safetensors")
+    embeddings = embed_corpus(tmp_path / "encoder.safetensors", 500, EncodingConfig(patch_size=PATCH), CPU)
+    row = embeddings.scans.index[embeddings.scans["filename"] == "A__sub_2__ses_1__flair"].item()
+    stored = blosc2.open(str(folder / "nnsslPlans_3d_fullres" / "A__sub_2__ses_1__flair.b2nd"))[:]
+    patch = torch.from_numpy(stored[:, 4:36, 2:34, 0:32].astype(np.float32))  # around the centre of the box
+    with torch.no_grad():
+        expected = encoder(patch[None])[-1].mean(dim=(2, 3, 4))[0]
+    np.testing.assert_allclose(embeddings.vectors[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_cover_the_foreground_and_their_embeddings_are_averaged(write_corpus, checkpoint):
+    write_corpus()
+    tiles = EncodingConfig(view="tiles", patch_size=(16, 32, 32))
+    starts = patch_starts(open_corpus(500), 0, tiles.patch_size, tiles)
+    assert [start[0] for start in starts][::2] == [4, 20]  # the box spans 4 ... 36 there
+    assert {start[1] for start in starts} == {0, 4}
+    assert {start[2] for start in starts} == {0}  # 28 voxels fit into one patch around their centre
+    together, alone = (
+        embed_corpus(checkpoint, 500, EncodingConfig(view="tiles", patch_size=PATCH, batch_size=size), CPU)
+        for size in (1, 5)
+    )
+    np.testing.assert_allclose(together.vectors, alone.vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_manifest_knows_stays_with_the_embedding_and_missing_values_stay_missing(write_corpus, checkpoint):
+    write_corpus(n_subjects=16)
+    embeddings = embed_corpus(checkpoint, 500, EncodingConfig(), CPU)
+    assert embeddings.scans["age"].tolist()[:3] == ["", "", "21.5"]
+    assert not embeddings.scans.isna().any().any()
+    summary = probe(embeddings, "age").summary
+    assert (summary["task"], summary["n_subjects"], summary["scans_left_out"]) == ("regression", 15, 2)
+
+
+def test_validation_means_the_subjects_that_the_pre_training_held_out(write_corpus, checkpoint):
+    write_corpus()
+    held_out = embed_corpus(checkpoint, 500, EncodingConfig(subjects="validation"), CPU).scans["patient_id"]
+    _, validation = open_corpus(500).split(0.34, 0)
+    assert set(held_out) == set(validation.scans["subject"])
+    assert 0 < held_out.nunique() < 6
+
+
+def test_at_most_so_many_subjects_are_drawn_and_always_the_same(write_corpus, checkpoint):
+    write_corpus()
+    draws = [
+        embed_corpus(checkpoint, 500, EncodingConfig(max_subjects=2), CPU).scans["patient_id"].tolist()
+        for _ in range(2)
+    ]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) == 2
+
+
+def test_the_command_measures_a_pre_training_by_its_folder(write_corpus, checkpoint, tmp_path, monkeypatch, capsys):
+    write_corpus()
+    out = tmp_path / "out"
+    call = ["alignment", "--checkpoint", checkpoint.parent, "-d", 500, "-device", "cpu", "-o", out, "--json"]
+    monkeypatch.setattr("sys.argv", ["nnssl_evaluate", *map(str, call)])
+    evaluate()
+    assert json.loads(capsys.readouterr().out)["cross_modality"]["n_patients"] == 6
+    stored = read_embeddings(out / "embeddings.npz", out / "metadata.csv")
+    assert len(stored) == 12
+    assert (out / "alignment.png").is_file()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="-device warp is no device"):
+        find_device("warp")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device here"):
+            find_device("cuda")

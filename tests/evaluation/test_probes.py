@@ -1,0 +1,168 @@
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.cli import evaluate
+from nnunet_ssl.evaluation.embeddings import Embeddings, write_embeddings
+from nnunet_ssl.evaluation.probes import describe, probe
+
+MODALITIES = ("t1", "flair")
+
+
+def known_signal(n_subjects=60, dimension=20, noise=0.3, seed=0) -> Embeddings:
+    """Two scans per subject; one direction holds the age linearly, another the sex, the rest is noise."""
+    rng = np.random.default_rng(seed)
+    age, sex = rng.uniform(20, 80, n_subjects), rng.integers(0, 2, n_subjects)
+    owner = np.repeat(np.arange(n_subjects), len(MODALITIES))
+    vectors = rng.normal(size=(len(owner), dimension))
+    vectors[:, 0] = (age[owner] - 50) / 17 + noise * rng.normal(size=len(owner))
+    vectors[:, 1] = 2.0 * sex[owner] - 1 + noise * rng.normal(size=len(owner))
+    scans = pd.DataFrame(
+        {
+            "patient_id": [f"sub_{number}" for number in owner],
+            "session_id": "1",
+            "filename": np.tile(MODALITIES, n_subjects),
+            "modality": np.tile(MODALITIES, n_subjects),
+            "age": [f"{value:.1f}" for value in age[owner]],
+            "sex": np.array(["F", "M"])[sex[owner]],
+        }
+    )
+    return Embeddings(vectors=vectors, scans=scans)
+
+
+def with_column(embeddings: Embeddings, name: str, values) -> Embeddings:
+    return Embeddings(vectors=embeddings.vectors, scans=embeddings.scans.assign(**{name: values}))
+
+
+def shuffled_by_subject(embeddings: Embeddings, seed=0) -> Embeddings:
+    """The same vectors, each subject's pair given to another subject."""
+    rows = np.arange(len(embeddings)).reshape(-1, len(MODALITIES))
+    rows = np.random.default_rng(seed).permutation(rows).ravel()
+    return Embeddings(vectors=embeddings.vectors[rows], scans=embeddings.scans)
+
+
+def test_an_age_that_is_encoded_linearly_is_found():
+    summary = probe(known_signal(), "age").summary
+    assert summary["task"] == "regression"
+    scores = summary["scores"]
+    assert scores["R2"]["value"] > 0.8
+    assert scores["mean absolute error"]["value"] < 6 < scores["mean absolute error"]["baseline"]
+    assert scores["R2"]["interval"][0] < scores["R2"]["value"] < scores["R2"]["interval"][1]
+
+
+def test_embeddings_of_other_subjects_predict_no_age():
+    scores = probe(shuffled_by_subject(known_signal()), "age").summary["scores"]
+    assert scores["R2"]["value"] < 0.2
+    assert scores["mean absolute error"]["value"] > 0.8 * scores["mean absolute error"]["baseline"]
+
+
+def test_a_class_that_is_encoded_linearly_is_found_and_one_that_is_not_stays_at_chance():
+    scores = probe(known_signal(), "sex").summary["scores"]
+    assert scores["balanced accuracy"]["value"] > 0.95
+    assert scores["ROC AUC"]["value"] > 0.97
+    assert (scores["balanced accuracy"]["baseline"], scores["ROC AUC"]["baseline"]) == (0.5, 0.5)
+    shuffled = probe(shuffled_by_subject(known_signal()), "sex").summary["scores"]
+    assert 0.3 < shuffled["ROC AUC"]["value"] < 0.7
+
+
+def test_who_a_subject_is_never_leaks_from_one_of_its_scans_to_another():
+    # Each subject's scans are one point of their own: a split by scan would predict a random age perfectly.
+    rng = np.random.default_rng(0)
+    embeddings = known_signal(n_subjects=40)
+    own = np.repeat(100 * np.eye(40), len(MODALITIES), axis=0)
+    ages = np.repeat(rng.uniform(20, 80, 40), len(MODALITIES)).astype(str)
+    result = probe(with_column(Embeddings(vectors=own, scans=embeddings.scans), "age", ages), "age")
+    assert result.summary["scores"]["R2"]["value"] < 0.1
+    folds_of = result.predictions.groupby("patient_id")["fold"].nunique()
+    assert (folds_of == 1).all()
+
+
+def test_three_classes_have_a_probability_each_and_those_add_up():
+    embeddings = known_signal()
+    third = np.digitize(embeddings.vectors[::2, 0], [-0.6, 0.6])
+    groups = np.repeat(np.array(["young", "middle", "old"])[third], len(MODALITIES))
+    result = probe(with_column(embeddings, "group", groups), "group")
+    assert set(result.summary["classes"]) == {"young", "middle", "old"}
+    total = result.predictions[["p(young)", "p(middle)", "p(old)"]].sum(axis=1)
+    np.testing.assert_allclose(total, 1)
+    assert result.summary["scores"]["balanced accuracy"]["value"] > 0.6
+
+
+def test_few_different_numbers_are_classes_unless_told_otherwise():
+    embeddings = known_signal(n_subjects=20)
+    grade = np.repeat((np.arange(20) % 3).astype(str), len(MODALITIES))
+    graded = with_column(embeddings, "grade", grade)
+    assert probe(graded, "grade").summary["task"] == "classification"
+    assert probe(graded, "grade", task="regression").summary["task"] == "regression"
+
+
+@pytest.mark.parametrize("missing", ["", "n/a", " NaN "])
+def test_scans_without_a_value_are_left_out_and_counted(missing):
+    embeddings = known_signal(n_subjects=20)
+    ages = embeddings.scans["age"].to_numpy(object)
+    ages[:4] = missing
+    summary = probe(with_column(embeddings, "age", ages), "age").summary
+    assert (summary["n_subjects"], summary["scans_left_out"], summary["task"]) == (18, 4, "regression")
+
+
+def test_a_class_of_too_few_subjects_is_left_out():
+    embeddings = known_signal(n_subjects=20)
+    sites = np.repeat(["a"] * 9 + ["b"] * 9 + ["c"] * 2, len(MODALITIES))
+    assert set(probe(with_column(embeddings, "site", sites), "site").summary["classes"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "height"}, "no column 'height'. Columns: patient_id"),
+        ({"target": "age", "folds": 1}, "at least two folds; 1"),
+        ({"target": "few"}, r"needs two classes with 3 subjects each.*: none"),
+        ({"target": "few", "task": "regression"}, "needs 4 subjects with a number to predict; there are 0"),
+        ({"target": "session_id"}, r"needs two classes .*: 1 \(10\)"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(options, message):
+    embeddings = with_column(known_signal(n_subjects=10), "few", "")
+    with pytest.raises(UserError, match=message):
+        probe(embeddings, **options)
+
+
+def test_the_smallest_sets_are_probed_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert probe(known_signal(n_subjects=4), "age", task="regression").summary["folds"] == 4
+        embeddings = known_signal(n_subjects=6)
+        halves = np.repeat(["a", "b"] * 3, len(MODALITIES))
+        assert probe(with_column(embeddings, "half", halves), "half").summary["folds"] == 3
+
+
+def test_the_same_call_gives_the_same_result():
+    assert probe(known_signal(n_subjects=12), "age").summary == probe(known_signal(n_subjects=12), "age").summary
+
+
+@pytest.mark.parametrize("target", ["age", "sex"])
+def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys, target):
+    write_embeddings(known_signal(n_subjects=24), tmp_path)
+    stored = ["--embeddings", tmp_path / "embeddings.npz", "--metadata", tmp_path / "metadata.csv"]
+    call = ["nnssl_evaluate", "probe", *stored, "--target", target, "-o", tmp_path / "out", "--json"]
+    monkeypatch.setattr("sys.argv", [*map(str, call)])
+    evaluate()
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert f"of '{target}': 24 subjects, 48 scans" in describe(summary)
+    table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
+    assert {"patient_id", "truth", "predicted", "fold"} <= set(table.columns)
+    assert len(table) == 48
+    assert (tmp_path / "out" / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mistake_is_one_line(tmp_path, monkeypatch):
+    write_embeddings(known_signal(n_subjects=6), tmp_path)
+    stored = ["--embeddings", tmp_path / "embeddings.npz", "--metadata", tmp_path / "metadata.csv"]
+    monkeypatch.setattr("sys.argv", [*map(str, ["nnssl_evaluate", "probe", *stored, "--target", "iq"])])
+    with pytest.raises(SystemExit, match="error: There is no column 'iq'"):
+        evaluate()
