@@ -28,6 +28,10 @@ examples:
   nnssl_evaluate probe --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500 --target age -o probe_age
   nnssl_evaluate probe --embeddings mcl.npz --metadata mcl.csv --target sex --json
 """,
+    "gradients": """\
+example:
+  cd $nnUNet_results/Dataset500_FOMO60K && nnssl_evaluate gradients mcl_mim cl_mim mcl_mim_balanced -o gradients
+""",
 }
 
 
@@ -41,6 +45,7 @@ def evaluate() -> None:
     _add_alignment(commands)
     _add_lesions(commands)
     _add_probe(commands)
+    _add_gradients(commands)
     arguments = parser.parse_args()
     logging.getLogger("numexpr").setLevel(logging.WARNING)
     if getattr(arguments, "json", None) == "-":
@@ -242,3 +247,26 @@ def _probe(arguments: argparse.Namespace) -> None:
         if arguments.checkpoint:
             write_embeddings(embeddings, arguments.o)
     _finish(result.summary, describe(result.summary), arguments, arguments.o)
+
+
+def _add_gradients(commands) -> None:
+    parser = _subcommand(
+        commands, "gradients", _gradients, "Which branch of a pre-training moves the encoder, over its steps."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a pre-training, or a progress.csv")
+    parser.add_argument("-o", type=Path, metavar="FOLDER", help="write gradients.json and gradients.png here")
+    _add_json(parser)
+
+
+def _gradients(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.gradients import describe, measure_gradients, read_runs
+
+    runs = read_runs(arguments.runs)
+    result = measure_gradients(runs)
+    if arguments.o:
+        from nnunet_ssl.evaluation.figures.gradients import draw_gradients
+        from nnunet_ssl.evaluation.results import write_json
+
+        write_json(result, arguments.o / "gradients.json")
+        draw_gradients(runs, arguments.o / "gradients.png")
+    _finish(result, describe(result), arguments, arguments.o)

@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.cli import evaluate
+from nnunet_ssl.evaluation.gradients import describe, measure_gradients, read_runs
+
+
+def write_run(folder, **columns):
+    folder.mkdir(parents=True)
+    table = pd.DataFrame({"step": [10, 20, 30, 40], "loss/contrastive": 1.0} | columns)
+    table.to_csv(folder / "progress.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def combined(tmp_path):
+    """A run whose contrastive gradient is 4, 2, 1 and 0.5 times the masked one; nothing was measured at step 20."""
+    return write_run(
+        tmp_path / "Dataset500_A" / "mcl_mim",
+        **{
+            "gradient/contrastive": [4.0, np.nan, 2.0, 0.5],
+            "gradient/masked": [1.0, np.nan, 2.0, 1.0],
+            "gradient/cosine": [-0.5, np.nan, 0.25, 0.1],
+        },
+    )
+
+
+def test_a_run_computed_by_hand(combined):
+    run = measure_gradients(read_runs([combined]))["runs"]["mcl_mim"]
+    assert (run["steps"], run["n_rows"]) == (40, 3)
+    assert (run["contrastive"]["median"], run["masked"]["median"], run["ratio"]["median"]) == (2.0, 1.0, 1.0)
+    assert run["ratio"]["quartiles"] == [0.75, 2.5]
+    assert run["balanced"] == run["ratio"], "nothing was balanced"
+    assert run["cosine"]["mean"] == pytest.approx(-0.05)
+    assert (run["dominated"], run["opposed"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+
+
+def test_balancing_scales_the_contrastive_branch(tmp_path):
+    folder = write_run(
+        tmp_path / "balanced",
+        **{"gradient/contrastive": 4.0, "gradient/masked": 1.0, "gradient/balance": 0.25, "gradient/cosine": 0.0},
+    )
+    run = measure_gradients(read_runs([folder]))["runs"]["balanced"]
+    assert (run["ratio"]["median"], run["balanced"]["median"]) == (4.0, 1.0)
+
+
+def test_a_run_with_one_branch_has_no_ratio(tmp_path):
+    runs = read_runs([write_run(tmp_path / "mim", **{"gradient/masked": 1.0})])
+    run = measure_gradients(runs)["runs"]["mim"]
+    assert run["masked"]["median"] == 1
+    assert np.isnan([run["ratio"]["median"], run["dominated"], run["opposed"], run["cosine"]["mean"]]).all()
+    assert "-" in describe(measure_gradients(runs))
+
+
+def test_runs_are_called_by_the_shortest_names_that_tell_them_apart(combined, tmp_path):
+    other = write_run(tmp_path / "Dataset501_B" / "mcl_mim", **{"gradient/masked": 1.0})
+    assert list(read_runs([combined, other / "progress.csv"])) == ["Dataset500_A/mcl_mim", "Dataset501_B/mcl_mim"]
+    with pytest.raises(UserError, match="The same run is named twice"):
+        read_runs([combined, combined])
+
+
+def test_what_holds_no_gradients_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"There is no .*nowhere: name the folder"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="gradients_every is above 0"):
+        read_runs([write_run(tmp_path / "unmeasured")])
+    with pytest.raises(UserError, match="no row with the norm of a branch yet"):
+        read_runs([write_run(tmp_path / "young", **{"gradient/masked": np.nan})])
+
+
+def test_the_command_compares_runs(combined, tmp_path, monkeypatch, capsys):
+    long = np.arange(200) + 1
+    norms = {"gradient/contrastive": 1.0 * long, "gradient/masked": 1.0, "gradient/cosine": 0.1}
+    balanced = write_run(tmp_path / "balanced", step=long, **norms, **{"gradient/balance": 1 / long})
+    mim = write_run(tmp_path / "mim", **{"gradient/masked": 1.0})
+    call = ["gradients", combined, balanced, mim, "-o", tmp_path / "out", "--json"]
+    monkeypatch.setattr("sys.argv", ["nnssl_evaluate", *map(str, call)])
+    evaluate()
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["runs"]) == ["mcl_mim", "balanced", "mim"]
+    assert result["runs"]["mim"]["ratio"]["median"] is None
+    assert result == json.loads((tmp_path / "out" / "gradients.json").read_text())
+    assert (tmp_path / "out" / "gradients.png").read_bytes().startswith(b"\x89PNG")
