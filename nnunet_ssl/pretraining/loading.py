@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from nnunet_ssl.pretraining.augmentation import (
     draw_matrix,
 )
 from nnunet_ssl.pretraining.corpus import Corpus
-from nnunet_ssl.pretraining.interruption import SIGNALS
+from nnunet_ssl.pretraining.interruption import heed_parent_only, helpers_shielded
 from nnunet_ssl.pretraining.sampling import (
     Kind,
     SamplingConfig,
@@ -40,7 +40,7 @@ from nnunet_ssl.pretraining.sampling import (
 from nnunet_ssl.pretraining.spatial import source_box
 
 ATTEMPTS = 20
-"""Draws for one example before its worker gives up: that many failures in a row are no accident."""
+"""Draws for one example before the training stops: that many failures in a row are no accident."""
 
 DRAWS_BEFORE_JUDGEMENT = 200
 """One unreadable scan among the first few drawn is no large share yet."""
@@ -60,12 +60,11 @@ def make_loader(
     only_unpaired: bool = False,
     stream: int = 0,
     rank: int = 0,
-    world_size: int = 1,
     start_step: int = 0,
     stop_step: int | None = None,
     workers: int = 0,
 ) -> Batches:
-    """Return an iterator over the batches of one rank, from `start_step` on.
+    """Return the batches of one rank, from `start_step` on; workers start, and read ahead, once they are iterated.
 
     Args:
         corpus: the prepared scans to draw from.
@@ -79,7 +78,6 @@ def make_loader(
         only_unpaired: mim draws only the scans that cannot enter a pair: the second stream of a combined recipe.
         stream: distinguishes the loaders of one run: other random numbers for the same seed.
         rank: of this process.
-        world_size: number of processes.
         start_step: the first batch's number; a resumed run passes the number of steps it has done.
         stop_step: the first batch not to be made; None goes on for ever.
         workers: processes that read; 0 reads in this process.
@@ -105,6 +103,8 @@ def make_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
+        # Processes that torch.multiprocessing spawned would spawn workers too: seconds for each, and nothing shared.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     return Batches(loader, sampling.max_failed_share)
 
@@ -122,17 +122,23 @@ class Batches:
         self.max_failed_share = max_failed_share
 
     def __iter__(self) -> Iterator[RawBatch]:
+        with helpers_shielded():
+            reads = iter(self.loader)
+        return self._judged(reads)
+
+    def _judged(self, reads: Iterator[Read]) -> Iterator[RawBatch]:
         drawn = failed = 0
-        for read in self.loader:
+        for read in reads:
             drawn += read.drawn
             failed += len(read.failures)
             for failure in read.failures:
                 logger.warning("%s cannot be read and is replaced by another draw (failure %d).", failure, failed)
-            if failed > self.max_failed_share * max(drawn, DRAWS_BEFORE_JUDGEMENT):
+            if read.batch is None or failed > self.max_failed_share * max(drawn, DRAWS_BEFORE_JUDGEMENT):
+                reason = f"{ATTEMPTS} in a row" if read.batch is None else f"more than {self.max_failed_share:.1%}"
                 raise UserError(
-                    f"{failed} of {drawn} scans drawn could not be read, more than sampling.max_failed_share="
-                    f"{self.max_failed_share:g} allows; the last one: {read.failures[-1]}. Is the disk still there? "
-                    "A store is repaired by deleting the damaged files and running nnssl_prepare again."
+                    f"{failed} of the {drawn} scans drawn could not be read, {reason}; the last one: "
+                    f"{read.failures[-1]}. Is the disk still there? Damaged files are mended by deleting them and "
+                    "running nnssl_prepare again; sampling.max_failed_share says how many are tolerated."
                 )
             yield read.batch
 
@@ -140,7 +146,7 @@ class Batches:
 class Read(NamedTuple):
     """A batch and what it took to read it."""
 
-    batch: RawBatch
+    batch: RawBatch | None  # None: an example failed ATTEMPTS times
     drawn: int  # scans
     failures: list[str]  # "<path>: <reason>"
 
@@ -198,13 +204,13 @@ class ExampleReader(Dataset):
             for attempt in range(ATTEMPTS):
                 views = self._draw(np.random.default_rng([*self.seed, step, place, attempt]))
                 drawn += len(views)
-                crops, failed = self._read(views)
-                failures += failed
-                if not failed:
-                    examples.append((views, crops))
+                try:
+                    examples.append([(view, self._read(view)) for view in views])
                     break
+                except _Unreadable as failure:
+                    failures.append(str(failure))
             else:
-                raise UserError(f"{ATTEMPTS} scans drawn in a row could not be read; the last one: {failures[-1]}.")
+                return Read(None, drawn, failures)
         return Read(self._collate(examples, step), drawn, failures)
 
     def _draw(self, rng: np.random.Generator) -> list[View]:
@@ -221,28 +227,27 @@ class ExampleReader(Dataset):
             views.append(View(int(row), matrix, centre + shift, box, draw_intensities(self.augmentation, rng)))
         return views
 
-    def _read(self, views: Sequence[View]) -> tuple[list[np.ndarray], list[str]]:
-        """Decompress the boxes of an example; return the crops and what could not be read."""
-        crops, failures = [], []
-        for view in views:
-            path = self.folder / f"{self.scan_ids[view.row].decode()}.b2nd"
-            try:
-                array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
-                if array.shape[1:] != tuple(self.sizes[view.row]):
-                    raise ValueError(f"its shape is {array.shape[1:]}, the manifest says {tuple(self.sizes[view.row])}")
-                crops.append(array[(slice(0, 1), *(slice(*ends) for ends in view.box.tolist()))][0])
-            except (OSError, RuntimeError, ValueError) as error:  # blosc2 raises any of them for a damaged file
-                failures.append(f"{path}: {error}")
-        return crops, failures
+    def _read(self, view: View) -> np.ndarray:
+        """Decompress the box of a view, (X, Y, Z).
 
-    def _collate(self, examples: Sequence[tuple[list[View], list[np.ndarray]]], step: int) -> RawBatch:
+        Not memory-mapped, which would be a tenth faster: a mapped file that shrinks or vanishes kills the process.
+        """
+        path = self.folder / f"{self.scan_ids[view.row].decode()}.b2nd"
+        shape = (1, *self.sizes[view.row].tolist())
+        try:
+            array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+            if array.shape != shape:
+                raise ValueError(f"its shape is {array.shape}, the manifest says {shape}")
+            return array[(slice(0, 1), *(slice(*ends) for ends in view.box.tolist()))][0]
+        except Exception as error:  # blosc2 answers damaged files with any kind of exception
+            raise _Unreadable(f"{path}: {error}") from error
+
+    def _collate(self, examples: Sequence[Sequence[tuple[View, np.ndarray]]], step: int) -> RawBatch:
         """Lay the views one after the other, those of view 0 first."""
-        views = [view for one in zip(*(views for views, _ in examples)) for view in one]
-        crops = [crop for one in zip(*(crops for _, crops in examples)) for crop in one]
+        views, crops = zip(*(read for of_one_view in zip(*examples) for read in of_one_view))
         rows = np.array([view.row for view in views]).reshape(-1, len(examples))
-        voxels = np.concatenate([crop.ravel() for crop in crops]).astype(np.float16, copy=False)
         return RawBatch(
-            voxels=torch.from_numpy(voxels),
+            voxels=_half_in_one_piece(crops),
             sizes=np.array([crop.shape for crop in crops]),
             matrices=np.array([view.matrix for view in views]),
             centres=np.array([view.centre for view in views]),
@@ -266,9 +271,20 @@ class ExampleReader(Dataset):
             )
 
 
+class _Unreadable(Exception):
+    """A scan's file is damaged, gone, or another than the manifest says."""
+
+
+def _half_in_one_piece(crops: Sequence[np.ndarray]) -> torch.Tensor:
+    """Copy crops into one flat float16 tensor. Stores hold float16; torch rounds others much faster than numpy."""
+    voxels = torch.empty(sum(crop.size for crop in crops), dtype=torch.float16)
+    for piece, crop in zip(voxels.split([crop.size for crop in crops]), crops):
+        piece.view(crop.shape).copy_(torch.from_numpy(crop))
+    return voxels
+
+
 def _start_worker(worker: int) -> None:
-    """Workers are many: one thread each. Requests to stop are the training's business, which sends workers home."""
-    for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """Workers are many, so they have one thread each; requests to stop are the business of the training."""
+    heed_parent_only()
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)

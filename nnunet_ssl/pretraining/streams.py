@@ -48,7 +48,6 @@ class Stream:
             "augmentation": config.augmentation,
             "seed": config.seed,
             "rank": distributed.rank(),
-            "world_size": distributed.world_size(),
             "start_step": start,
         }
         self._batches = iter(
