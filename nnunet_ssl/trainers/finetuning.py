@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
 from nnunetv2.utilities.helpers import dummy_context
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
 from nnunet_ssl.errors import UserError, exit_on_user_error
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
+from nnunet_ssl.trainers.freezing import unwrapped, with_trainable_encoder
+from nnunet_ssl.trainers.networks import has_deep_supervision, is_residual_unet, network_entry, stage_differences
 from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer
-from nnunet_ssl.trainers.plans import network_entry, plans_with_settings, saved_network_entry
+from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.settings import Settings
 
 GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
+MINIMUM_FRACTION = 0.5
+"""Of the encoder that a checkpoint must fill: nnU-Net plans a residual encoder's stages by the data set."""
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
-    """Fine-tune a pre-trained encoder with an FPN decoder; every arm is this class with another `recipe`.
+    """Fine-tune a pre-trained encoder; every arm is this class with another `recipe`.
 
-    The network goes into the plans, so prediction needs neither the checkpoint nor the settings of the training.
+    The network and the settings go into the plans, so prediction needs neither the checkpoint nor the environment of
+    the training.
 
     Attributes:
         recipe: the pre-training whose newest checkpoint is taken when ``nnssl_checkpoint`` names none.
@@ -49,14 +52,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ) -> None:
         with exit_on_user_error():
-            self.settings = Settings.from_environment()
-            plans = plans_with_settings(plans, configuration, self.settings)
-            folder = Path(
-                get_output_folder(plans["dataset_name"], type(self).__name__, plans["plans_name"], configuration)
-            )
+            self.settings = Settings.of_plans(plans).updated_from_environment()
+            given, plans = plans["plans_name"], plans_with_settings(plans, self.settings)
+            check_configuration(plans, configuration)
+            folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
                 self._find_checkpoint()  # a missing one is reported before any folder is made
-        plans["nnunet_ssl"] = {"settings": dataclasses.asdict(self.settings)}
+            if plans["plans_name"] != given:
+                offer_plans(plans, folder_of("nnUNet_preprocessed") / plans["dataset_name"])
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_iterations_per_epoch = min(self.settings.epoch_steps, self.settings.steps)
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
@@ -64,11 +67,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.freeze_steps = 0 if self.from_scratch else round(self.settings.freeze_share * self.settings.steps)
         self.initial_lr = self.settings.lr
         self.oversample_foreground_percent = 0.5  # one patch around a lesion for each one drawn anywhere
-        self.enable_deep_supervision = False
         self.save_every = 1
         self.resuming = False
         self.encoder_trainable = True
         self.step_in_epoch = 0
+        if self.settings.suffix():
+            self.print_to_log_file(f"Settings are in the plans; nnU-Net's other commands take -p {plans['plans_name']}")
 
     # ---- network and weights -----------------------------------------------------------------------------------------
 
@@ -76,16 +80,18 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         with exit_on_user_error():
             pretrained = None if self.resuming else self._read_checkpoint()
             if self.resuming:
-                entry = saved_network_entry(self.output_folder_base, self.configuration_name)
+                saved = saved_plans(self.output_folder_base)
+                self.plans_manager.plans[SECTION] = saved[SECTION]
+                entry = saved["configurations"][self.configuration_name]["architecture"]
             else:
-                entry = network_entry(pretrained.architecture if pretrained else PAPER_ENCODER)
-                self._refuse_to_mix_networks(entry)
+                entry = self._choose_network(pretrained.architecture if pretrained else PAPER_ENCODER)
             self._write_network_into_plans(entry)
+            self.enable_deep_supervision = has_deep_supervision(entry)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.settings.seed)
                 super().initialize()
             if pretrained is not None and not self.from_scratch:
-                self._load_encoder(pretrained)
+                self._load_encoder(pretrained, entry)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         self.resuming = not self.was_initialized
@@ -102,11 +108,28 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.print_to_log_file(f"{use} {path}")
         return read_checkpoint(path)
 
-    def _load_encoder(self, pretrained: PretrainedEncoder) -> None:
-        report = load_encoder(unwrapped(self.network).encoder, pretrained)
+    def _choose_network(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """Build around the checkpoint's backbone, whatever network the plans were made for, and say so."""
+        planned = self.configuration_manager.configuration["architecture"]
+        entry = network_entry(architecture, planned)
+        if (architecture["backbone"] == "resenc") != is_residual_unet(planned):
+            self.print_to_log_file(
+                f"The network follows the checkpoint's backbone, {architecture['backbone']}: "
+                f"{_class_name(entry)} instead of the plans' {_class_name(planned)}. Patch, batch and spacing stay."
+            )
+        self._refuse_to_mix_networks(entry)
+        return entry
+
+    def _load_encoder(self, pretrained: PretrainedEncoder, entry: dict[str, Any]) -> None:
         self.print_to_log_file(f"origin {pretrained.origin}, method {pretrained.method}, step {pretrained.step}")
+        report = load_encoder(unwrapped(self.network).encoder, pretrained, minimum_fraction=MINIMUM_FRACTION)
         self.print_to_log_file(str(report))
-        self.plans_manager.plans["nnunet_ssl"]["pretrained"] = {
+        if is_residual_unet(entry):
+            for line in stage_differences(pretrained.architecture, entry):
+                self.print_to_log_file(line)
+        if spacing := (pretrained.preprocessing or {}).get("spacing"):
+            self.print_to_log_file(f"Spacing in pre-training {spacing}, here {self.configuration_manager.spacing} (mm)")
+        self.plans_manager.plans[SECTION]["pretrained"] = {
             "origin": pretrained.origin,
             "method": pretrained.method,
             "step": pretrained.step,
@@ -119,14 +142,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def _refuse_to_mix_networks(self, entry: dict[str, Any]) -> None:
         """All folds of a model share one plans file: a fold of another network would break the others' prediction."""
-        others = [
-            path.parent.name
-            for path in Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth")
-            if path.parent.name != f"fold_{self.fold}"
-        ]
-        if others and saved_network_entry(self.output_folder_base, self.configuration_name) != entry:
+        others = {path.parent.name for path in Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth")}
+        others -= {f"fold_{self.fold}"}
+        if others and _saved_network(self.output_folder_base, self.configuration_name) != entry:
             raise UserError(
-                f"{self.output_folder_base} holds {', '.join(sorted(set(others)))} of another network than the "
+                f"{self.output_folder_base} holds {', '.join(sorted(others))} of another network than the "
                 "checkpoint chosen now. Name the checkpoint of those folds (nnssl_checkpoint), or move them away."
             )
 
@@ -153,7 +173,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self._prepare_step()
         self.step_in_epoch += 1
         data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"].to(self.device, non_blocking=True)
+        target = _on_device(batch["target"], self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
             loss = self.loss(self.network(data), target)
@@ -195,21 +215,21 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             super().save_checkpoint(str(temporary))
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the network inside the wrappers of DDP and torch.compile."""
-    if isinstance(network, DistributedDataParallel):
-        network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
+def _on_device(target: torch.Tensor | list[torch.Tensor], device: torch.device) -> torch.Tensor | list[torch.Tensor]:
+    """Move the target, or with deep supervision the targets at all scales."""
+    if isinstance(target, list):
+        return [scale.to(device, non_blocking=True) for scale in target]
+    return target.to(device, non_blocking=True)
 
 
-def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
-    """Switch the encoder's gradients on or off and return the network to use from now on.
+def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path:
+    name = convert_trainer_plans_config_to_identifier(trainer, plans["plans_name"], configuration)
+    return folder_of("nnUNet_results") / plans["dataset_name"] / name
 
-    DDP decides when it wraps which gradients it synchronises, so a wrapped network is wrapped anew.
-    """
-    core = unwrapped(network)
-    core.encoder.requires_grad_(trainable)
-    core.encoder.train(trainable and network.training)
-    if isinstance(network, DistributedDataParallel):
-        return DistributedDataParallel(network.module, device_ids=network.device_ids)
-    return network
+
+def _saved_network(model_folder: str, configuration: str) -> dict[str, Any]:
+    return saved_plans(model_folder)["configurations"][configuration]["architecture"]
+
+
+def _class_name(entry: dict[str, Any]) -> str:
+    return entry["network_class_name"].rsplit(".", 1)[-1]

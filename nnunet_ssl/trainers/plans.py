@@ -1,62 +1,78 @@
-"""What a fine-tuning writes into nnU-Net's plans, so that stock prediction rebuilds its network from them alone."""
+"""Settings in nnU-Net's plans: every command of nnU-Net finds a training's settings by the name of its plans."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import written_beside
 from nnunet_ssl.trainers.settings import Settings
 
-NETWORK = "nnunet_ssl.architectures.networks.SwinFPN"
+SECTION = "nnunet_ssl"
+"""The entry of the plans that holds what a fine-tuning adds: ``base`` (the plans it began with) and ``settings``."""
 
 
-def plans_with_settings(plans: Mapping[str, Any], configuration: str, settings: Settings) -> dict[str, Any]:
-    """Return a copy of nnU-Net's `plans` with the settings' name suffix, patch and batch size.
+def plans_with_settings(plans: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return a copy of nnU-Net's `plans` with the settings, and named after them.
+
+    Patch and batch size go into all three-dimensional configurations. Plans that have settings already get the new ones
+    in their place, and the name that the plans they were made from would get.
+    """
+    plans = copy.deepcopy(dict(plans))
+    base = plans.get(SECTION, {}).get("base", plans["plans_name"])
+    plans["plans_name"] = base + settings.suffix()
+    plans[SECTION] = {"base": base, "settings": dataclasses.asdict(settings)}
+    for name, configuration in plans["configurations"].items():
+        if name.startswith("2d"):
+            continue
+        if settings.patch_size is not None:
+            configuration["patch_size"] = list(settings.patch_size)
+        if settings.batch_size is not None:
+            configuration["batch_size"] = settings.batch_size
+    return plans
+
+
+def check_configuration(plans: Mapping[str, Any], configuration: str) -> None:
+    """Refuse what a pre-trained 3-D encoder cannot be fine-tuned for.
 
     Raises:
         UserError: `configuration` is two-dimensional, a cascade, or not in the plans.
     """
-    plans = copy.deepcopy(dict(plans))
     if configuration not in plans["configurations"]:
         known = ", ".join(plans["configurations"])
         raise UserError(f"The plans {plans['plans_name']} have no configuration {configuration}; they have: {known}.")
-    chosen = plans["configurations"][configuration]
     if configuration.startswith("2d"):
         raise UserError("The encoder is pre-trained on 3-D patches: train 3d_fullres or 3d_lowres, not 2d.")
-    if "previous_stage" in chosen:
+    if "previous_stage" in plans["configurations"][configuration]:
         raise UserError(
             f"{configuration} is the second stage of a cascade, whose input holds one-hot segmentations that the "
             "encoder never saw: train 3d_fullres or 3d_lowres."
         )
-    plans["plans_name"] += settings.suffix()
-    if settings.patch_size is not None:
-        chosen["patch_size"] = list(settings.patch_size)
-    if settings.batch_size is not None:
-        chosen["batch_size"] = settings.batch_size
-    return plans
 
 
-def network_entry(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plans' ``architecture`` entry that builds a SwinFPN around the encoder of a checkpoint.
+def offer_plans(plans: Mapping[str, Any], folder: Path) -> None:
+    """Write `plans` among the preprocessed data set's, so that ``-p`` names them in every command of nnU-Net.
 
-    Channels and classes come from the data set when nnU-Net builds the network; the mask token has no use there.
+    ``nnUNetv2_find_best_configuration`` needs the file; without it (the folder may not be written to) the rest works.
     """
-    encoder = {key: value for key, value in architecture.items() if key not in ("backbone", "in_channels")}
-    encoder["mask_token"] = False
-    return {"network_class_name": NETWORK, "arch_kwargs": encoder, "_kw_requires_import": []}
+    kept = {key: value for key, value in plans.items() if key != "continue_training"}
+    with contextlib.suppress(OSError), written_beside(folder / f"{plans['plans_name']}.json") as temporary:
+        temporary.write_text(json.dumps(kept, indent=4))
 
 
-def saved_network_entry(output_folder_base: Path | str, configuration: str) -> dict[str, Any]:
-    """Return the ``architecture`` entry in the plans saved beside a model's folds.
+def saved_plans(model_folder: Path | str) -> dict[str, Any]:
+    """Return the plans saved beside a model's folds.
 
     Raises:
-        UserError: there are no such plans.
+        UserError: there are none.
     """
-    path = Path(output_folder_base) / "plans.json"
+    path = Path(model_folder) / "plans.json"
     if not path.is_file():
         raise UserError(f"{path} is missing, so the network of the checkpoint beside it is not known.")
-    return json.loads(path.read_text())["configurations"][configuration]["architecture"]
+    return json.loads(path.read_text())

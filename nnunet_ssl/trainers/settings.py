@@ -1,10 +1,11 @@
-"""The few knobs of fine-tuning, read from one environment variable and written into the folder's name."""
+"""The few knobs of fine-tuning, read from one environment variable and written into the plans and their name."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,22 +48,33 @@ class Settings:
             f"steps={self.steps} is not a whole number of epochs of epoch_steps={self.epoch_steps}",
         )
         _require(0 <= self.freeze_share < 1, f"freeze_share={self.freeze_share} must be at least 0 and below 1")
-        _require(self.lr > 0 and (self.encoder_lr is None or self.encoder_lr > 0), "learning rates must be positive")
+        _require(
+            0 < self.lr < 1 and (self.encoder_lr is None or 0 < self.encoder_lr < 1),
+            "lr and encoder_lr must lie between 0 and 1",
+        )
         _require(1 <= self.fraction <= 100, f"fraction={self.fraction} must be 1 to 100 (per cent)")
         _require(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
         _require(
             self.patch_size is None or (len(self.patch_size) == 3 and min(self.patch_size) >= 1),
             f"patch_size={self.patch_size} must be three positive numbers, such as 96x96x96",
         )
+        _require(self.seed >= 0, f"seed={self.seed} must not be negative")
 
     @classmethod
-    def parse(cls, text: str) -> Settings:
-        """Read ``"steps=500,patch_size=64x64x64"``; an empty text gives the defaults.
+    def of_plans(cls, plans: Mapping[str, Any]) -> Settings:
+        """Return the settings that :func:`plans.plans_with_settings` has written into `plans`, else the defaults."""
+        written = dict(plans.get("nnunet_ssl", {}).get("settings", {}))
+        if written.get("patch_size") is not None:
+            written["patch_size"] = tuple(written["patch_size"])
+        return cls(**written)
+
+    def updated(self, text: str) -> Settings:
+        """Return these settings with those of `text`, such as ``"steps=500,patch_size=64x64x64"``, in their place.
 
         Raises:
             UserError: an unknown key, a value of the wrong kind or out of range.
         """
-        readers = {field.name: _READERS[field.type] for field in dataclasses.fields(cls)}
+        readers = {field.name: _READERS[field.type] for field in dataclasses.fields(self)}
         values: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             key, _, value = (part.strip() for part in item.partition("="))
@@ -74,12 +86,11 @@ class Settings:
                 values[key] = readers[key](value)
             except ValueError:
                 raise UserError(f"{VARIABLE}: '{value}' is not a value for {key}.") from None
-        return cls(**values)
+        return dataclasses.replace(self, **values)
 
-    @classmethod
-    def from_environment(cls) -> Settings:
-        """Read the environment variable ``nnssl_settings``."""
-        return cls.parse(os.environ.get(VARIABLE, ""))
+    def updated_from_environment(self) -> Settings:
+        """Return these settings with those of the environment variable ``nnssl_settings`` in their place."""
+        return self.updated(os.environ.get(VARIABLE, ""))
 
     def suffix(self) -> str:
         """Return what to add to the plans' name so that runs with different settings never share a folder.
@@ -110,7 +121,7 @@ _SHORT = {
 
 
 def _written(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,0 +1,31 @@
+"""Freeze and unfreeze the encoder of a network that nnU-Net may have compiled and wrapped."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of DDP and torch.compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
+    """Switch the encoder's gradients on or off and return the network to use from now on.
+
+    Gradients of a frozen encoder are not computed at all: they would cost time and memory, and enter the norm by which
+    the decoder's are clipped. A frozen encoder is in evaluation mode, so no statistics of batches change either.
+
+    DDP decides when it wraps which gradients it synchronises, so a wrapped network is wrapped anew; all processes must
+    call this at the same step.
+    """
+    encoder = unwrapped(network).encoder
+    encoder.requires_grad_(trainable)
+    encoder.train(trainable and network.training)
+    if isinstance(network, DistributedDataParallel):
+        return DistributedDataParallel(network.module, device_ids=network.device_ids)
+    return network
