@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main() -> None:
     from nnunet_ssl.demo.running import run_steps
     from nnunet_ssl.demo.steps import find_scripts, steps, variables
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # so that the command under way ends as well
     scripts = find_scripts()
     announce(variables(work))
     run_steps(steps(work, scripts, arguments.device or default_device()), work / "logs", variables(work))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers.settings import Settings
 
 SUBJECTS, TRAINING_CASES, TEST_CASES = 24, 24, 6
 VOXEL_MM = 3
@@ -69,7 +70,8 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
     corpus, atlas, truth, predictions = (work / name for name in ("fomo", "ATLAS_2", "truth", "predictions"))
     images = work / "nnUNet_raw" / "Dataset501_ATLASv2" / "imagesTs"
     size = ("--voxel-mm", str(VOXEL_MM))
-    model = ("-d", "501", "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-device", device)
+    plans = "nnUNetPlans" + Settings.parse(SMALL_FINETUNING).suffix()  # other settings than the defaults: another model
+    model = ("-d", "501", "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-p", plans, "-device", device)
     return [
         Step(
             name="01_scans",

@@ -1,0 +1,103 @@
+"""The demo: its real commands at a smaller size still, interrupted and taken up again; and what users get wrong."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_ssl.demo import cli, running, steps
+
+TINY_PRETRAINING = (
+    *("encoder.embed_dim=8", "encoder.depths=1,1,1", "encoder.num_heads=1,2,2", "encoder.window_size=4"),
+    *("patch_size=32,32,32", "batch_size=2", "masked.unpaired_batch_size=1", "queue_size=16", "steps=4", "workers=0"),
+    *("log_every=2", "validation.every=4", "validation.fraction=0.2"),
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The demo's commands on few coarse brains, with networks that learn nothing in their few steps."""
+    for name, value in {"SUBJECTS": 6, "TRAINING_CASES": 6, "TEST_CASES": 2, "VOXEL_MM": 6}.items():
+        monkeypatch.setattr(steps, name, value)
+    monkeypatch.setattr(steps, "SMALL_PRETRAINING", TINY_PRETRAINING)
+    monkeypatch.setattr(steps, "SMALL_FINETUNING", "steps=4,epoch_steps=2,patch_size=32x32x32,batch_size=2")
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """A function that calls nnssl_demo with arguments, in this process; its commands are processes of their own."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nnssl_demo", *map(str, arguments)])
+        cli.main()
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_whole_story_from_scans_to_a_table_and_a_figure_and_again(tiny, demo, tmp_path, capsys):
+    demo("-w", tmp_path / "work", "-device", "cpu")
+    told = capsys.readouterr().out
+    for command in (
+        "$ nnssl_pretrain -c mcl_mim",
+        "$ nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerMCLMIM -device cpu\n",
+        "$ nnUNetv2_predict",
+        "export nnUNet_raw=",
+    ):
+        assert command in told
+    assert "mean Dice on 2 held-out cases" in told and "nnssl_pretrain -c mcl_mim\n" in told
+    assert (tmp_path / "work" / "demo.png").stat().st_size > 20_000
+    assert len(list((tmp_path / "work" / "predictions").glob("*.nii.gz"))) == 2
+    assert len(json.loads((tmp_path / "work" / "evaluation" / "lesions.json").read_text())["cases"]) == 2
+
+    demo("-w", tmp_path / "work", "-device", "cpu")
+    assert capsys.readouterr().out.count("done before") == 11
+
+
+def step(name, code, **options):
+    return steps.Step(name=name, title=name, command=("python", "-c", code), **options)
+
+
+def test_a_failed_step_is_shown_and_taken_up_again_with_what_follows(tmp_path, capsys):
+    calls = tmp_path / "calls"
+    first = step("1", f"open({str(calls)!r}, 'a').write('1')")
+    fails = step("2", "print('the reason'); raise SystemExit(3)")
+    works = step("2", f"import sys; open({str(calls)!r}, 'a').write('2' + ''.join(sys.argv[1:]))", continued=("c",))
+    last = step("3", f"open({str(calls)!r}, 'a').write('3')")
+    with pytest.raises(running.UserError, match=r"(?s)the reason.*'2' failed with status 3"):
+        running.run_steps([first, fails, last], tmp_path, {})
+    running.run_steps([first, works, last], tmp_path, {})
+    assert calls.read_text() == "12c3"
+    running.run_steps([first, works, last], tmp_path, {})
+    assert calls.read_text() == "12c3"
+    running.run_steps([step("1", f"open({str(calls)!r}, 'a').write('new')"), works, last], tmp_path, {})
+    assert calls.read_text() == "12c3new2c3"
+
+
+def test_leftovers_of_an_interrupted_step_are_removed(tmp_path):
+    leftover = tmp_path / "half"
+    leftover.mkdir()
+    makes = step("1", f"import os; os.mkdir({str(leftover)!r})", leftovers=(leftover,))
+    (tmp_path / "1.log").touch()
+    running.run_steps([makes], tmp_path, {})
+    assert leftover.is_dir()
+
+
+def test_a_full_disk_is_named(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: SimpleNamespace(free=3e8))
+    with pytest.raises(SystemExit, match=r"error: .*work has 0\.3 GB left; the demo needs 1 GB.*-w"):
+        demo("-w", tmp_path / "work")
+
+
+def test_without_nilearn_the_extra_is_named(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install .nnunet_ssl\[demo\]"):
+        demo("-w", tmp_path / "work")
+
+
+def test_outside_the_repository_the_demo_says_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "__file__", str(tmp_path / "site-packages" / "nnunet_ssl" / "demo" / "steps.py"))
+    with pytest.raises(steps.UserError, match="Run nnssl_demo in the folder of the cloned repository"):
+        steps.find_scripts()
