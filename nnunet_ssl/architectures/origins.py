@@ -1,42 +1,278 @@
-"""Whose checkpoint is this: tensor names of MONAI and UMBRA, and the architecture that tensors imply."""
+"""Whose checkpoint is this, and where in it is the encoder: the layouts of the files that can be read.
+
+The encoder is found by the name of one of its tensors, wherever in a network it sits, and its architecture follows from
+the tensors. What else a file tells (steps, recipe, preprocessing) differs with its origin; that is what the readers
+are for.
+"""
 
 from __future__ import annotations
 
-import re
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
 
-# Ours -> MONAI's SwinTransformer, tried in order; a name that no rule matches is the same in both.
-TO_MONAI = (
-    (r"stages\.(\d)\.conv\.(conv\d)\.", r"layers\1c.0.layer.\2.conv."),
-    (r"stages\.(\d)\.conv\.(norm\d)\.", r"layers\1c.0.layer.\2."),
-    (r"stages\.(\d)\.merging\.", r"layers\1.0.downsample."),
-    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.0\.", r"layers\1.0.blocks.\2.mlp.linear1."),
-    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.2\.", r"layers\1.0.blocks.\2.mlp.linear2."),
-    (r"stages\.(\d)\.blocks\.", r"layers\1.0.blocks."),
+import numpy as np
+from torch import Tensor
+
+from nnunet_ssl.architectures.inferred import resenc_architecture, swin_architecture
+from nnunet_ssl.architectures.monai_names import from_monai
+from nnunet_ssl.architectures.pretrained import DESCRIBED, FORMAT, PretrainedEncoder
+from nnunet_ssl.architectures.safe_files import CheckpointFile
+from nnunet_ssl.errors import UserError
+
+OWN_SWIN, MONAI_SWIN, RESENC, PRIMUS = ANCHORS = (
+    "stages.0.blocks.0.attn.qkv.weight",
+    "layers1.0.blocks.0.attn.qkv.weight",
+    "stem.convs.0.conv.weight",
+    "down_projection.proj.weight",
 )
-FROM_MONAI = (
-    (r"layers(\d)c\.0\.layer\.(conv\d)\.conv\.", r"stages.\1.conv.\2."),
-    (r"layers(\d)c\.0\.layer\.(norm\d)\.", r"stages.\1.conv.\2."),
-    (r"layers(\d)\.0\.downsample\.", r"stages.\1.merging."),
-    (r"layers(\d)\.0\.blocks\.(\d+)\.mlp\.linear1\.", r"stages.\1.blocks.\2.mlp.0."),
-    (r"layers(\d)\.0\.blocks\.(\d+)\.mlp\.linear2\.", r"stages.\1.blocks.\2.mlp.2."),
-    (r"layers(\d)\.0\.blocks\.", r"stages.\1.blocks."),
-)
+"""A tensor that every encoder of a kind has: what stands before it in a file's names is the encoder's place."""
+
+TOP_MODULES = ("patch_embed.", "mask_token", "layers", "stages.", "stem.")
+"""What an encoder's names begin with, where the encoder is not part of a network."""
+
+COPIES = ("encoder_m", "key", "decoder")
+"""Modules that hold the encoder a second time: UMBRA's and our moving averages, the alias in nnU-Net's decoder."""
+
+STATE_DICTS = ("network_weights", "learner", "state_dict", "model_state_dict", "model", "net")
+"""Where checkpoints keep their tensors; a file may also be a state dict itself."""
 
 
-def to_monai(name: str) -> str:
-    """Return MONAI's name of one of SwinEncoder's tensors (stages count from 0 here, from 1 there)."""
-    return _renamed(name, TO_MONAI, +1)
+def recognise(file: CheckpointFile) -> str:
+    """Return the origin of a file, a key of :data:`READERS`.
+
+    Raises:
+        UserError: it holds no encoder of a kind that is known here.
+    """
+    content = file.content
+    if FORMAT in (file.header.get("format"), content.get("format")):
+        return FORMAT
+    if "nnssl_adaptation_plan" in content or "pretrain_json" in _section(content, "init_args"):
+        return "nnssl"
+    if "trainer_name" in content:
+        return "nnunet"
+    state = state_dict(content)
+    if any("mask_token_injector" in name or "feats_decoder" in name or "encoder_m" in name for name in state):
+        return "umbra"
+    for anchor, origin in zip(ANCHORS, (FORMAT, "monai", "nnunet", "nnssl"), strict=True):
+        if _places(state, anchor):
+            return origin
+    raise UserError(_nothing_known(state))
 
 
-def from_monai(name: str) -> str:
-    """Return SwinEncoder's name of a tensor of MONAI's SwinTransformer."""
-    return _renamed(name, FROM_MONAI, -1)
+def _read_own(file: CheckpointFile) -> PretrainedEncoder:
+    """Read ``encoder.safetensors``, described in its header, or a checkpoint of a pre-training."""
+    try:
+        header = {key: json.loads(text) for key, text in file.header.items() if key in DESCRIBED}
+    except json.JSONDecodeError as error:
+        raise UserError(f"its header cannot be read ({error}).") from error
+    described = header or {key: file.content[key] for key in DESCRIBED if key in file.content}
+    tensors, left_out = _encoder(state_dict(file.content), OWN_SWIN, RESENC)
+    described["metadata"] = described.get("metadata") or {}
+    described["architecture"] = described.get("architecture") or _architecture(tensors)
+    return PretrainedEncoder(tensors=tensors, origin=FORMAT, left_out=left_out, **described)
 
 
-def _renamed(name: str, rules: tuple[tuple[str, str], ...], step: int) -> str:
-    for pattern, replacement in rules:
-        match = re.match(pattern, name)
-        if match:
-            stage = str(int(match[1]) + step)
-            return replacement.replace(r"\1", stage).replace(r"\2", match[match.lastindex]) + name[match.end() :]
-    return name
+def _read_monai(file: CheckpointFile) -> PretrainedEncoder:
+    tensors, left_out = _encoder(state_dict(file.content), MONAI_SWIN)
+    return PretrainedEncoder(tensors=tensors, architecture=_architecture(tensors), origin="monai", left_out=left_out)
+
+
+def _read_umbra(file: CheckpointFile) -> PretrainedEncoder:
+    """Read a Lightning checkpoint. Whether its pairs were of one or of two modalities, it does not say."""
+    content, state = file.content, state_dict(file.content)
+    tensors, left_out = _encoder(state, MONAI_SWIN)
+    if "mask_token" in tensors:
+        tensors["mask_token"] = tensors["mask_token"].reshape(-1)
+    branches = {"contrastive": "queue", "masked": "feats_decoder"}
+    return PretrainedEncoder(
+        tensors=tensors,
+        architecture=_architecture(tensors),
+        origin="umbra",
+        step=content.get("global_step"),
+        metadata=_known(
+            branches=[branch for branch, module in branches.items() if any(module in name for name in state)],
+            epoch=content.get("epoch"),
+            hyper_parameters=content.get("hyper_parameters"),
+        ),
+        left_out=left_out,
+    )
+
+
+def _read_nnunet(file: CheckpointFile) -> PretrainedEncoder:
+    """Read the encoder of a network that nnU-Net trained: one that this package fine-tuned, or nnU-Net's ResEnc."""
+    content, arguments = file.content, _section(file.content, "init_args")
+    plans = _section(arguments, "plans")
+    configuration = _section(plans, "configurations", arguments.get("configuration"))
+    _refuse_other_strides(_section(configuration, "architecture", "arch_kwargs"))
+    tensors, left_out = _encoder(state_dict(content), OWN_SWIN, RESENC)
+    return PretrainedEncoder(
+        tensors=tensors,
+        architecture=_architecture(tensors),
+        origin="nnunet",
+        method=content.get("trainer_name"),
+        preprocessing=_preprocessing(plans, configuration),
+        metadata=_known(
+            dataset=plans.get("dataset_name"),
+            plans=plans.get("plans_name"),
+            configuration=arguments.get("configuration"),
+            fold=arguments.get("fold"),
+            epoch=content.get("current_epoch"),
+            pretrained=_section(plans, "nnunet_ssl", "pretrained"),
+        ),
+        left_out=left_out,
+    )
+
+
+def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
+    """Read a checkpoint of nnssl, whose adaptation plan says where the encoder is and what scans it has seen."""
+    content, state = file.content, state_dict(file.content)
+    plan = _section(content, "nnssl_adaptation_plan")
+    architecture = _section(plan, "architecture_plans")
+    if _places(state, PRIMUS):
+        raise UserError(
+            f"it holds the transformer {architecture.get('arch_class_name', 'Primus')}, and the backbones here are "
+            "Swin and ResEnc. OpenMind publishes a ResEnc-L of every method: take that one."
+        )
+    _refuse_other_strides(_section(architecture, "arch_kwargs"))
+    place = plan["key_to_encoder"].removesuffix("stages") if plan.get("key_to_encoder") else None
+    tensors, left_out = _encoder(state, RESENC, place=place)
+    pretraining = _section(plan, "pretrain_plan")
+    configuration = next(iter(_section(pretraining, "configurations").values()), {})
+    return PretrainedEncoder(
+        tensors=tensors,
+        architecture=_architecture(tensors),
+        origin="nnssl",
+        method=content.get("trainer_name"),
+        preprocessing=_preprocessing(pretraining, configuration),
+        metadata=_known(nnssl_adaptation_plan=plan, citations=content.get("citations")),
+        left_out=left_out,
+    )
+
+
+READERS: dict[str, Callable[[CheckpointFile], PretrainedEncoder]] = {
+    FORMAT: _read_own,
+    "umbra": _read_umbra,
+    "monai": _read_monai,
+    "nnunet": _read_nnunet,
+    "nnssl": _read_nnssl,
+}
+"""By origin: how to read its files. All raise UserError where a file has no encoder that can be built here."""
+
+DESCRIPTIONS = {
+    FORMAT: "an encoder file or a pre-training's checkpoint of this package",
+    "umbra": "a Lightning checkpoint of UMBRA, the code of arXiv 2511.11311",
+    "monai": "a state dict of MONAI's SwinUNETR or SwinTransformer",
+    "nnunet": "an nnU-Net checkpoint: fine-tuned by this package, or a ResEnc U-Net",
+    "nnssl": "a ResEnc checkpoint of nnssl (OpenMind)",
+}
+
+
+def state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by name, without the prefixes that DDP and torch.compile insert.
+
+    Raises:
+        UserError: there are none.
+    """
+    for holder in (*(content.get(key) for key in STATE_DICTS), content):
+        if isinstance(holder, Mapping):
+            tensors = {_unwrapped(name): value for name, value in holder.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+    raise UserError(f"it has no tensors; it has: {', '.join(map(str, list(content)[:8])) or 'nothing'}.")
+
+
+def _section(content: Mapping[str, Any], *keys: Any) -> Mapping[str, Any]:
+    """Return the mapping that lies at `keys`, one in the other; an empty one if there is none."""
+    for key in keys:
+        content = content.get(key)
+        if not isinstance(content, Mapping):
+            return {}
+    return content
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in str(name).split(".") if part not in ("module", "_orig_mod"))
+
+
+def _places(state: Mapping[str, Tensor], anchor: str) -> list[str]:
+    """Return the prefixes of all encoders that have the tensor `anchor`; copies are left aside."""
+    found = [name.removesuffix(anchor) for name in state if name == anchor or name.endswith(f".{anchor}")]
+    return [place for place in found if not set(place.split(".")) & set(COPIES)]
+
+
+def _encoder(
+    state: Mapping[str, Tensor], *anchors: str, place: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return an encoder's tensors by the names they have here, and the number of other tensors by module.
+
+    Args:
+        state: of the whole network.
+        anchors: of the kinds of encoders to look for.
+        place: the prefix of the encoder, where the file says it.
+    """
+    found = {prefix: anchor for anchor in anchors for prefix in _places(state, anchor) if place in (None, prefix)}
+    if not found:
+        raise UserError(_nothing_known(state))
+    if len(found) > 1:
+        raise UserError(f"it holds several encoders, at {', '.join(found)}; store the one that is meant alone.")
+    ((prefix, anchor),) = found.items()
+    inside = [name for name in state if name.startswith(prefix or TOP_MODULES)]
+    left_out = Counter(_module(name) for name in state.keys() - set(inside))
+    rename = from_monai if anchor == MONAI_SWIN else str
+    # The indices of relative positions are constants, which SwinEncoder computes.
+    kept = [name for name in inside if not name.endswith("relative_position_index")]
+    return {rename(name[len(prefix) :]): state[name] for name in kept}, dict(sorted(left_out.items()))
+
+
+def _module(name: str) -> str:
+    """Return the module that a tensor belongs to, one level below the parts of a training."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("model", "query", "key") else parts[0]
+
+
+def _nothing_known(state: Mapping[str, Tensor]) -> str:
+    return f"it holds no encoder of a kind known here; its first tensors are {', '.join(list(state)[:3])}."
+
+
+def _architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return resenc_architecture(tensors) if RESENC in tensors else swin_architecture(tensors)
+
+
+def _refuse_other_strides(arguments: Mapping[str, Any]) -> None:
+    """Tensors do not tell a stage's stride; where a file does, it must be the one that ResEncEncoder has."""
+    strides = arguments.get("strides") or []
+    wanted = [1] + [2] * (len(strides) - 1)
+    if any(np.any(np.asarray(stride) != one) for stride, one in zip(strides, wanted)):
+        raise UserError(
+            f"its stages have the strides {plain(strides)}; the residual encoder here keeps the grid in its first "
+            "stage and halves every axis in each further one."
+        )
+
+
+def _preprocessing(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what nnU-Net's or nnssl's plans tell of how scans were prepared."""
+    known = _known(
+        image_reader_writer=plans.get("image_reader_writer"),
+        transpose_forward=plans.get("transpose_forward"),
+        **{key: configuration.get(key) for key in ("spacing", "normalization_schemes", "use_mask_for_norm")},
+    )
+    return known or None
+
+
+def _known(**values: Any) -> dict[str, Any]:
+    """Return, in JSON's types, the values that are there."""
+    values = {key: plain(value) for key, value in values.items()}
+    return {key: value for key, value in values.items() if value not in (None, {}, [])}
+
+
+def plain(value: Any) -> Any:
+    """Return nested containers with NumPy's values, tensors and tuples turned into JSON's types."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return value.tolist()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

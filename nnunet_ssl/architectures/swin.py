@@ -154,10 +154,10 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """A conv block, Swin blocks with plain and shifted windows in turn, and a patch merging."""
 
-    def __init__(self, channels: int, depth: int, heads: int, window: int, mlp_ratio: float, conv_norm: str):
+    def __init__(self, channels: int, depth: int, heads: int, window: int, mlp_ratio: float, conv_norm: str | None):
         super().__init__()
         self.window = window
-        self.conv = ResidualBlock(channels, conv_norm)
+        self.conv = ResidualBlock(channels, conv_norm) if conv_norm is not None else nn.Identity()
         self.blocks = nn.ModuleList(SwinBlock(channels, heads, window, mlp_ratio) for _ in range(depth))
         self.merging = PatchMerging(channels)
 
@@ -186,7 +186,8 @@ class SwinEncoder(nn.Module):
         window_size: edge of the attention windows, in tokens.
         patch_size: edge of the patches that become tokens, in voxels: the stride of the finest map.
         mlp_ratio: hidden width of the MLPs over their channels.
-        conv_norm: norm of the conv blocks, "group" (the paper's) or "instance" (MONAI's).
+        conv_norm: norm of the conv blocks, "group" (the paper's) or "instance" (MONAI's); None: there are no conv
+            blocks, as in the first Swin UNETR.
         mask_token: own the learnt vector that stands for hidden tokens; needed to call with a mask.
         checkpointing: recompute the Swin blocks in the backward pass: less memory, about a third more time.
 
@@ -208,7 +209,7 @@ class SwinEncoder(nn.Module):
         window_size: int = 7,
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
-        conv_norm: str = "group",
+        conv_norm: str | None = "group",
         mask_token: bool = True,
         checkpointing: bool = False,
     ):

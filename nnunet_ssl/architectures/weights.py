@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.architectures.origins import READERS, recognise
+from nnunet_ssl.architectures.pretrained import DESCRIBED, FORMAT, PretrainedEncoder
+from nnunet_ssl.architectures.safe_files import read_file
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 
-FORMAT = "nnunet_ssl"
-HEADER = ("architecture", "method", "step", "preprocessing", "metadata")
+__all__ = ["FORMAT", "LoadReport", "PretrainedEncoder", "load_encoder", "read_checkpoint", "write_encoder"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainedEncoder:
-    """An encoder's weights and what is known about them."""
-
-    tensors: dict[str, Tensor]  # by the encoder's own parameter names
-    architecture: dict[str, Any]  # what networks.build_encoder takes
-    origin: str
-    method: str | None = None
-    step: int | None = None
-    preprocessing: dict[str, Any] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+SHOWN = 20
+"""Names of a kind that a report spells out."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +42,10 @@ class LoadReport:
         lines = [f"{self.fraction:.1%} of the encoder loaded"]
         for kind in ("loaded", "adapted", "missing", "mismatched", "unexpected"):
             names = getattr(self, kind)
-            shown = "" if kind == "loaded" else "".join(f"\n    {name}" for name in names)
-            lines.append(f"  {kind}: {len(names)}{shown}")
+            lines.append(f"  {kind}: {len(names)}")
+            if kind != "loaded":
+                lines += [f"    {name}" for name in names[:SHOWN]]
+                lines += [f"    and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
         return "\n".join(lines)
 
 
@@ -69,45 +63,40 @@ def write_encoder(
 
     Args:
         path: the file, ``*.safetensors``.
-        encoder: the tensors by the encoder's parameter names, on any device.
+        encoder: the tensors by the encoder's parameter names, on any device. One that has several names, as nnU-Net's
+            layers have, is written under the first.
         architecture: what :func:`networks.build_encoder` takes.
         method: the recipe that made the weights (``mcl_mim``).
         step: training steps behind the weights.
         preprocessing: what was done to the scans (spacing, orientation, normalisation), if known.
         metadata: anything else worth keeping, JSON-serialisable.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    values = dict(zip(HEADER, (architecture, method, step, preprocessing, metadata), strict=True))
+    values = dict(zip(DESCRIBED, (architecture, method, step, preprocessing, metadata), strict=True))
     header = {"format": FORMAT} | {key: json.dumps(value) for key, value in values.items()}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.items()}
+    tensors = {names[0]: encoder[names[0]].detach().cpu().contiguous().clone() for names in _names_of_each(encoder)}
     with written_beside(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        temporary.write_bytes(save(tensors, metadata=header))  # save_file would let nobody else read it
 
 
 def read_checkpoint(path: Path | str, origin: str | None = None) -> PretrainedEncoder:
     """Read the encoder in a checkpoint; code in the file is never executed.
 
+    Args:
+        path: the file.
+        origin: whose it is, a key of :data:`origins.READERS`; None to find out.
+
     Raises:
         UserError: there is no such file, it cannot be read safely, or it holds no encoder that is known here.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
-    tensors, header = _read_safetensors(path)
-    values = {key: json.loads(header.get(key, "null")) for key in HEADER}
-    values["metadata"] = values["metadata"] or {}
-    return PretrainedEncoder(tensors=tensors, origin=FORMAT, **values)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
+    if origin not in (None, *READERS):
+        raise UserError(f"There is no origin '{origin}'; there are: {', '.join(READERS)}.")
+    file = read_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error}). Copy or download it again.") from error
+        return READERS[origin or recognise(file)](file)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_fraction: float = 0.9) -> LoadReport:
@@ -125,10 +114,12 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
         UserError: less than that was loaded. The encoder is then unchanged.
     """
     own = encoder.state_dict()
+    each = _names_of_each(own)
     fitted: dict[str, Tensor] = {}
     kinds: dict[str, list[str]] = {"loaded": [], "adapted": [], "missing": [], "mismatched": []}
-    for name, target in own.items():
-        source = pretrained.tensors.get(name)
+    for names in each:
+        name, target = names[0], own[names[0]]
+        source = next((pretrained.tensors[other] for other in names if other in pretrained.tensors), None)
         if source is None:
             kinds["missing"].append(name)
         elif source.shape == target.shape:
@@ -142,7 +133,7 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
     report = LoadReport(
         **{kind: tuple(names) for kind, names in kinds.items()},
         unexpected=tuple(name for name in pretrained.tensors if name not in own),
-        fraction=sum(own[name].numel() for name in fitted) / sum(tensor.numel() for tensor in own.values()),
+        fraction=sum(own[name].numel() for name in fitted) / sum(own[names[0]].numel() for names in each),
     )
     if report.fraction < minimum_fraction:
         raise UserError(
@@ -154,6 +145,14 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
         for name, source in fitted.items():
             own[name].copy_(source)
     return report
+
+
+def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return all names of each tensor: nnU-Net's layers register one parameter as ``conv`` and ``all_modules.0``."""
+    names: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    return list(names.values())
 
 
 def _is_stem(source: Tensor, target: Tensor) -> bool:

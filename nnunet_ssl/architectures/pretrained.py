@@ -1,0 +1,28 @@
+"""PretrainedEncoder: what this package knows of an encoder that somebody trained, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+FORMAT = "nnunet_ssl"
+"""How this package's own files call themselves, and the name of their origin."""
+
+DESCRIBED = ("architecture", "method", "step", "preprocessing", "metadata")
+"""What those files tell of the weights, beside the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedEncoder:
+    """An encoder's weights and what is known about them."""
+
+    tensors: dict[str, Tensor]  # by the encoder's own parameter names
+    architecture: dict[str, Any]  # what networks.build_encoder takes
+    origin: str
+    method: str | None = None  # the recipe, or the trainer, that made the weights
+    step: int | None = None
+    preprocessing: dict[str, Any] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)  # JSON types only
+    left_out: dict[str, int] = field(default_factory=dict)  # the file's tensors beside the encoder, by module

@@ -1,0 +1,109 @@
+"""Open checkpoints that other people wrote, and never run what they may carry.
+
+A PyTorch file is a pickle: a little program that may call any function. Here it is read by ``torch.load`` with
+``weights_only=True``, which builds tensors and plain values and stops at anything else; NumPy's scalars and arrays,
+which logs of trainings are full of, are allowed as well. A safetensors file has no program in it.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_ssl.errors import UserError
+
+ZIP, PICKLE, LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFile:
+    """What lies in a file: plain containers, tensors on the CPU, and a safetensors file's header."""
+
+    path: Path
+    content: Mapping[str, Any]
+    header: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_file(path: Path | str) -> CheckpointFile:
+    """Read a safetensors file or what ``torch.save`` wrote; which of them it is, its first bytes say.
+
+    Raises:
+        UserError: there is no such file, it is damaged, no checkpoint, or needs code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
+    if start.startswith(ZIP):
+        _check_archive(path)
+    if start.startswith((ZIP, PICKLE)):
+        content = _unpickle(path)
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path} holds a {type(content).__name__}, where a checkpoint has a dict.")
+        return CheckpointFile(path=path, content=content)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    raise UserError(f"{path} is neither a PyTorch file nor a safetensors file.")
+
+
+def _read_safetensors(path: Path) -> CheckpointFile:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return CheckpointFile(path=path, content=content, header=file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error}). Copy or download it again.") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare checksums, which ``torch.load`` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} is not a complete PyTorch file ({error}). Copy or download it again.") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong. Copy or download it again.")
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_harmless_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise UserError(f"{path} is damaged or no PyTorch file. Copy or download it again.") from error
+        raise UserError(
+            f"{path} is refused: it holds more than tensors and plain values, and reading it would run "
+            f"{wanted[1].removesuffix('`')}, which may be any program. If you trust whoever made it, let them store "
+            "the weights alone: torch.save(network.state_dict(), FILE)"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a PyTorch file ({reason}). Copy or download it again.") from error
+
+
+def _harmless_globals() -> list[Any]:
+    """NumPy's dtypes, scalars and arrays of numbers, under the names that NumPy 1 and 2 pickle them by."""
+    scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    functions = [
+        (function, f"{package}.multiarray.{name}")
+        for package in ("numpy.core", "numpy._core")
+        for function, name in ((scalar, "scalar"), (reconstruct, "_reconstruct"))
+    ]
+    numbers = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"
+    return [*functions, np.dtype, np.ndarray, *{type(np.dtype(code)) for code in numbers}]

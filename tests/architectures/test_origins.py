@@ -1,0 +1,205 @@
+"""Every kind of checkpoint that can be read gives the features that its own network computes."""
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
+from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.model import Learner
+
+SIZES = {"embed_dim": 12, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 6), "window_size": 3}
+X = torch.randn(2, 1, 40, 36, 33, generator=torch.Generator().manual_seed(0))
+
+
+def rebuilt(path, origin=None):
+    """Return what was read, and the encoder that it fills completely."""
+    pretrained = read_checkpoint(path, origin)
+    encoder = build_encoder(pretrained.architecture)
+    report = load_encoder(encoder, pretrained)
+    assert report.fraction == 1 and not report.unexpected, report
+    return pretrained, encoder
+
+
+def assert_same_maps(encoder, network, x=X, tolerance=1e-10):
+    with torch.no_grad():
+        for own, reference in zip(encoder.double()(x.double()), network.double()(x.double()), strict=True):
+            torch.testing.assert_close(own, reference, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "swinViT.", "module.swinViT.", "_orig_mod.backbone.swinViT."])
+@pytest.mark.parametrize("holder", [None, "state_dict"])
+def test_monai_state_dict(others, stored, prefix, holder):
+    theirs = others.monai_encoder(**SIZES)
+    state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
+    if "swinViT" in prefix:
+        state[prefix.replace("swinViT", "encoder1") + "layer.conv1.conv.weight"] = torch.randn(3)
+    pretrained, encoder = rebuilt(stored({holder: state} if holder else state))
+    assert pretrained.origin == "monai"
+    assert pretrained.architecture["num_heads"] == [1, 2, 4, 6]
+    assert_same_maps(encoder, theirs)
+
+
+def test_monai_without_conv_blocks_and_with_its_old_names(others, stored):
+    theirs = others.monai_encoder(**SIZES, use_v2=False)
+    names = {"linear1": "fc1", "linear2": "fc2"}
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        for new, old in names.items():
+            name = name.replace(new, old)
+        state[f"module.{name}"] = tensor
+    pretrained, encoder = rebuilt(stored({"state_dict": state}))
+    assert pretrained.architecture["conv_norm"] is None
+    assert_same_maps(encoder, theirs)
+
+
+@pytest.mark.parametrize("mode", ["contrastive", "masked", "both"])
+def test_umbra_checkpoint_of_every_mode(others, stored, mode):
+    theirs = others.umbra_encoder()
+    pretrained, encoder = rebuilt(stored(others.umbra_checkpoint(theirs, mode), "last.ckpt"))
+    assert (pretrained.origin, pretrained.step) == ("umbra", 200_000)
+    assert pretrained.architecture["conv_norm"] == "group"
+    assert pretrained.metadata["branches"] == {"both": ["contrastive", "masked"]}.get(mode, [mode])
+    assert torch.equal(encoder.mask_token, theirs.patch_embed.mask_token_injector.mask_token.flatten())
+    assert_same_maps(encoder, theirs)
+
+
+def test_our_pretraining_checkpoint(stored, tiny_recipe):
+    learner = Learner(tiny_recipe)
+    state = {
+        "format": "nnunet_ssl",
+        "method": "mcl_mim",
+        "step": 7,
+        "architecture": tiny_recipe.architecture(),
+        "preprocessing": {"spacing": [1.0, 1.0, 1.0]},
+        "metadata": {},
+        "learner": learner.state_dict(),
+    }
+    for parameter in learner.key.parameters():
+        parameter.data.zero_()  # must not be taken for the encoder
+    pretrained, encoder = rebuilt(stored(state))
+    assert (pretrained.method, pretrained.step) == ("mcl_mim", 7)
+    assert pretrained.architecture == tiny_recipe.architecture()
+    assert {"key.encoder", "query.decoder", "queue"} <= set(pretrained.left_out)
+    assert_same_maps(encoder, learner.query.encoder)
+
+
+@pytest.fixture
+def tiny_recipe():
+    sizes = ["encoder.embed_dim=8", "encoder.depths=1,1", "encoder.num_heads=1,2", "encoder.window_size=3"]
+    return load_config("mcl_mim", [*sizes, "patch_size=32,32,32", "queue_size=32", "contrastive.dim=8"])
+
+
+def nnunet_checkpoint(network, arch_kwargs) -> dict:
+    """What nnU-Net saves, NumPy's scalars in its log included."""
+    configuration = {
+        "spacing": np.array([1.0, 1.0, 1.0]),
+        "normalization_schemes": ["ZScoreNormalization"],
+        "architecture": {"network_class_name": "...", "arch_kwargs": arch_kwargs},
+    }
+    return {
+        "network_weights": network.state_dict(),
+        "optimizer_state": {"state": {}},
+        "logging": {"mean_fg_dice": [np.float32(0.5), np.float64(0.6)]},
+        "_best_ema": np.float64(0.6),
+        "current_epoch": 3,
+        "init_args": {
+            "plans": {"dataset_name": "Dataset501_ATLASv2", "configurations": {"3d_fullres": configuration}},
+            "configuration": "3d_fullres",
+            "fold": 0,
+            "device": torch.device("cpu"),
+        },
+        "trainer_name": "nnUNetTrainerMCLMIM",
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+
+
+def test_our_finetuned_nnunet_checkpoint(stored):
+    sizes = {**SIZES, "conv_norm": "group"}
+    network = SwinFPN(1, 2, **sizes)
+    pretrained, encoder = rebuilt(stored(nnunet_checkpoint(network, sizes)))
+    assert (pretrained.origin, pretrained.method) == ("nnunet", "nnUNetTrainerMCLMIM")
+    assert pretrained.preprocessing["spacing"] == [1.0, 1.0, 1.0]
+    assert pretrained.left_out.keys() == {"decoder"}
+    assert_same_maps(encoder, network.encoder)
+
+
+def test_nnunets_own_residual_encoder(others, stored):
+    network = others.resenc_unet()
+    content = nnunet_checkpoint(network, {"strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]]})
+    pretrained, encoder = rebuilt(stored(content))
+    assert (pretrained.origin, pretrained.architecture["features"]) == ("nnunet", [4, 8, 12])
+    with torch.no_grad():
+        reference = network.double().encoder(X.double()[..., :32, :32, :32])[1:]
+        for own, map_ in zip(encoder.double()(X.double()[..., :32, :32, :32]), reference, strict=True):
+            torch.testing.assert_close(own, map_, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_nnssl_checkpoint_with_wrappers(others, stored, wrapper):
+    network = others.resenc_unet()
+    content = others.nnssl_checkpoint(network)
+    content["network_weights"] = {wrapper + name: value for name, value in content["network_weights"].items()}
+    pretrained, _ = rebuilt(stored(content))
+    assert pretrained.origin == "nnssl"
+    assert pretrained.preprocessing["spacing"] == [1.0, 1.0, 1.0]
+
+
+def test_nnssl_encoder_lies_where_the_plan_says(others, stored):
+    network = others.resenc_unet()
+    content = others.nnssl_checkpoint(network, key_to_encoder="online_encoder.stages")
+    weights = network.encoder.state_dict()
+    content["network_weights"] = {f"online_encoder.{name}": value for name, value in weights.items()} | {
+        f"target_encoder.{name}": torch.zeros_like(value) for name, value in weights.items()
+    }
+    pretrained, _ = rebuilt(stored(content))
+    assert pretrained.left_out == {"target_encoder": len(weights)}
+
+
+def test_several_encoders_are_not_guessed_between(others, stored):
+    weights = others.resenc_unet().encoder.state_dict()
+    state = {f"{name}.{key}": value for name in ("first", "second") for key, value in weights.items()}
+    with pytest.raises(UserError, match=r"several encoders, at first\., second\."):
+        read_checkpoint(stored(state))
+
+
+def test_primus_is_refused_by_name(stored):
+    content = {
+        "network_weights": {"down_projection.proj.weight": torch.zeros(2), "eva.pos_embed": torch.zeros(2)},
+        "nnssl_adaptation_plan": {"architecture_plans": {"arch_class_name": "PrimusM"}, "key_to_encoder": "eva"},
+    }
+    with pytest.raises(UserError, match="transformer PrimusM"):
+        read_checkpoint(stored(content))
+
+
+def test_other_strides_are_refused(others, stored):
+    content = nnunet_checkpoint(others.resenc_unet(), {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]})
+    with pytest.raises(UserError, match=r"strides \[\[1, 1, 1\], \[1, 2, 2\]"):
+        read_checkpoint(stored(content))
+
+
+def test_normalised_patch_embedding_is_refused(others, stored):
+    state = others.monai_encoder(**SIZES).state_dict() | {"patch_embed.norm.weight": torch.ones(12)}
+    with pytest.raises(UserError, match="patch_norm"):
+        read_checkpoint(stored(state))
+
+
+def test_foreign_network_is_refused_with_its_names(stored):
+    with pytest.raises(UserError, match=r"no encoder of a kind known here; its first tensors are fc\.weight"):
+        read_checkpoint(stored({"state_dict": {"fc.weight": torch.zeros(2)}}))
+
+
+def test_wrong_origin_is_refused(others, stored):
+    path = stored(others.monai_encoder(**SIZES).state_dict())
+    with pytest.raises(UserError, match="no encoder of a kind known here"):
+        read_checkpoint(path, "nnssl")
+    with pytest.raises(UserError, match="no origin 'timm'; there are: nnunet_ssl, umbra, monai, nnunet, nnssl"):
+        read_checkpoint(path, "timm")
+
+
+def test_a_missing_stage_is_noticed(others, stored):
+    state = {name: value for name, value in others.monai_encoder(**SIZES).state_dict().items() if "layers2" not in name}
+    with pytest.raises(UserError, match="not complete"):
+        read_checkpoint(stored(state))
