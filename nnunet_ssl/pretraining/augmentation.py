@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,16 @@ from torch import Tensor
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import intensity
 from nnunet_ssl.pretraining.spatial import affine_matrix, resample
+
+_LIMITS = {
+    "scale": (0, 0.9),
+    "noise_std": (0, inf),
+    "smooth_sigma": (0.01, inf),
+    "gibbs": (0, 1),
+    "gamma": (0.01, inf),
+    "low_resolution": (0.01, 1),
+}
+"""Beyond these a transform turns a view inside out or into numbers that are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +56,11 @@ class AugmentationConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name.endswith("_probability") and not 0 <= value <= 1:
-                raise UserError(f"augmentation.{name} is {value}; it is a probability between 0 and 1.")
             if isinstance(value, tuple | list) and not (len(value) == 2 and value[0] <= value[1]):
                 raise UserError(f"augmentation.{name} is {value}; it is a range: two numbers, the smaller first.")
-
-
-NO_AUGMENTATION = AugmentationConfig(
-    flip_probability=0,
-    rotation=0,
-    scale=0,
-    shear=0,
-    contrast_probability=0,
-    noise_probability=0,
-    artefact_probability=0,
-    gamma_probability=0,
-    low_resolution_probability=0,
-)
-"""Plain patches, for validation."""
+            low, high = (0, 1) if name.endswith("_probability") else _LIMITS.get(name, (-inf, inf))
+            if not (low <= np.min(value) and np.max(value) <= high):
+                raise UserError(f"augmentation.{name} is {value}; it must lie between {low} and {high}.")
 
 
 def draw_flip(config: AugmentationConfig, rng: np.random.Generator) -> bool:

@@ -20,9 +20,8 @@ BIAS_TERMS = tuple(
     for i in range(BIAS_DEGREE + 1)
     for j in range(BIAS_DEGREE + 1 - i)
     for k in range(BIAS_DEGREE + 1 - i - j)
-    if i + j + k > 0
 )
-"""Degrees along the three axes of the Legendre products in a bias field: all up to BIAS_DEGREE but the constant."""
+"""Degrees along the three axes of the 20 Legendre products in a bias field: all whose sum is up to BIAS_DEGREE."""
 
 SPACE = (1, 2, 3)
 
@@ -57,7 +56,7 @@ def lower_resolution(views: Tensor, zooms: Sequence[float]) -> Tensor:
 
 
 def bias_field(views: Tensor, coefficients: Sequence[Sequence[float]]) -> Tensor:
-    """Multiply each view by exp of a sum of Legendre products over [-1, 1]^3, with 19 coefficients (see BIAS_TERMS).
+    """Multiply each view by exp of a sum of Legendre products over [-1, 1]^3, one coefficient for each of BIAS_TERMS.
 
     Source: Van Leemput et al., IEEE Trans Med Imaging 18 (1999), 885.
     """

@@ -20,8 +20,8 @@ Kind = Literal["mcl", "cl", "mim"]
 class SamplingConfig:
     """How often each scan is drawn, and how far apart the two views of a pair may lie."""
 
-    weighting: Literal["scan", "session", "source"] = "session"  # what counts alike: every scan, session, or source
-    # data set ("source": a large one does not drown a small one)
+    weighting: Literal["scan", "session", "source"] = "session"  # what is drawn alike: every scan (for pairs: sessions
+    # by their number of scans), every session, or every source data set: there a large one does not drown a small one
     balanced_modalities: bool = False  # every modality (mim) or pair of modalities (mcl, cl) equally often
     jitter_mm: float = 0.0  # the centres of the two views are at most this far apart
     max_failed_share: float = 0.05  # of the scans drawn: more that cannot be read stop the training

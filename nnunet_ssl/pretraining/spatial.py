@@ -10,12 +10,12 @@ scale, shear) is in that one matrix, and voxels are interpolated once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 
@@ -42,21 +42,10 @@ def affine_matrix(
     Returns:
         (3, 3) float64.
     """
-    matrix = _rotation(rotation) @ _shear(shear) @ np.diag(scale)
+    matrix = Rotation.from_euler("XYZ", rotation).as_matrix() @ _shear(shear) @ np.diag(scale)
     if flip_axis is not None:
         matrix[flip_axis] *= -1
     return matrix * np.asarray(spacing)[None, :] / np.asarray(spacing)[:, None]
-
-
-def _rotation(angles: Sequence[float]) -> np.ndarray:
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        i, j = [k for k in range(3) if k != axis]
-        turn = np.eye(3)
-        turn[i, i] = turn[j, j] = math.cos(angle)
-        turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
-        matrix = matrix @ turn
-    return matrix
 
 
 def _shear(factors: Sequence[float]) -> np.ndarray:
