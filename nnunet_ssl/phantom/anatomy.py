@@ -89,6 +89,14 @@ class Anatomy:
             fractions[name] = fractions.get(name, 0) + fraction
         return replace(self, fractions=fractions)
 
+    def with_changed(self, share: np.ndarray, into: dict[str, str]) -> Anatomy:
+        """Return the anatomy in which a `share` (X, Y, Z) of some tissues turned into others: {healthy: diseased}."""
+        fractions = dict(self.fractions)
+        for healthy, diseased in into.items():
+            fractions[diseased] = share * self.fractions[healthy]
+            fractions[healthy] = self.fractions[healthy] - fractions[diseased]
+        return replace(self, fractions=fractions)
+
 
 def mni_grid(voxel_mm: float) -> Grid:
     """Return the template's own grid (197 x 233 x 189 at 1 mm) at another voxel size."""
@@ -129,8 +137,8 @@ def build_anatomy(person: Person, grid: Grid, *, pose: bool = True) -> Anatomy:
 
     depth = sample(template.depth, outside=60.0)
     tissues = _vary_cortex(rng, person, grid.axes, {name: sample(volume) for name, volume in template.tissues.items()})
-    fractions = tissues | _head(rng, where, depth)
     vessels = _vessels(rng, grid.axes, where, depth)
+    fractions = tissues | _head(rng, grid.axes, where, depth, 1 - sum(tissues.values()))
     return Anatomy(grid, fractions, where, depth).with_tissues({"vessel": vessels})
 
 
@@ -221,30 +229,74 @@ def _vary_cortex(
     return {name: fraction * scale for name, fraction in weighted.items()}
 
 
-def _head(rng: np.random.Generator, where: np.ndarray, depth: np.ndarray) -> dict[str, np.ndarray]:
-    """Return meninges, skull, scalp, eyes, face and neck as layers around the brain and simple solids."""
-    x, y, z = where
+def _head(
+    rng: np.random.Generator, axes: Axes, where: np.ndarray, depth: np.ndarray, room: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return meninges, skull, scalp, orbits, face and neck: layers around the brain and simple solids.
+
+    The meninges follow the brain's own surface, skull and scalp its hull, with bone between the two at the base.
+
+    Args:
+        rng: fixes how thick the layers are, and the texture of the soft tissue.
+        axes: the grid's coordinates in mm.
+        where: (3, X, Y, Z), where each voxel lies in MNI space.
+        depth: (X, Y, Z), distance to the brain's surface in mm.
+        room: (X, Y, Z), what the brain's tissues leave of each voxel.
+    """
     csf_mm, bone_mm, scalp_mm = rng.uniform(2.0, 3.5), rng.uniform(5.0, 7.5), rng.uniform(5.0, 9.0)
-    skull, scalp = csf_mm + bone_mm, csf_mm + bone_mm + scalp_mm
-    lower_face = (
-        1.2 - np.sqrt((x / 62) ** 2 + ((y - 22) / 68) ** 2 + ((z + 62) / 52) ** 2),
-        1.2 - np.sqrt((x / 52) ** 2 + ((y + 42) / 52) ** 2 + ((z + 92) / 60) ** 2),
-    )
-    soft = np.clip(np.maximum(*lower_face) * 30, 0, 1) * _above(depth, skull)
-    skin = np.maximum(_between(depth, skull, scalp), soft)
-    fat = skin * _between(depth, skull, scalp - 2.0)
-    eyes = np.clip((12.0 - np.sqrt((np.abs(x) - 32) ** 2 + (y - 58) ** 2 + (z + 40) ** 2)) / 1.5, 0, 1)
-    eyes *= _above(depth, csf_mm)
-    bone = _between(depth, csf_mm, skull) * (1 - eyes)
-    marrow = bone * _between(depth, csf_mm + 0.3 * bone_mm, csf_mm + 0.7 * bone_mm)
-    keep = 1 - eyes
-    return {
-        "meninges": _between(depth, 0.0, csf_mm) * (depth > 0.5) * keep,
-        "vitreous": eyes,
-        "bone": bone - marrow,
-        "fat": (fat + 0.6 * marrow) * keep,
-        "muscle": (skin - fat + 0.4 * marrow) * keep,
+    skull_mm = csf_mm + bone_mm
+    hull = np.minimum(_hull_depth(where), depth)
+    face, nose, eyes, orbits = _face(where)
+    soft = np.maximum(_between(hull, skull_mm, skull_mm + scalp_mm), face * _above(hull, skull_mm)) * (1 - nose)
+    streaks = np.clip(0.25 + 0.3 * random_field(rng, axes, 7.0, MNI_BOX), 0, 0.8)
+    fat_share = np.maximum(_between(hull, skull_mm, skull_mm + scalp_mm - 2.0), streaks)
+    bone = _above(depth, csf_mm) * (1 - _above(hull, skull_mm))
+    marrow = bone * np.maximum(_between(hull, csf_mm + 0.3 * bone_mm, csf_mm + 0.7 * bone_mm), hull < csf_mm)
+    marrow *= 0.85
+    outside_orbits = 1 - np.maximum(eyes, orbits)
+    layers = {
+        "meninges": 1 - _above(depth, csf_mm),
+        "bone": (bone - marrow) * outside_orbits,
+        "fat": (fat_share * soft + 0.45 * marrow) * outside_orbits + orbits * _above(depth, csf_mm) * (1 - eyes),
+        "muscle": ((1 - fat_share) * soft + 0.55 * marrow) * outside_orbits,
+        "vitreous": eyes * _above(depth, csf_mm),
     }
+    return {name: np.clip(layer, 0, 1) * np.clip(room, 0, 1) for name, layer in layers.items()}
+
+
+def _face(where: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return solids in MNI space, each between 0 and 1: face and neck, the nasal cavity, the eyes, their orbits."""
+    x, y, z = where
+
+    def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, float], edge: float) -> np.ndarray:
+        mirrored = np.abs(x) - centre[0], y - centre[1], z - centre[2]
+        distance = np.sqrt(sum((part / radius) ** 2 for part, radius in zip(mirrored, radii)))
+        return np.clip((1 - distance) * min(radii) / edge + 0.5, 0, 1)
+
+    face = np.maximum(ellipsoid((0, 22, -62), (74, 82, 62), 2.0), ellipsoid((0, -42, -92), (62, 62, 72), 2.0))
+    nose = ellipsoid((7, 62, -56), (5, 30, 18), 1.5)
+    return face, nose, ellipsoid((32, 58, -40), (12, 12, 12), 1.5), ellipsoid((31, 50, -40), (17, 24, 16), 3.0)
+
+
+@functools.lru_cache(maxsize=1)
+def _hull() -> np.ndarray:
+    """Return the distance (mm) to the brain's surface closed over clefts of 2 x 25 mm, on the 3 mm template."""
+    template = _template(3)
+    step, width_mm = template.step, 25.0
+    margin = int(np.ceil(width_mm / step)) + 1
+    away = np.pad(template.depth, margin, mode="edge")  # edge: the neck goes on below the field of view
+    dilated = ndimage.distance_transform_edt(away >= 0) * step < width_mm
+    outside = ndimage.distance_transform_edt(~dilated) * step
+    inside = ndimage.distance_transform_edt(dilated) * step
+    hull = ndimage.gaussian_filter(outside - inside + width_mm, 2.0)
+    return hull[(slice(margin, -margin),) * 3].astype(np.float32)
+
+
+def _hull_depth(where: np.ndarray) -> np.ndarray:
+    """Return the distance in mm to the brain's hull at points `where` (3, X, Y, Z) of MNI space, negative inside."""
+    template = _template(3)
+    index = (where - template.origin[:, None, None, None]) / template.step
+    return ndimage.map_coordinates(_hull(), index, order=1, mode="nearest")
 
 
 def _vessels(rng: np.random.Generator, axes: Axes, where: np.ndarray, depth: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ class Tissue:
 
 
 # Rounded textbook values at 3 T (after Wansapura 1999, Stanisz 2005); lesions from the stroke and epilepsy literature:
-# acute infarct = restricted diffusion and a moderately long T2; cavity = nearly CSF; gliosis, white-matter
+# acute infarct = restricted diffusion, a longer T2 and a slightly longer T1; cavity = nearly CSF; gliosis, white-matter
 # hyperintensity and dysplasia = prolonged T1 and T2 in falling order. Fat's density and diffusion stand for the fat
 # suppression that most protocols use.
 TISSUES = {
@@ -34,8 +34,8 @@ TISSUES = {
     "bone": Tissue(1000, 4, 1, 0.15, 0.30),
     "fat": Tissue(420, 70, 25, 0.45, 1.50),
     "muscle": Tissue(1300, 42, 25, 0.80, 1.30),
-    "infarct": Tissue(1550, 130, 62, 0.87, 0.45),
-    "infarct_edge": Tissue(1450, 108, 56, 0.84, 0.62),
+    "infarcted_gm": Tissue(1580, 130, 62, 0.85, 0.45),
+    "infarcted_wm": Tissue(1080, 122, 58, 0.77, 0.42),
     "cavity": Tissue(3300, 900, 500, 0.98, 2.50),
     "gliosis": Tissue(1750, 160, 75, 0.90, 1.25),
     "hyperintensity": Tissue(1150, 125, 58, 0.80, 1.05),

@@ -73,9 +73,8 @@ def acute_stroke(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float) -
         level = np.maximum(level, _grow(anatomy, rng, centre, goal, territory))
     extent = _soft(level, anatomy)
     patchy = 0.45 + 0.6 * random_field(rng, anatomy.grid.axes, 4.0, MNI_BOX)
-    core = extent * np.clip(level / 3.0 + patchy, 0.25, 1)
-    changed = anatomy.with_tissues({"infarct": core, "infarct_edge": 0.8 * (extent - core)})
-    return changed, level > 0
+    share = extent * np.clip(level / 3.0 + patchy, 0.5, 1)
+    return anatomy.with_changed(share, {"gm": "infarcted_gm", "wm": "infarcted_wm"}), level > 0
 
 
 def focal_dysplasia(anatomy: Anatomy, rng: np.random.Generator, volume_ml: float) -> tuple[Anatomy, np.ndarray]:
@@ -169,7 +168,7 @@ def _allowed(anatomy: Anatomy, rng: np.random.Generator, centre: np.ndarray, ter
     if territory is not None:
         away = [_distance(anatomy, np.array(other.centre_mm) * (side, 1, 1)) for other in TERRITORIES]
         ragged_mm = 12.0 + 9.0 * random_field(rng, anatomy.grid.axes, 6.0, MNI_BOX)  # territories overlap, unevenly
-        allowed &= away[TERRITORIES.index(territory)] < np.min(away, axis=0) + np.clip(ragged_mm, 0, None)
+        allowed &= away[TERRITORIES.index(territory)] <= np.min(away, axis=0) + np.clip(ragged_mm, 0, None)
     return allowed
 
 
