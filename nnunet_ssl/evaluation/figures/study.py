@@ -1,0 +1,83 @@
+"""The figures of a study: the sample-efficiency curve, and the heat map of arms by data set or modality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nnunet_ssl.evaluation.figures.style import PALETTE, figure
+from nnunet_ssl.evaluation.segmentations import NAMES
+from nnunet_ssl.evaluation.study import Experiment, Study
+
+
+def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, path: Path) -> None:
+    """Draw the first metric against the share of the training subjects, with intervals; published figures dashed."""
+    metric = experiment.metrics[0]
+    panels = _panels(experiment, summary)
+    with figure(path, (5.2 * len(panels) + 1.6, 4.4)) as drawing:
+        for axes, (dataset, part) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels):
+            rows = _rows(summary, dataset=dataset, part=part, metric=metric)
+            for place, arm in enumerate(experiment.arms):
+                curve = rows[rows["arm"] == arm].sort_values("fraction")
+                nudge = (place - (len(experiment.arms) - 1) / 2) * 0.8
+                reach = np.abs(curve[["low", "high"]].to_numpy().T - curve["mean"].to_numpy())
+                style = {"color": PALETTE[place], "marker": "o", "ms": 4, "lw": 1.5, "elinewidth": 0.7}
+                axes.errorbar(curve["fraction"] + nudge, curve["mean"], reach, label=study.arms[arm].label, **style)
+                _draw_published(axes, experiment, dataset, arm, PALETTE[place])
+            axes.set_xticks(sorted(experiment.fractions))
+            axes.set(title=_title(study, dataset, part), xlabel="training subjects (%)", ylabel=NAMES[metric])
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1, 1), title="dashed: published" if experiment.published else None
+        )
+
+
+def draw_modalities(study: Study, experiment: Experiment, summary: pd.DataFrame, path: Path) -> None:
+    """Draw the first metric of arms (rows) by data set (columns); colour: the difference from the first arm."""
+    metric, fraction = experiment.metrics[0], max(experiment.fractions)
+    rows = _rows(summary, metric=metric, fraction=fraction)
+    columns = [panel for panel in _panels(experiment, summary) if len(_rows(rows, dataset=panel[0], part=panel[1]))]
+    values = np.full((len(experiment.arms), len(columns)), np.nan)
+    for (i, arm), (j, (dataset, part)) in ((a, c) for a in enumerate(experiment.arms) for c in enumerate(columns)):
+        cell = _rows(rows, arm=arm, dataset=dataset, part=part)["mean"]
+        values[i, j] = cell.item() if len(cell) else np.nan
+    change = values - values[0]
+    reach = max(0.01, np.nanmax(np.abs(change), initial=0.0))
+    with figure(path, (1.5 * len(columns) + 2.6, 0.5 * len(experiment.arms) + 1.6)) as drawing:
+        axes = drawing.subplots()
+        image = axes.imshow(change, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            dark = abs(change[row, column]) > 0.7 * reach
+            text = "-" if np.isnan(value) else f"{value:.3f}"
+            axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(len(columns)), [_title(study, *column).replace(" ", "\n", 1) for column in columns])
+        axes.set_yticks(range(len(experiment.arms)), [study.arms[arm].label for arm in experiment.arms])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_title(f"{NAMES[metric]} at {fraction} % of the training subjects")
+        drawing.colorbar(image, label=f"difference from {study.arms[experiment.arms[0]].label}")
+
+
+def _draw_published(axes, experiment: Experiment, dataset: str, arm: str, colour: str) -> None:
+    if experiment.published is None or arm not in experiment.published.values:
+        return
+    figures = dict(zip(experiment.columns, experiment.published.values[arm]))
+    fractions = sorted(experiment.fractions)
+    axes.plot(fractions, [figures[dataset, fraction] for fraction in fractions], color=colour, ls="--", lw=1, alpha=0.6)
+
+
+def _panels(experiment: Experiment, summary: pd.DataFrame) -> list[tuple[str, str]]:
+    """(data set, part), in the experiment's order, of what is there."""
+    present = set(zip(summary["dataset"], summary["part"]))
+    return [(name, part) for name in experiment.datasets for part in ("test", "validation") if (name, part) in present]
+
+
+def _rows(table: pd.DataFrame, **wanted) -> pd.DataFrame:
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return table
+
+
+def _title(study: Study, dataset: str, part: str) -> str:
+    return study.datasets[dataset].label + (" (test set)" if part == "test" else "")

@@ -1,0 +1,204 @@
+"""Execute what is missing of a study, one run after another: locked, logged, resumable; a failed run stops no other.
+
+A run's lock is held by its commands too: it stays as long as one of them lives, even when the runner was killed. So
+several runners, on one machine or on many, share a study without doing anything twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.stages import Stage, program, stages_of
+from nnunet_ssl.evaluation.study import AlignmentRun, Run, Study
+from nnunet_ssl.files import written_beside
+
+PATIENCE_S = 30
+"""How long an interrupted command may take to end before it is killed."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands, and what there is to know of it."""
+
+    kind: Literal["finished", "running", "queued", "failed", "waiting", "missing"]
+    detail: str = ""
+
+
+def state_of(
+    run: Run | AlignmentRun, study: Study, folder: Path, device: str, queue: frozenset[str] = frozenset()
+) -> State:
+    """Look at a run's files, its lock and its record.
+
+    Args:
+        queue: the SLURM jobs that are pending or running.
+    """
+    try:
+        stages = stages_of(run, study, folder, device)
+    except UserError as error:
+        return State("waiting", str(error))
+    if all(stage.is_done() for stage in stages):
+        return State("finished")
+    if _is_locked(folder, run):
+        return State("running")
+    record = read_record(folder, run)
+    if record.get("job") in queue:
+        return State("queued", f"SLURM job {record['job']}")
+    if record.get("state") == "failed":
+        return State("failed", f"{record['stage']}: {record['reason']} (log: {log_of(folder, run)})")
+    return State("missing")
+
+
+def execute_all(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, device: str) -> list[str]:
+    """Execute what is missing of `runs`; return the identifiers of those that failed.
+
+    What another runner works on, or has tried in vain since this call began, is left to it.
+    """
+    began, failed = time.time(), []
+    for place, run in enumerate(runs, start=1):
+        if read_record(folder, run).get("failed_at", 0) > began:
+            continue
+        logger.info("[%d/%d] %s", place, len(runs), run.id)
+        if execute(run, study, folder, device) == "failed":
+            failed.append(run.id)
+    return failed
+
+
+def execute(
+    run: Run | AlignmentRun, study: Study, folder: Path, device: str
+) -> Literal["finished", "failed", "left to another runner"]:
+    """Do what is missing of one run, and write down how it went.
+
+    Raises:
+        UserError: the run cannot begin yet (see :func:`stages_of`).
+    """
+    with _locked(folder, run, tries=5) as lock:
+        if lock is None:
+            return "left to another runner"
+        seconds = read_record(folder, run).get("seconds", {})
+        for stage in stages_of(run, study, folder, device):
+            if stage.is_done():
+                continue
+            logger.info("    %s", stage.name)
+            began = time.monotonic()
+            reason = _run_stage(stage, log_of(folder, run), lock)
+            seconds[stage.name] = seconds.get(stage.name, 0) + round(time.monotonic() - began)
+            if reason:
+                logger.warning("    failed: %s; its output is in %s", reason, log_of(folder, run))
+                failure = {"state": "failed", "stage": stage.name, "reason": reason, "failed_at": time.time()}
+                write_record(folder, run, failure | {"seconds": seconds, "host": socket.gethostname()})
+                return "failed"
+        write_record(folder, run, {"state": "finished", "seconds": seconds, "host": socket.gethostname()})
+        return "finished"
+
+
+def log_of(folder: Path, run: Run | AlignmentRun) -> Path:
+    """Where the commands of a run write, one after another and try after try."""
+    return folder / "logs" / f"{run.id}.log"
+
+
+def read_record(folder: Path, run: Run | AlignmentRun) -> dict[str, Any]:
+    """What the last try of a run left: its state, the seconds of its stages; empty before the first."""
+    path = folder / "runs" / f"{run.id}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_record(folder: Path, run: Run | AlignmentRun, record: dict[str, Any]) -> None:
+    """Write down how a run stands."""
+    with written_beside(folder / "runs" / f"{run.id}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2))
+
+
+def _run_stage(stage: Stage, log: Path, lock: int) -> str | None:
+    """Run one command with its output in `log`; return why it failed, or None."""
+    if stage.unfinished is not None:
+        shutil.rmtree(stage.unfinished, ignore_errors=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as output:
+        output.write(f"\n$ {shlex.join(stage.command)}\n")
+        output.flush()
+        status = _call([program(stage.command[0]), *stage.command[1:]], stage.environment(), output, lock)
+    if status:
+        return f"status {status}: {_last_line(log)}"
+    if stage.unfinished is not None:
+        stage.unfinished.rename(stage.outputs[0])
+    missing = [str(path) for path in stage.outputs if not path.exists()]
+    return f"it ended well and left no {missing[0]}" if missing else None
+
+
+def _call(command: list[str], environment: dict[str, str], output, lock: int) -> int:
+    """Run a command in a process group of its own, which ends with it: a dead training leaves no workers behind."""
+    try:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[lock]
+        )
+    except OSError as error:
+        output.write(f"{error}\n")
+        return 127
+    try:
+        return process.wait()
+    except BaseException:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+        raise
+    finally:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, run: Run | AlignmentRun, tries: int = 1) -> Iterator[int | None]:
+    """Yield the open lock of a run, or None when someone else holds it."""
+    path = folder / "runs" / f"{run.id}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield descriptor if _lock(descriptor, tries) else None
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, tries: int) -> bool:
+    """Several tries, because someone who only looks whether a run is locked holds its lock for a moment."""
+    for remaining in reversed(range(tries)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1 * (remaining > 0))
+        else:
+            return True
+    return False
+
+
+def _is_locked(folder: Path, run: Run | AlignmentRun) -> bool:
+    if not (folder / "runs" / f"{run.id}.lock").is_file():
+        return False
+    with _locked(folder, run) as lock:
+        return lock is None

@@ -1,0 +1,208 @@
+"""What a run of a study is made of: commands of nnU-Net and of this package, and the files that prove they are done.
+
+Nothing is remembered elsewhere: a fold that was trained by hand counts, and one whose files are gone is trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
+from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
+from nnunet_ssl.trainers import checkpoints
+from nnunet_ssl.trainers.plans import plans_with_settings
+from nnunet_ssl.trainers.settings import VARIABLE, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of a run.
+
+    Attributes:
+        name: train, predict, evaluate or measure.
+        command: program and arguments.
+        outputs: the files or folders that are there when it is done.
+        variables: added to the environment.
+        unfinished: where the command writes what is renamed to the first output when it has succeeded.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    outputs: tuple[Path, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    unfinished: Path | None = None
+
+    def is_done(self) -> bool:
+        return all(path.exists() for path in self.outputs)
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.variables, "PYTHONUNBUFFERED": "1"}
+
+
+def stages_of(run: Run | AlignmentRun, study: Study, folder: Path, device: str) -> list[Stage]:
+    """List the commands of a run, in order.
+
+    Args:
+        folder: of the study.
+        device: cpu, cuda or mps.
+
+    Raises:
+        UserError: the data set is not prepared, or the arm has no checkpoint yet.
+    """
+    if isinstance(run, AlignmentRun):
+        return _alignment(run, study, folder, device)
+    return _segmentation(run, study, folder, device)
+
+
+def results_of(run: Run | AlignmentRun, folder: Path) -> Path:
+    """Where the evaluations of a run lie."""
+    return folder / "results" / run.id
+
+
+def _alignment(run: AlignmentRun, study: Study, folder: Path, device: str) -> list[Stage]:
+    dataset_folder(run.corpus, "nnUNet_preprocessed")
+    out = results_of(run, folder)
+    command = (
+        *("nnssl_evaluate", "alignment", "--checkpoint", str(_checkpoint(study.arms[run.arm]))),
+        *("-d", str(run.corpus), "--subjects", run.subjects, "-device", device, "-o", str(out)),
+    )
+    return [Stage(name="measure", command=command, outputs=(out / "alignment.json",))]
+
+
+def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Stage]:
+    arm, dataset = study.arms[run.arm], study.datasets[run.dataset]
+    raw, preprocessed = (dataset_folder(dataset.id, name) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
+    plans = _plans(preprocessed, study)
+    variables = _variables(run, arm, folder)
+    final = _plans_name(plans, run, arm)
+    fold = (
+        Path(variables.get("nnUNet_results") or folder_of("nnUNet_results"))
+        / raw.name
+        / f"{arm.trainer}__{final}__{study.configuration}"
+        / f"fold_{run.fold}"
+    )
+    train = ("nnUNetv2_train", str(dataset.id), study.configuration, str(run.fold), "-tr", arm.trainer)
+    resume = ("--c",) if any(fold.glob("checkpoint_*.pth")) else ()
+    if not resume and _needs_checkpoint(arm):
+        _checkpoint(arm)
+    stages = [
+        Stage(
+            name="train",
+            command=(*train, "-p", study.plans, "-device", device, *resume),
+            outputs=(fold / "checkpoint_final.pth", fold / "validation" / "summary.json"),
+            variables=variables,
+        ),
+        _evaluation(run, "validation", preprocessed / "gt_segmentations", fold / "validation", dataset.preset, folder),
+    ]
+    if any((raw / "labelsTs").glob("[!.]*")):
+        model = ("-d", str(dataset.id), "-c", study.configuration, "-f", str(run.fold), "-tr", arm.trainer, "-p", final)
+        unfinished = fold / "test.unfinished"
+        files = ("-i", str(raw / "imagesTs"), "-o", str(unfinished))
+        stages += [
+            Stage(
+                name="predict",
+                command=("nnUNetv2_predict", *files, *model, "-device", device),
+                outputs=(fold / "test",),
+                variables=variables,
+                unfinished=unfinished,
+            ),
+            _evaluation(run, "test", raw / "labelsTs", fold / "test", dataset.preset, folder),
+        ]
+    return stages
+
+
+def _evaluation(run: Run, part: str, reference: Path, predicted: Path, preset: str, folder: Path) -> Stage:
+    """Of the validation, a fold's cases are compared, which are some of the references."""
+    out = results_of(run, folder) / part
+    some = ("--chill",) if part == "validation" else ()
+    command = ("nnssl_evaluate", "lesions", "-ref", str(reference), "-pred", str(predicted), "--preset", preset)
+    return Stage(name="evaluate", command=(*command, "-o", str(out), *some), outputs=(out / "lesions.json",))
+
+
+def _variables(run: Run, arm: Arm, folder: Path) -> dict[str, str]:
+    """Settings and checkpoint of a training.
+
+    nnU-Net's folder names do not tell checkpoints apart, so an arm that names one keeps its models in the study.
+    """
+    settings = {VARIABLE: run.settings}
+    if arm.checkpoint is None:
+        return settings
+    models = folder / "models" / run.arm
+    return settings | {checkpoints.VARIABLE: str(_checkpoint(arm)), "nnUNet_results": str(models)}
+
+
+def _plans(preprocessed: Path, study: Study) -> dict:
+    """Read the plans that a training begins with.
+
+    Raises:
+        UserError: the data set is not preprocessed by them.
+    """
+    path = preprocessed / f"{study.plans}.json"
+    planner = "nnssl_plan" if study.plans == "nnsslPlans" else "nnUNetv2_plan_and_preprocess"
+    advice = f"Prepare it: {planner} -d {int(preprocessed.name[7:10])}"
+    if not path.is_file():
+        raise UserError(f"{preprocessed.name} has no plans {path.name} in {preprocessed}. {advice}")
+    plans = json.loads(path.read_text())
+    configuration = plans["configurations"].get(study.configuration)
+    if configuration is None:
+        known = ", ".join(plans["configurations"])
+        raise UserError(f"{path} has no configuration {study.configuration}; it has {known}.")
+    if not (preprocessed / configuration["data_identifier"]).is_dir():
+        raise UserError(f"{preprocessed.name} is planned and not preprocessed for {study.configuration}. {advice}")
+    return plans
+
+
+def _plans_name(plans: Mapping, run: Run, arm: Arm) -> str:
+    """The name that the trainer gives its plans; trainers of other packages know nothing of settings."""
+    if arm.trainer not in _own_trainers():
+        if run.settings:
+            raise UserError(f"{arm.trainer} is not a trainer of nnunet_ssl: it would ignore '{run.settings}'.")
+        return plans["plans_name"]
+    return plans_with_settings(plans, Settings.of_plans(plans).updated(run.settings))["plans_name"]
+
+
+def _checkpoint(arm: Arm) -> Path:
+    """The file that an arm starts from.
+
+    Raises:
+        UserError: there is none.
+    """
+    if arm.checkpoint is not None:
+        path = Path(os.path.expandvars(arm.checkpoint)).expanduser()
+        path = path / checkpoints.FILE if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"The arm {arm.label} names the checkpoint {arm.checkpoint}, which is not there.")
+        return path
+    recipe = getattr(_own_trainers().get(arm.trainer), "recipe", None)
+    try:
+        return checkpoints.find_checkpoint(recipe, arm.trainer)
+    except UserError:
+        advice = f"pre-train one (nnssl_pretrain -c {recipe}), or name" if recipe else "name"
+        raise UserError(f"The arm {arm.label} has no checkpoint: {advice} one as its `checkpoint`.") from None
+
+
+def _needs_checkpoint(arm: Arm) -> bool:
+    trainer = _own_trainers().get(arm.trainer)
+    return trainer is not None and not trainer.from_scratch
+
+
+@cache
+def _own_trainers() -> dict[str, type]:
+    """The trainers of this package, by name."""
+    from nnunet_ssl.trainers import arms, finetuning
+
+    classes = [one for one in (*vars(arms).values(), finetuning.nnUNetTrainerSSL) if isinstance(one, type)]
+    return {one.__name__: one for one in classes if issubclass(one, finetuning.nnUNetTrainerSSL)}
+
+
+def program(name: str) -> str:
+    """Return the program of this Python's own environment, which need not be activated."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name
