@@ -250,7 +250,8 @@ def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experimen
             raise UserError(f"{where}.published takes the keys source and values.")
         published = Published(source=str(published["source"]), values=dict(published["values"]))
         values = {key: value for key, value in values.items() if key != "published"}
-    experiment = build(Experiment, values, f"{where}.")
+    named = {"title": where.partition(".")[2]} | values if isinstance(values, Mapping) else values
+    experiment = build(Experiment, named, f"{where}.")
     arms = experiment.arms or all_arms
     compare = experiment.compare or tuple((arm, arms[0]) for arm in arms[1:])
     return replace(experiment, arms=arms, compare=compare, published=published)

@@ -1,0 +1,144 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.study import AlignmentRun, Run, read_study, shipped, study_from
+
+MINIMAL = """
+name: small
+arms:
+  scratch: {trainer: nnUNetTrainerSwinFPNScratch}
+  mcl_mim: {label: MCL+MIM, trainer: nnUNetTrainerMCLMIM}
+datasets:
+  atlas: {id: 501, preset: atlas}
+  dwi: {id: 510}
+experiments:
+  fractions: {datasets: [atlas], fractions: [100, 50], folds: [0, 1], seeds: [0, 1]}
+"""
+
+
+def changed(**changes):
+    """The minimal study with nested keys (double underscores) set."""
+    values = yaml.safe_load(MINIMAL)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return values
+
+
+def test_the_shipped_study_is_the_papers_three_experiments():
+    study = read_study("paper")
+    runs = study.runs()
+    trainings = [run for run in runs if isinstance(run, Run)]
+    assert len(trainings) == 6 * 4 + 6 * 5
+    assert Counter(run.dataset for run in trainings)["atlas_t1"] == 24
+    assert Counter(run.arm for run in trainings) == dict.fromkeys(study.arms, 9)
+    assert Counter(run.fraction for run in trainings) == {100: 36, 75: 6, 50: 6, 25: 6}
+    assert {(run.fold, run.seed) for run in trainings} == {(0, 0)}
+    assert [run.arm for run in runs if isinstance(run, AlignmentRun)] == ["cl", "mcl", "mim", "cl_mim", "mcl_mim"]
+    assert len({run.id for run in runs}) == len(runs) == 59
+
+
+def test_the_shipped_study_quotes_the_paper():
+    experiments = read_study("paper").experiments
+    fractions, modalities = experiments["sample_efficiency"], experiments["modalities"]
+    assert dict(zip(fractions.columns, fractions.published.values["mcl"]))["atlas_t1", 50] == 0.4892
+    assert dict(zip(modalities.columns, modalities.published.values["cl_mim"]))["fcd_t1", 100] == 0.1701
+    assert experiments["alignment"].published.values == {"cl": [0.5995, 0.1576], "mcl": [0.0066, 0.0104]}
+
+
+def test_the_shipped_datasets_are_those_that_the_conversion_scripts_write():
+    study = read_study("paper")
+    scripts = Path(__file__).resolve().parents[2] / "dataset_conversion"
+    text = "".join(path.read_text() for path in scripts.glob("Dataset50*.py"))
+    for name, channels in (("isles_dwi", '("dwi",)'), ("isles_adc", '("adc",)'), ("fcd_t1", '("t1",)')):
+        assert f"{channels}: {study.datasets[name].id}" in text
+
+
+def test_the_matrix_is_the_product_and_first_folds_come_first():
+    runs = study_from(yaml.safe_load(MINIMAL)).runs()
+    assert len(runs) == 2 * 2 * 2 * 2
+    assert [(run.seed, run.fold) for run in runs[::4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert runs[0].settings == ""
+    assert runs[-1].settings == "fraction=50,seed=1"
+    assert runs[-1].suffix == "_fraction50_seed1"
+
+
+def test_a_run_that_two_experiments_share_is_run_once():
+    values = changed(experiments__all={"datasets": ["atlas", "dwi"]})
+    study = study_from(values)
+    shared = set(study.runs_of(study.experiments["fractions"])) & set(study.runs_of(study.experiments["all"]))
+    assert {run.dataset for run in shared} == {"atlas"}
+    assert len(study.runs()) == 16 + 4 - 2
+
+
+def test_settings_of_an_arm_come_on_top_of_the_studys():
+    study = study_from(changed(settings="steps=500, lr=1e-3", arms__mcl_mim__settings="lr=2e-3"))
+    settings = {run.arm: run.settings for run in study.runs() if (run.fraction, run.seed) == (100, 0)}
+    assert settings == {"scratch": "steps=500,lr=1e-3", "mcl_mim": "steps=500,lr=2e-3"}
+
+
+def test_each_arm_is_compared_with_the_first_unless_pairs_are_named():
+    assert study_from(changed()).experiments["fractions"].compare == (("mcl_mim", "scratch"),)
+    named = study_from(changed(experiments__fractions__compare=[["scratch", "mcl_mim"]]))
+    assert named.experiments["fractions"].compare == (("scratch", "mcl_mim"),)
+
+
+def test_arms_that_nnunet_would_keep_in_one_folder_need_their_own_checkpoints():
+    twin = {"trainer": "nnUNetTrainerMCLMIM"}
+    with pytest.raises(UserError, match="have one trainer and equal settings"):
+        study_from(changed(arms__twin=twin))
+    assert study_from(changed(arms__twin=twin | {"checkpoint": "a.ckpt"}))
+    assert study_from(changed(arms__twin=twin | {"settings": "lr=1e-3"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": {}}, "There is no key 'arm'"),
+        ({"arms": {}}, "'arms' must name at least one"),
+        ({"arms__scratch": "x"}, "arms.scratch is 'x'; it takes keys: label, trainer"),
+        ({"arms__a b": {"trainer": "T"}}, "'a b' becomes part of file names"),
+        ({"name": "a/b"}, "'a/b' becomes part of file names"),
+        ({"datasets__dwi__id": "510"}, "datasets.dwi.id is '510'; it takes a whole number"),
+        ({"datasets__dwi__preset": "brats"}, "datasets.dwi.preset is 'brats'; it can be isles, atlas, fcd"),
+        ({"settings": "stps=5"}, "no key 'stps': did you mean steps"),
+        ({"experiments__fractions__fractions": [0]}, "fraction=0 must be 1 to 100"),
+        ({"experiments__fractions__datasets": ["dvi"]}, "experiments.fractions speaks of 'dvi', which is none"),
+        ({"experiments__fractions__arms": ["cl"]}, "'cl', which is none of the arms: scratch, mcl_mim"),
+        ({"experiments__fractions__metrics": ["iou"]}, "'iou', which is none of the metrics: dice"),
+        ({"experiments__fractions__datasets": []}, "experiments.fractions.datasets must name at least one"),
+        ({"experiments__fractions__fold": [0]}, "'experiments.fractions.fold'; did you mean"),
+        (
+            {"experiments__fractions__published": {"source": "s", "values": {"scratch": [0.1]}}},
+            "published.values.scratch must be a list of 2 numbers",
+        ),
+        ({"experiments__fractions__published": {"source": "s"}}, "published takes the keys source and values"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        study_from(changed(**changes))
+
+
+def test_files_that_hold_no_study_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"There is no file nowhere, and no study of that name .*: paper"):
+        read_study("nowhere")
+    path = tmp_path / "study.yaml"
+    for text, message in (("[1", "is not YAML"), ("- 1", "holds no keys"), ("name: x", "'arms' must name")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            read_study(str(path))
+        assert str(error.value).startswith(str(path))
+
+
+def test_every_shipped_study_can_be_read():
+    assert "paper" in shipped()
+    for name in shipped():
+        assert read_study(name).name == name
