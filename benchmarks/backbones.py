@@ -1,0 +1,167 @@
+"""What a backbone costs: parameters, FLOPs, time of a training step and memory, Swin beside nnU-Net's residual encoder.
+
+A step is the masked branch of recipe mim on one batch: encode with hidden cells, reconstruct through the FPN, error,
+backward pass. All combinations take turns in one process, round by round; times are medians [min-max] over rounds.
+
+    python benchmarks/backbones.py -device cuda --batch-size 8 --rounds 20
+    MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 python benchmarks/backbones.py --rounds 5
+    python benchmarks/backbones.py --sizes 64 -o encoder.embed_dim=12 resenc.features=8,16,32,64,80,80
+
+FLOPs are those of one patch (multiply and add count as two), activations what one batch's forward pass keeps for its
+backward pass, peak memory what the device held at most, weights and gradients included (GPU only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from tables import markdown
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_ssl.pretraining.config import PretrainingConfig, load_config
+from nnunet_ssl.pretraining.model import Network
+from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks, reconstruction_error
+
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", choices=["swin", "resenc"], default=["swin", "resenc"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[96, 128], help="edges of the patches, in voxels")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("-o", nargs="+", default=[], metavar="KEY=VALUE", help="settings for both: checkpointing=true")
+    arguments = parser.parse_args()
+
+    runs = {
+        (backbone, size): load_config("mim", [f"backbone={backbone}", f"patch_size={size}", *arguments.o])
+        for size in arguments.sizes
+        for backbone in arguments.backbones
+    }
+    rows = {run: {"parameters (M)": parameters(config), **flops(config)} for run, config in runs.items()}
+    steps = {run: Step(config, arguments.batch_size, arguments.device) for run, config in runs.items()}
+    for run, step in steps.items():  # also a warm-up
+        rows[run] |= memory(step)
+    seconds: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
+    for _ in range(arguments.rounds):
+        for run, step in steps.items():
+            seconds[run].append(timed(step))
+    for run, times in seconds.items():
+        rows[run]["s/step"] = f"{statistics.median(times):.3f} [{min(times):.3f}-{max(times):.3f}]"
+
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch"])
+    print(describe(arguments))
+    print(markdown(table.reset_index(), decimals=2))
+
+
+class Step:
+    """Forward and backward pass of the masked branch, on numbers that are the same every time."""
+
+    def __init__(self, config: PretrainingConfig, batch_size: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.config = config
+        self.network = Network(config).to(device)
+        if config.compile:
+            self.network.encoder.compile()
+        self.volumes = torch.randn(batch_size, 1, *config.patch_size).to(device)
+        self.mask = masks(config, batch_size).to(device)
+
+    def forward(self) -> Tensor:
+        maps = self.network.encode(self.volumes, self.mask)
+        prediction = self.network.reconstruct(maps, self.config.patch_size)
+        return reconstruction_error(prediction, self.volumes, self.mask, self.config.stride).mean()
+
+    def __call__(self) -> None:
+        self.forward().backward()
+        self.network.zero_grad()
+
+
+def masks(config: PretrainingConfig, count: int) -> Tensor:
+    grid = bottleneck_grid(config.patch_size, config.stride)
+    return draw_masks(count, grid, config.masked.ratio, torch.Generator().manual_seed(0))
+
+
+def parameters(config: PretrainingConfig) -> float:
+    """Millions in the encoder."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Network(config).encoder.parameters()) / 1e6
+
+
+def flops(config: PretrainingConfig) -> dict[str, float]:
+    """Of encoder and decoder for one patch, counted without computing: tensors on the meta device have no contents."""
+    with torch.device("meta"):
+        network = Network(config)
+        volumes = torch.empty(1, 1, *config.patch_size)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # attention as matrix products, which are counted on every device
+        prediction = network.decoder(network.encoder(volumes, masks(config, 1).to("meta")), config.patch_size)
+        forward = counter.get_total_flops()
+        prediction.sum().backward()
+    return {"forward (GFLOP)": forward / 1e9, "forward+backward (GFLOP)": counter.get_total_flops() / 1e9}
+
+
+def memory(step: Step) -> dict[str, float]:
+    """GiB that a step keeps for its backward pass, and on a GPU the most that it held."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in step.network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = step.forward()
+    figures = {"activations (GiB)": sum(kept.values()) / GIB}
+    loss.backward()
+    step.network.zero_grad()
+    if step.volumes.is_cuda:
+        figures["peak (GiB)"] = peak(step)
+    return figures
+
+
+def peak(step: Callable[[], None]) -> float:
+    """The most that a step adds to what other networks of this process hold, with its own weights, in GiB."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    own = sum(parameter.nbytes for parameter in step.network.parameters())
+    return (torch.cuda.max_memory_allocated() - before + own) / GIB
+
+
+def timed(step: Step) -> float:
+    """Seconds of one step."""
+    synchronise(step.network)
+    start = time.perf_counter()
+    step()
+    synchronise(step.network)
+    return time.perf_counter() - start
+
+
+def synchronise(network: nn.Module) -> None:
+    if next(network.parameters()).is_cuda:
+        torch.cuda.synchronize()
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """Where and how the table was made, for its caption."""
+    cuda = arguments.device.type == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    how = f"batch {arguments.batch_size}, {arguments.rounds} rounds"
+    return f"torch {torch.__version__}, {where}, {how} {' '.join(arguments.o)}\n"
+
+
+if __name__ == "__main__":
+    main()
