@@ -130,15 +130,15 @@ class Batches:
         drawn = failed = 0
         for read in reads:
             drawn += read.drawn
-            failed += len(read.failures)
             for failure in read.failures:
-                logger.warning("%s cannot be read and is replaced by another draw (failure %d).", failure, failed)
+                failed += 1
+                logger.warning("%s; another draw takes its place (failure %d).", failure, failed)
             if read.batch is None or failed > self.max_failed_share * max(drawn, DRAWS_BEFORE_JUDGEMENT):
-                reason = f"{ATTEMPTS} in a row" if read.batch is None else f"more than {self.max_failed_share:.1%}"
+                share = f"more than sampling.max_failed_share={self.max_failed_share:g} allows"
                 raise UserError(
-                    f"{failed} of the {drawn} scans drawn could not be read, {reason}; the last one: "
-                    f"{read.failures[-1]}. Is the disk still there? Damaged files are mended by deleting them and "
-                    "running nnssl_prepare again; sampling.max_failed_share says how many are tolerated."
+                    f"{failed} of the {drawn} scans drawn could not be read, "
+                    f"{f'{ATTEMPTS} in a row' if read.batch is None else share}. The last: {read.failures[-1]}. Is the "
+                    "disk still there? Damaged files are mended by deleting them and running nnssl_prepare again."
                 )
             yield read.batch
 
@@ -148,7 +148,7 @@ class Read(NamedTuple):
 
     batch: RawBatch | None  # None: an example failed ATTEMPTS times
     drawn: int  # scans
-    failures: list[str]  # "<path>: <reason>"
+    failures: list[str]  # "<path> cannot be read (<reason>)"
 
 
 class View(NamedTuple):
@@ -203,12 +203,16 @@ class ExampleReader(Dataset):
         for place in self.places:
             for attempt in range(ATTEMPTS):
                 views = self._draw(np.random.default_rng([*self.seed, step, place, attempt]))
-                drawn += len(views)
+                crops = []
                 try:
-                    examples.append([(view, self._read(view)) for view in views])
-                    break
+                    for view in views:
+                        drawn += 1
+                        crops.append(self._read(view))
                 except _Unreadable as failure:
                     failures.append(str(failure))
+                else:
+                    examples.append(list(zip(views, crops)))
+                    break
             else:
                 return Read(None, drawn, failures)
         return Read(self._collate(examples, step), drawn, failures)
@@ -240,7 +244,7 @@ class ExampleReader(Dataset):
                 raise ValueError(f"its shape is {array.shape}, the manifest says {shape}")
             return array[(slice(0, 1), *(slice(*ends) for ends in view.box.tolist()))][0]
         except Exception as error:  # blosc2 answers damaged files with any kind of exception
-            raise _Unreadable(f"{path}: {error}") from error
+            raise _Unreadable(f"{path} cannot be read ({error})") from error
 
     def _collate(self, examples: Sequence[Sequence[tuple[View, np.ndarray]]], step: int) -> RawBatch:
         """Lay the views one after the other, those of view 0 first."""
