@@ -124,7 +124,17 @@ class Batches:
     def __iter__(self) -> Iterator[RawBatch]:
         with helpers_shielded():
             reads = iter(self.loader)
-        return self._judged(reads)
+        return self._judged(self._received(reads))
+
+    @staticmethod
+    def _received(reads: Iterator[Read]) -> Iterator[Read]:
+        try:
+            yield from reads
+        except ConnectionError as error:  # the memory of a batch is handed over by the worker that filled it
+            raise UserError(
+                "A process that reads scans died, as happens when memory runs out: ask for fewer workers, or give the "
+                "job more memory."
+            ) from error
 
     def _judged(self, reads: Iterator[Read]) -> Iterator[RawBatch]:
         drawn = failed = 0

@@ -367,7 +367,6 @@ def test_a_crash_ends_the_process_though_workers_live(corpus, tmp_path, trouble)
     started = time.monotonic()
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 1, run.stderr
-    assert "a bug" in run.stderr or "is killed by signal: Killed" in run.stderr
     assert time.monotonic() - started < 100
 
 
