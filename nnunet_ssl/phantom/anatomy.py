@@ -253,7 +253,7 @@ def _head(
     bone = _above(depth, csf_mm) * (1 - _above(hull, skull_mm))
     marrow = bone * np.maximum(_between(hull, csf_mm + 0.3 * bone_mm, csf_mm + 0.7 * bone_mm), hull < csf_mm)
     marrow *= 0.85
-    outside_orbits = 1 - np.maximum(eyes, orbits)
+    outside_orbits = (1 - eyes) * (1 - orbits)
     layers = {
         "meninges": 1 - _above(depth, csf_mm),
         "bone": (bone - marrow) * outside_orbits,

@@ -156,7 +156,8 @@ def _grow(
     parts = cc3d.connected_components(level >= front, connectivity=26)
     keep = ndimage.binary_closing(parts == parts[seed], iterations=1) & allowed
     level = level - np.nextafter(front, -np.inf)
-    return np.where(keep, np.maximum(level, 1e-3), np.minimum(level, -1e-3)).astype(np.float32)
+    border = ndimage.binary_dilation(keep, iterations=2) & (level <= 0)  # islands elsewhere are not this lesion
+    return np.where(keep, np.maximum(level, 1e-3), np.where(border, level, -np.inf)).astype(np.float32)
 
 
 def _allowed(anatomy: Anatomy, rng: np.random.Generator, centre: np.ndarray, territory: Territory | None) -> np.ndarray:
