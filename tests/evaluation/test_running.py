@@ -1,0 +1,393 @@
+"""Execution of a study with programs that only note their calls; test_study_for_real.py has the real ones."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nnunet_ssl.evaluation import running
+from nnunet_ssl.evaluation.running import execute, execute_all, log_of, read_record, state_of
+from nnunet_ssl.evaluation.study import study_from
+from nnunet_ssl.evaluation.study_cli import study as command
+
+STUDY = """
+name: small
+plans: nnsslPlans
+arms:
+  scratch: {trainer: nnUNetTrainerSwinFPNScratch}
+  mcl_mim: {label: MCL+MIM, trainer: nnUNetTrainerMCLMIM}
+datasets:
+  atlas: {id: 501, preset: atlas}
+experiments:
+  fractions: {datasets: [atlas], fractions: [100, 50]}
+"""
+PROGRAMS = Path(__file__).with_name("fake_programs.sh")
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A folder of fake programs in the place of the real ones; the file of their calls."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnssl_evaluate"):
+        shutil.copy(PROGRAMS, folder / name)
+        (folder / name).chmod(0o755)
+    monkeypatch.setattr(running, "program", lambda name: str(folder / name))
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
+    return folder
+
+
+@pytest.fixture
+def calls(tmp_path, programs):
+    """A function that returns the calls since it was asked last."""
+    file = tmp_path / "calls"
+
+    def since_last():
+        lines = file.read_text().splitlines() if file.is_file() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+    return since_last
+
+
+@pytest.fixture
+def prepared(nnunet_folders):
+    """Dataset501 as if converted and preprocessed, with a labelled test set, and a finished pre-training."""
+    raw = nnunet_folders["nnUNet_raw"] / "Dataset501_ATLASv2"
+    (raw / "labelsTs").mkdir(parents=True)
+    (raw / "labelsTs" / "case.nii.gz").touch()
+    preprocessed = nnunet_folders["nnUNet_preprocessed"] / raw.name
+    (preprocessed / "nnsslPlans_3d_fullres").mkdir(parents=True)
+    plans = {
+        "plans_name": "nnsslPlans",
+        "configurations": {"3d_fullres": {"data_identifier": "nnsslPlans_3d_fullres", "batch_size": 2}},
+    }
+    (preprocessed / "nnsslPlans.json").write_text(json.dumps(plans))
+    encoder = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mcl_mim" / "encoder.safetensors"
+    encoder.parent.mkdir(parents=True)
+    encoder.touch()
+    return nnunet_folders["nnUNet_results"]
+
+
+@pytest.fixture
+def folder(prepared):
+    return prepared / "studies" / "small"
+
+
+def small(**changes):
+    return study_from(yaml.safe_load(STUDY) | changes)
+
+
+def kinds(study, folder):
+    return [state_of(run, study, folder, "cpu").kind for run in study.runs()]
+
+
+def call(monkeypatch, tmp_path, *arguments, text=STUDY):
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["nnssl_study", arguments[0], str(path), *map(str, arguments[1:])])
+    command()
+
+
+def test_a_run_is_trained_evaluated_predicted_and_evaluated_with_nnunets_own_commands(prepared, folder, calls):
+    study = small()
+    assert execute_all(study.runs(), study, folder, "cpu") == []
+    seen = calls()
+    assert len(seen) == 4 * 4
+    assert kinds(study, folder) == ["finished"] * 4
+    train, validation, predict, test = seen[8:12]
+    model = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerSwinFPNScratch__nnsslPlans_fraction50__3d_fullres"
+    assert train == (
+        "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerSwinFPNScratch -p nnsslPlans -device cpu "
+        "settings=fraction=50 checkpoint="
+    )
+    assert f"-pred {model}/fold_0/validation --preset atlas" in validation
+    assert "--chill" in validation
+    assert "-f 0 -tr nnUNetTrainerSwinFPNScratch -p nnsslPlans_fraction50 -device cpu" in predict
+    assert f"-pred {model}/fold_0/test --preset atlas" in test
+    assert "--chill" not in test
+
+
+def test_what_is_finished_is_never_repeated(folder, calls):
+    study = small()
+    execute_all(study.runs(), study, folder, "cpu")
+    calls()
+    assert execute_all(study.runs(), study, folder, "cpu") == []
+    assert calls() == []
+
+
+def test_a_fold_that_was_trained_by_hand_counts(prepared, folder, calls):
+    study = small()
+    by_hand = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnsslPlans__3d_fullres" / "fold_0"
+    (by_hand / "validation").mkdir(parents=True)
+    (by_hand / "validation" / "summary.json").touch()
+    (by_hand / "checkpoint_final.pth").touch()
+    execute(study.runs()[1], study, folder, "cpu")
+    assert [line.split()[0] for line in calls()] == ["nnssl_evaluate", "nnUNetv2_predict", "nnssl_evaluate"]
+
+
+def test_an_interrupted_training_is_continued_and_an_interrupted_prediction_begun_anew(prepared, folder, calls):
+    study = small()
+    fold = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnsslPlans__3d_fullres" / "fold_0"
+    (fold / "test.unfinished").mkdir(parents=True)
+    (fold / "test.unfinished" / "torn.nii.gz").touch()
+    (fold / "checkpoint_latest.pth").touch()
+    execute(study.runs()[1], study, folder, "cpu")
+    assert calls()[0].split(" settings")[0].endswith("-device cpu --c")
+    assert [path.name for path in (fold / "test").iterdir()] == ["case.nii.gz"]
+    assert not (fold / "test.unfinished").exists()
+
+
+def test_a_failed_run_is_recorded_with_its_log_stops_no_other_and_is_tried_again(folder, calls, monkeypatch):
+    study = small()
+    first = study.runs()[0]
+    monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_predict*Scratch*-p nnsslPlans -device*")
+    assert execute_all(study.runs(), study, folder, "cpu") == [first.id]
+    assert kinds(study, folder) == ["failed", "finished", "finished", "finished"]
+    state = state_of(first, study, folder, "cpu")
+    assert "predict: status 3: out of memory" in state.detail
+    assert str(log_of(folder, first)) in state.detail
+    assert "$ nnUNetv2_predict" in log_of(folder, first).read_text()
+    calls()
+    monkeypatch.delenv("FAKE_FAILS")
+    assert execute_all(study.runs(), study, folder, "cpu") == []
+    assert [line.split()[0] for line in calls()] == ["nnUNetv2_predict", "nnssl_evaluate"]
+    assert (read_record(folder, first)["state"], kinds(study, folder)) == ("finished", ["finished"] * 4)
+
+
+def test_a_command_that_ends_well_and_leaves_nothing_has_failed(folder, programs, monkeypatch):
+    study = small()
+    monkeypatch.setenv("FAKE_FORGETS", "nnUNetv2_train*")
+    assert execute(study.runs()[0], study, folder, "cpu") == "failed"
+    assert "left no" in read_record(folder, study.runs()[0])["reason"]
+
+
+def test_a_program_that_is_not_there_is_a_failure_of_the_run(folder, programs):
+    study = small()
+    (programs / "nnUNetv2_train").unlink()
+    assert execute(study.runs()[0], study, folder, "cpu") == "failed"
+    assert "No such file" in read_record(folder, study.runs()[0])["reason"]
+
+
+def test_an_arm_that_names_its_checkpoint_keeps_its_models_in_the_study(tmp_path, prepared, folder, calls):
+    checkpoint = tmp_path / "other.safetensors"
+    checkpoint.touch()
+    arms = {"other": {"trainer": "nnUNetTrainerMCLMIM", "checkpoint": str(checkpoint)}}
+    study = small(arms=arms)
+    assert execute_all(study.runs(), study, folder, "cpu") == []
+    assert f"checkpoint={checkpoint}" in calls()[0]
+    assert (folder / "models" / "other" / "Dataset501_ATLASv2").is_dir()
+    assert not (prepared / "Dataset501_ATLASv2").exists()
+
+
+def test_what_cannot_begin_yet_says_what_it_waits_for(nnunet_folders, prepared, folder):
+    study = small()
+    preprocessed = nnunet_folders["nnUNet_preprocessed"] / "Dataset501_ATLASv2"
+    shutil.rmtree(prepared / "Dataset500_FOMO60K")
+    assert kinds(study, folder) == ["missing", "waiting", "missing", "waiting"]
+    assert "MCL+MIM has no checkpoint: pre-train one (nnssl_pretrain -c mcl_mim)" in details(study, folder)[1]
+    shutil.rmtree(preprocessed / "nnsslPlans_3d_fullres")
+    assert "planned and not preprocessed" in details(study, folder)[0]
+    (preprocessed / "nnsslPlans.json").unlink()
+    assert "Prepare it: nnssl_plan -d 501" in details(study, folder)[0]
+    shutil.rmtree(nnunet_folders["nnUNet_raw"] / "Dataset501_ATLASv2")
+    assert "There is no data set 501" in details(study, folder)[0]
+
+
+def details(study, folder):
+    return [state_of(run, study, folder, "cpu").detail for run in study.runs()]
+
+
+def test_a_trainer_of_another_package_takes_no_settings(folder, calls):
+    study = small(arms={"stock": {"trainer": "nnUNetTrainer"}})
+    assert kinds(study, folder) == ["missing", "waiting"]
+    assert "nnUNetTrainer is not a trainer of nnunet_ssl: it would ignore 'fraction=50'" in details(study, folder)[1]
+    assert execute(study.runs()[0], study, folder, "cpu") == "finished"
+
+
+def start_runner(tmp_path, programs, folder):
+    """Another process that executes the study's first run, whose training hangs; returns when it hangs."""
+    (tmp_path / "small.yaml").write_text(STUDY)
+    script = f"""
+        import signal
+        from pathlib import Path
+        from nnunet_ssl.evaluation import running
+        from nnunet_ssl.evaluation.study import read_study
+        from nnunet_ssl.evaluation.study_cli import _interrupt
+        signal.signal(signal.SIGTERM, _interrupt)
+        running.program = lambda name: {str(programs)!r} + "/" + name
+        study = read_study({str(tmp_path / "small.yaml")!r})
+        running.execute(study.runs()[0], study, Path({str(folder)!r}), "cpu")
+    """
+    environment = os.environ | {"FAKE_HANGS": "nnUNetv2_train*"}
+    runner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment)
+    until(lambda: (tmp_path / "calls").is_file())
+    return runner
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_two_runners_do_nothing_twice_and_a_dead_runners_training_keeps_its_lock(tmp_path, programs, folder, calls):
+    study = small()
+    run = study.runs()[0]
+    runner = start_runner(tmp_path, programs, folder)
+    assert state_of(run, study, folder, "cpu").kind == "running"
+    assert execute(run, study, folder, "cpu") == "left to another runner"
+    runner.kill()
+    runner.wait()
+    assert state_of(run, study, folder, "cpu").kind == "running", "the training itself still runs"
+    (training,) = processes_with(folder / "runs" / f"{run.id}.lock")
+    os.killpg(training, signal.SIGKILL)
+    until(lambda: state_of(run, study, folder, "cpu").kind == "missing")
+    calls()
+    assert execute(run, study, folder, "cpu") == "finished"
+
+
+@pytest.mark.slow
+def test_a_runner_that_is_told_to_stop_takes_its_training_with_it(tmp_path, programs, folder):
+    study = small()
+    run = study.runs()[0]
+    runner = start_runner(tmp_path, programs, folder)
+    runner.terminate()
+    assert runner.wait(60) != 0
+    assert state_of(run, study, folder, "cpu").kind == "missing"
+    assert read_record(folder, run) == {}, "an interruption is no failure"
+
+
+def processes_with(path):
+    """Process groups that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.readlink() == path:
+                found.add(os.getpgid(int(link.parts[2])))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_command_runs_reports_and_explains(tmp_path, folder, calls, monkeypatch, capsys):
+    monkeypatch.setenv("nnssl_settings", "steps=1")
+    monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_train*MCLMIM*")
+    call(monkeypatch, tmp_path, "run", "-device", "cpu", "--dry-run")
+    printed = capsys.readouterr().out
+    assert "nnssl_settings=fraction=50 nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerMCLMIM" in printed
+    assert calls() == []
+    with pytest.raises(SystemExit, match="error: 2 runs failed: atlas__mcl_mim__fraction100__seed0__fold0, "):
+        call(monkeypatch, tmp_path, "run", "-device", "cpu")
+    assert not any("steps=1" in line for line in calls())
+    call(monkeypatch, tmp_path, "status", "-device", "cpu")
+    printed = capsys.readouterr().out
+    assert "4 runs: 2 finished, 2 failed" in printed
+    assert [line.split() for line in printed.splitlines() if line.startswith("MCL+MIM")] == [
+        ["MCL+MIM", "0/1", "F", "0/1", "F"]
+    ]
+    assert "out of memory" in printed
+
+
+def test_the_command_says_what_waits_and_exits_with_an_error(tmp_path, prepared, folder, calls, monkeypatch, capsys):
+    shutil.rmtree(prepared / "Dataset500_FOMO60K")
+    with pytest.raises(SystemExit, match="error: 2 runs wait for what is said above"):
+        call(monkeypatch, tmp_path, "run", "-device", "cpu")
+    assert "waiting: atlas__mcl_mim__fraction100__seed0__fold0 and 1 more: The arm MCL+MIM" in capsys.readouterr().out
+    assert kinds(small(), folder) == ["finished", "waiting", "finished", "waiting"]
+
+
+def test_alignment_runs_measure_the_arms_pre_trainings(nnunet_folders, prepared, folder, calls):
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K").mkdir()
+    experiment = {"kind": "alignment", "arms": ["mcl_mim"]}
+    study = small(experiments={"alignment": experiment})
+    assert execute_all(study.runs(), study, folder, "cpu") == []
+    encoder = prepared / "Dataset500_FOMO60K" / "mcl_mim" / "encoder.safetensors"
+    assert f"alignment --checkpoint {encoder} -d 500 --subjects validation -device cpu" in calls()[0]
+
+
+SBATCH = """#!/bin/sh
+# Starts the tasks of a job array here, one after another, unless $FAKE_QUEUE holds them back.
+for script; do :; done
+cp "$script" "$FAKE_QUEUE.script"
+echo "Submitted batch job 7"
+[ -s "$FAKE_QUEUE" ] && exit
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+export SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_PROCID=0
+export SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here
+(for SLURM_ARRAY_TASK_ID in $(seq 0 "$last"); do
+    export SLURM_ARRAY_TASK_ID
+    sh "$FAKE_QUEUE.script"
+done) > "$FAKE_QUEUE.output" 2>&1 &
+"""
+SRUN = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do [ "$1" = --output ] && shift; shift; done
+exec "$@"
+"""
+SLURM = "slurm: {partition: gpu, time: 60, gpus_per_node: 1}\n"
+SITE = """
+from nnunet_ssl.evaluation import running
+running.program = lambda name: f"{programs}/{{name}}"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, programs, monkeypatch):
+    """A SLURM whose jobs run here, with the fake programs; the file that lists its queue."""
+    pytest.importorskip("submitit")
+    queue = tmp_path / "queue"
+    queue.touch()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("squeue", '#!/bin/sh\ncat "$FAKE_QUEUE"\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (programs / "sitecustomize.py").write_text(SITE.format(programs=programs))
+    monkeypatch.setenv("FAKE_QUEUE", str(queue))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(programs))
+    return queue
+
+
+def test_what_is_queued_is_not_submitted_again(tmp_path, folder, slurm, monkeypatch, capsys):
+    slurm.write_text("7_0\n7_1\n7_2\n7_3\n")
+    arguments = ("run", "-device", "cpu", "--executor", "slurm")
+    call(monkeypatch, tmp_path, *arguments, text=STUDY + SLURM)
+    assert "Submitted 4 jobs, 7_0 to 7_3" in capsys.readouterr().out
+    script = slurm.with_suffix(".script").read_text()
+    for option in ("--partition=gpu", "--time=60", "--gpus-per-node=1", "--job-name=small", "--array=0-3"):
+        assert f"#SBATCH {option}" in script
+    slurm.write_text("7_0\n7_3\n")
+    call(monkeypatch, tmp_path, "status", "-device", "cpu", text=STUDY + SLURM)
+    assert "4 runs: 2 queued, 2 missing" in capsys.readouterr().out
+    call(monkeypatch, tmp_path, *arguments, text=STUDY + SLURM)
+    assert "Submitted 2 jobs" in capsys.readouterr().out
+
+
+def test_options_that_slurm_does_not_have_are_refused(tmp_path, folder, slurm, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: SLURM refuses the job .*'gpus': 1"):
+        call(monkeypatch, tmp_path, "run", "--executor", "slurm", "-device", "cpu", text=STUDY + "slurm: {gpus: 1}\n")
+
+
+@pytest.mark.slow
+def test_a_slurm_job_does_one_run(tmp_path, folder, slurm, calls, monkeypatch):
+    text = STUDY.replace("[100, 50]", "[50]") + SLURM
+    call(monkeypatch, tmp_path, "run", "-device", "cpu", "--executor", "slurm", text=text)
+    study = study_from(yaml.safe_load(text))
+    until(lambda: kinds(study, folder) == ["finished"] * 2, seconds=240)
+    assert len(calls()) == 2 * 4
+    assert {read_record(folder, run)["state"] for run in study.runs()} == {"finished"}
+
+
+def test_without_slurm_the_command_says_so(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="error: --executor slurm: there is no sbatch here"):
+        call(monkeypatch, tmp_path, "run", "--executor", "slurm", "-device", "cpu")
