@@ -21,8 +21,8 @@ SIGNIFICANT = 0.05
 
 
 def read_cases(study: Study, folder: Path) -> pd.DataFrame:
-    """Read the cases of every finished run: arm, dataset, fraction, seed, fold, part (validation or test), case and
-    the metrics of :class:`nnunet_ssl.evaluation.lesions.CaseMetrics`."""
+    """Read the cases of every evaluated run: run (its identifier), arm, dataset, fraction, seed, fold, part (validation
+    or test), case and the metrics of :class:`nnunet_ssl.evaluation.lesions.CaseMetrics`."""
     tables = []
     for run in study.runs():
         for part in PARTS if isinstance(run, Run) else ():
@@ -30,7 +30,7 @@ def read_cases(study: Study, folder: Path) -> pd.DataFrame:
             if path.is_file():
                 cases = pd.DataFrame(json.loads(path.read_text())["cases"])
                 names = ("arm", "dataset", "fraction", "seed", "fold")
-                tables.append(cases.assign(**{name: getattr(run, name) for name in names}, part=part))
+                tables.append(cases.assign(**{name: getattr(run, name) for name in names}, part=part, run=run.id))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -47,7 +47,7 @@ def summarize_cells(study: Study, experiment: Experiment, cases: pd.DataFrame) -
     own means, where there are several.
     """
     rows = []
-    for key, cell in _cells(experiment, cases).items():
+    for key, cell in _cells(study, experiment, cases).items():
         preset = study.datasets[key[1]].preset
         for metric in experiment.metrics:
             values = values_of(cell, metric, preset)
@@ -66,7 +66,7 @@ def compare_arms(study: Study, experiment: Experiment, cases: pd.DataFrame) -> p
 
     Wilcoxon's signed-rank test on cases, corrected by Holm over all tests of the experiment.
     """
-    metric, cells, rows = experiment.metrics[0], _cells(experiment, cases), []
+    metric, cells, rows = experiment.metrics[0], _cells(study, experiment, cases), []
     for dataset, fraction in experiment.columns:
         for part in PARTS:
             for arm, other in experiment.compare:
@@ -193,17 +193,12 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False, float_format="%.6g")
 
 
-def _cells(experiment: Experiment, cases: pd.DataFrame) -> dict[tuple, pd.DataFrame]:
+def _cells(study: Study, experiment: Experiment, cases: pd.DataFrame) -> dict[tuple, pd.DataFrame]:
     """The cases of an experiment by arm, data set, fraction and part."""
     if not len(cases):
         return {}
-    wanted = (
-        cases["arm"].isin(experiment.arms)
-        & cases["seed"].isin(experiment.seeds)
-        & cases["fold"].isin(experiment.folds)
-        & [column in experiment.columns for column in zip(cases["dataset"], cases["fraction"])]
-    )
-    return dict(iter(cases[wanted].groupby(list(KEY), sort=False)))
+    own = cases["run"].isin([run.id for run in study.runs_of(experiment)])
+    return dict(iter(cases[own].groupby(list(KEY), sort=False)))
 
 
 def _metric_table(
