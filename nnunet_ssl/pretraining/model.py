@@ -45,7 +45,7 @@ class Network(nn.Module):
         if config.has_contrastive:
             self.projection = ProjectionHead(channels[-1], contrastive.hidden, contrastive.dim)
         if masked.target == "voxels":
-            self.decoder = FPNDecoder(channels, 1, width=masked.width)
+            self.decoder = FPNDecoder(channels, 1, width=masked.width, stride=self.encoder.strides[0])
         if masked.target == "tokens":
             self.token_head = TokenHead(channels[tokens.level], tokens.hidden, tokens.bottleneck, tokens.prototypes)
         self.token_level = tokens.level
@@ -53,7 +53,7 @@ class Network(nn.Module):
 
     @in_bf16
     def encode(self, views: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """Map (B, 1, X, Y, Z), with the cells of `mask` hidden, to five maps, finest first."""
+        """Map (B, 1, X, Y, Z), with the cells of `mask` hidden, to the encoder's maps, finest first."""
         return self.encoder(views, mask)
 
     @in_bf16
