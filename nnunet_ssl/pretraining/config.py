@@ -215,7 +215,7 @@ class PretrainingConfig:
         for name in _AT_LEAST_ONE:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.workers >= 0, f"workers is {self.workers}; it cannot be negative")
-        _require(min(self.patch_size) >= 1, f"patch_size is {list(self.patch_size)}; sizes are at least 1")
+        self._check_patch()
         self._check_branches()
 
     def _check_branches(self) -> None:
@@ -229,19 +229,26 @@ class PretrainingConfig:
             combined or self.contrastive.max_gradient_ratio is None,
             "contrastive.max_gradient_ratio needs a masked branch to compare with",
         )
-        single = f"patch_size {list(self.patch_size)} is a single cell of {self.stride} voxels"
-        several = max(self.patch_size) > self.stride
         _require(
-            several or not self.has_masked,
-            f"{single}, of which the masked branch could hide all or nothing: use a larger patch",
-        )
-        _require(
-            several or self.backbone != "resenc",
-            f"{single}, which the residual encoder cannot normalise: use a larger patch",
+            self.masked.target != "tokens" or not self.has_contrastive or self.augmentation.shared_affine,
+            "masked.target=tokens compares the two views place by place: set augmentation.shared_affine=true",
         )
         _require(
             self.masked.target != "tokens" or 0 <= self.masked.tokens.level < self._network.maps,
             f"masked.tokens.level is {self.masked.tokens.level}; the maps are 0 to {self._network.maps - 1}",
+        )
+
+    def _check_patch(self) -> None:
+        _require(min(self.patch_size) >= 1, f"patch_size is {list(self.patch_size)}; sizes are at least 1")
+        if max(self.patch_size) > self.stride:
+            return
+        single = f"patch_size {list(self.patch_size)} is a single cell of {self.stride} voxels"
+        _require(
+            not self.has_masked,
+            f"{single}, of which the masked branch could hide all or nothing: use a larger patch",
+        )
+        _require(
+            self.backbone != "resenc", f"{single}, which the residual encoder cannot normalise: use a larger patch"
         )
 
     @property
