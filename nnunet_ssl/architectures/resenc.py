@@ -92,7 +92,7 @@ class ResEncEncoder(ResidualEncoder):
         needs; what lies wholly in the padding is cut off the maps. The padding takes part in the instance norms.
 
         Args:
-            x: (B, C, X, Y, Z), larger than a single place of the coarsest map, which no instance norm can treat.
+            x: (B, C, X, Y, Z), more than a single place of the coarsest map, which no instance norm can treat.
             mask: (B, ceil(X / s), ceil(Y / s), ceil(Z / s)) with s the last of `strides`; boolean, True hides a cell:
                 its voxels become 0, the mean of a z-scored brain.
 
@@ -100,9 +100,15 @@ class ResEncEncoder(ResidualEncoder):
             The maps, level i of shape (B, channels[i], ceil(X / strides[i]), ...).
 
         Raises:
-            ValueError: `mask` has another shape, or `x` is too small.
+            UserError: `x` is a single place of the coarsest map.
+            ValueError: `mask` has another shape.
         """
         size = x.shape[2:]
+        if max(size) <= self.strides[-1]:
+            raise UserError(
+                f"A volume of {tuple(size)} voxels is too small for the residual encoder: one side at least must be "
+                f"longer than {self.strides[-1]} voxels."
+            )
         if mask is not None:
             check_mask(mask, x, self.strides[-1])
             x = x.masked_fill(expand_mask(mask, size, self.strides[-1])[:, None], 0)

@@ -127,8 +127,9 @@ def test_any_size_gives_the_maps_of_the_padded_volume_without_what_lies_in_the_p
 
 
 def test_a_volume_of_one_place_is_refused():
-    with pytest.raises(ValueError, match="more than 1 spatial element"):
+    with pytest.raises(UserError, match=r"\(8, 8, 8\) voxels is too small.*longer than 8 voxels"):
         small_encoder()(torch.randn(1, 1, 8, 8, 8))
+    assert small_encoder()(torch.randn(1, 1, 9, 8, 1))[-1].shape == (1, 10, 2, 1, 1)
 
 
 def test_hidden_voxels_have_no_influence():
