@@ -271,9 +271,8 @@ def live_long(corpus: Corpus, batches: int, workers: int) -> None:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory that the process has to itself: pages that workers share with their parent count once."""
-    lines = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return (int(lines["Private_Clean"].split()[0]) + int(lines["Private_Dirty"].split()[0])) / 1024
+    """Memory in RAM; what workers share with their parent counts for each."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":
