@@ -15,8 +15,8 @@ from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.pretraining.layouts import find_scans
 
-TEST_SETS = {"ds004199": "Bonn FCD-II, which Dataset503_FCDBonn fine-tunes and tests on"}
-"""OpenNeuro accession numbers of data that this project tests on, and must therefore not pre-train on."""
+TEST_SETS = {"ds004199": ("bonn", "Bonn FCD-II, which Dataset503_FCDBonn fine-tunes and tests on")}
+"""Data that this project tests on and must not pre-train on: OpenNeuro's accession number, a word in its name, what."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def index_corpus(
         The data set's folder and its manifest.
 
     Raises:
-        UserError: see :func:`find_scans`; or nothing is left, or the number belongs to another data set.
+        UserError: see :func:`find_scans`; or nothing is left, two scans have one name, or the number belongs to
+            another data set.
     """
     raw = folder_of("nnUNet_raw")
     folder = raw / f"Dataset{dataset_id:03d}_{name}"
@@ -49,6 +50,7 @@ def index_corpus(
     scans = without_test_sets(without(find_scans(source, layout), exclude))
     if scans.empty:
         raise UserError(f"Every scan of {source} is excluded; nothing is left to index.")
+    _check_names(scans)
     description = {
         "name": name,
         "description": f"Unlabelled brain MRI for pre-training; {len(scans)} scans indexed from {source}",
@@ -63,6 +65,16 @@ def index_corpus(
     with written_beside(folder / "manifest.tsv") as path:
         scans.to_csv(path, sep="\t", index=False)
     return folder, scans
+
+
+def _check_names(scans: pd.DataFrame) -> None:
+    twins = scans[scans["scan_id"].duplicated(keep=False)].sort_values("scan_id", kind="stable")
+    if not twins.empty:
+        raise UserError(
+            f"Two scans must not have one name: {twins['scan_id'].iloc[0]} stands for "
+            f"{' and '.join(twins['path'].iloc[:2])} ({twins['scan_id'].nunique()} such names in all). Rename one of "
+            "each, or leave out its path with --exclude."
+        )
 
 
 def read_exclusions(path: Path) -> list[str]:
@@ -88,9 +100,11 @@ def without(scans: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def without_test_sets(scans: pd.DataFrame) -> pd.DataFrame:
     """Leave out every subject with a scan that comes from one of the :data:`TEST_SETS`, by its name or its paths."""
-    columns = [name for name in ("dataset", "dataset_doi", "path", "original_path") if name in scans]
-    for accession, description in TEST_SETS.items():
-        hit = scans[columns].apply(lambda column, name=accession: column.str.contains(name, regex=False)).any(axis=1)
+    origins = [name for name in ("dataset", "dataset_doi", "path", "original_path", "old_path") if name in scans]
+    for accession, (word, description) in TEST_SETS.items():
+        hit = scans["dataset"].str.contains(word, case=False, regex=False)
+        for column in origins:
+            hit |= scans[column].str.contains(accession, case=False, regex=False)
         subjects = scans.loc[hit, "subject"].unique()
         if len(subjects):
             logger.warning(

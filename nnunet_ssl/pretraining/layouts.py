@@ -7,6 +7,7 @@ own tables say of the scan. No image is opened, so an index of 100,000 scans is 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,15 @@ COLUMNS = ("scan_id", "dataset", "subject", "session", "modality", "repeat", "ag
 LAYOUTS = ("fomo", "bids", "nnssl")
 NNSSL_FILE = "pretrain_data.json"
 
+_KEYS = ["dataset", "participant_id", "session_id", "filename"]  # by which a corpus' tables speak of a scan
 _FOUND = [name for name in COLUMNS if name not in ("age", "sex")]  # what the names of files and folders tell
-_IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$")
+_IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$", re.IGNORECASE)
 _FOMO_STEM = re.compile(r"(?P<name>.+?)(_(?P<repeat>\d+))?$")
 _BIDS_FOLDERS = ("anat", "dwi", "swi")
 _BIDS_NOT_IMAGES = {"mask", "roi", "dseg", "probseg", "defacemask", "label"}
 _SINGLE_SESSION = "ses-1"
+
+logger = logging.getLogger(__name__)
 
 
 def find_scans(source: Path, layout: str = "auto") -> pd.DataFrame:
@@ -38,9 +42,9 @@ def find_scans(source: Path, layout: str = "auto") -> pd.DataFrame:
         layout: "fomo", "bids", "nnssl", or "auto" to tell by the names found.
 
     Raises:
-        UserError: nothing is there, the layout cannot be told, no scan was found, or two scans would get one name.
+        UserError: nothing is there, the layout cannot be told, no scan was found, or a table cannot be read.
     """
-    source = source.expanduser().absolute()
+    source = Path(os.path.abspath(source.expanduser()))  # noqa: PTH100 (resolve() would follow links and lose names)
     if not source.exists():
         raise UserError(f"{source} does not exist.")
     layout = detect_layout(source) if layout == "auto" else layout
@@ -49,12 +53,6 @@ def find_scans(source: Path, layout: str = "auto") -> pd.DataFrame:
         raise UserError(f"No .nii or .nii.gz file was found in {source}, read as layout '{layout}'.")
     scans = scans.sort_values("path", kind="stable", ignore_index=True)
     scans["scan_id"] = scans["scan_id"].map(_file_name)
-    twins = scans[scans["scan_id"].duplicated(keep=False)]
-    if not twins.empty:
-        raise UserError(
-            f"{twins['scan_id'].nunique()} scan names are not unique; {twins['scan_id'].iloc[0]} stands for "
-            f"{' and '.join(twins['path'].iloc[:2])}. Rename or --exclude one of them."
-        )
     return scans[[*COLUMNS, *scans.columns.difference(COLUMNS, sort=False)]]
 
 
@@ -101,23 +99,27 @@ def _read_fomo(root: Path) -> pd.DataFrame:
                             "path": str(file),
                         }
                     )
-    keys = ["dataset", "participant_id", "session_id"]
-    scans = pd.DataFrame(rows, columns=[*_FOUND, "participant_id", "session_id", "filename"])
+    scans = pd.DataFrame(rows, columns=[*_FOUND, *_KEYS[1:]])
     if _roots(root, "sub_") == [root]:
-        keys.remove("dataset")
-        scans = scans.drop(columns="dataset")
-    for table, on in (("participants", keys), ("mapping", [*keys, "filename"]), ("mri_info", [*keys, "filename"])):
-        scans = _join(scans, root / f"{table}.tsv", on)
-    if "dataset" not in scans:
-        scans["dataset"] = ""
-    scans["dataset"] = scans["dataset"].where(scans["dataset"] != "", root.name)
-    return _with_age_and_sex(scans.drop(columns=["participant_id", "session_id", "filename"]))
+        scans = _with_tables(scans.drop(columns="dataset"), root)
+        scans = scans.assign(dataset=scans["dataset"].replace("", root.name) if "dataset" in scans else root.name)
+    else:
+        scans = _with_tables(scans, root)
+    return _with_age_and_sex(scans.drop(columns=_KEYS[1:]))
 
 
 def _read_bids(root: Path) -> pd.DataFrame:
-    """Read BIDS trees (`root` is one, or holds several): `sub-*/[ses-*/]{anat,dwi,swi}/*.nii.gz`, no derivatives."""
-    tables = [_read_bids_tree(tree) for tree in _roots(root, "sub-")]
-    return pd.concat(tables, ignore_index=True).fillna("") if tables else pd.DataFrame(columns=COLUMNS)
+    """Read BIDS trees (`root` is one, or holds several): `sub-*/[ses-*/]{anat,dwi,swi}/*.nii.gz`, no derivatives.
+
+    FOMO300K is of this kind; beside its trees lie tables for all of them, as in the older releases.
+    """
+    trees = _roots(root, "sub-")
+    if not trees:
+        return pd.DataFrame(columns=COLUMNS)
+    scans = pd.concat([_read_bids_tree(tree) for tree in trees], ignore_index=True).fillna("")
+    if trees != [root]:
+        scans = _with_tables(scans, root)
+    return _with_age_and_sex(scans.drop(columns=_KEYS[1:]))
 
 
 def _read_bids_tree(root: Path) -> pd.DataFrame:
@@ -137,6 +139,8 @@ def _read_bids_tree(root: Path) -> pd.DataFrame:
                             "scan_id": f"{root.name}__{subject.name}__{session_id}__{stem}",
                             "dataset": root.name,
                             "participant_id": subject.name,
+                            "session_id": session_id,
+                            "filename": stem,
                             "subject": f"{root.name}/{subject.name}",
                             "session": f"{root.name}/{subject.name}/{session_id}",
                             "modality": modality,
@@ -144,9 +148,8 @@ def _read_bids_tree(root: Path) -> pd.DataFrame:
                             "path": str(file),
                         }
                     )
-    scans = pd.DataFrame(rows, columns=[*_FOUND, "participant_id"])
-    scans = _join(scans, root / "participants.tsv", ["participant_id"]).assign(dataset_doi=_bids_doi(root))
-    return _with_age_and_sex(scans.drop(columns="participant_id"))
+    scans = pd.DataFrame(rows, columns=[*_FOUND, *_KEYS[1:]])
+    return _join(scans, root / "participants.tsv", ["participant_id"]).assign(dataset_doi=_bids_doi(root))
 
 
 def _bids_doi(root: Path) -> str:
@@ -185,7 +188,7 @@ def _nnssl_rows(datasets: dict[str, Any], folder: Path) -> Iterator[dict[str, An
                 for image in visit["images"]:
                     modality = modality_of(str(image.get("modality") or ""))
                     repeats[modality] = repeats.get(modality, 0) + 1
-                    stem = re.sub(r"\.nii(\.gz)?$", "", image["name"])
+                    stem = re.sub(r"\.nii(\.gz)?$", "", image["name"], flags=re.IGNORECASE)
                     yield {
                         "scan_id": f"{dataset}__{subject}__{session}__{stem}",
                         "dataset": dataset,
@@ -218,7 +221,7 @@ def _roots(source: Path, prefix: str) -> list[Path]:
 
 def _folders(parent: Path, prefix: str) -> list[Path]:
     with os.scandir(parent) as entries:
-        names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.is_dir()]
+        names = [entry.name for entry in entries if entry.name.lower().startswith(prefix) and entry.is_dir()]
     return [parent / name for name in sorted(names) if not name.startswith(".")]
 
 
@@ -232,19 +235,44 @@ def _images(folder: Path) -> list[tuple[Path, str]]:
     return [(folder / name, match["stem"]) for name in names if (match := _IMAGE.match(name))]
 
 
+def _with_tables(scans: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """Add what FOMO's three tables beside the subjects or the data sets say; a table that is not there is left out."""
+    keys = [key for key in _KEYS if key in scans]
+    scans = _join(scans, root / "participants.tsv", keys[:-1])
+    for table in ("mapping", "mri_info"):
+        scans = _join(scans, root / f"{table}.tsv", keys)
+    return scans
+
+
 def _join(scans: pd.DataFrame, table: Path, on: Sequence[str]) -> pd.DataFrame:
-    """Add what a TSV says of the scans, except columns they have; keys that the TSV lacks are not compared."""
+    """Add what a TSV says of the scans, except columns they have; session and file count where the TSV has them."""
     if not table.is_file():
         return scans
-    content = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    on = [key for key in on if key in content]
-    if "participant_id" not in on:
+    content = _read_table(table).rename(columns={"new_filename": "filename"})
+    missing = {"dataset", "participant_id"} & set(on) - set(content)
+    if missing:
+        logger.warning("%s is not used: it has no column %s.", table, " and no ".join(sorted(missing)))
         return scans
+    on = [key for key in on if key in content]
     if "filename" in on:
-        content["filename"] = content["filename"].str.replace(r"\.nii(\.gz)?$", "", regex=True)
-    new = content.columns.difference(scans.columns, sort=False)
+        content["filename"] = content["filename"].str.replace(r"^.*/|\.nii(\.gz)?$", "", regex=True)
+    new = content.columns.difference([*scans.columns, *_KEYS[1:]], sort=False)
     content = content.drop_duplicates(on)[[*on, *new]].replace("n/a", "")
     return scans.merge(content, how="left", on=on).fillna(dict.fromkeys(new, ""))
+
+
+def _read_table(table: Path) -> pd.DataFrame:
+    try:
+        content = pd.read_csv(
+            table, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig", encoding_errors="replace"
+        )
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except pd.errors.ParserError as error:
+        raise UserError(
+            f"{table} is no table of tab-separated values ({str(error).strip()}). Mend it, or move it away."
+        ) from error
+    return content.rename(columns=str.strip)
 
 
 def _with_age_and_sex(scans: pd.DataFrame) -> pd.DataFrame:

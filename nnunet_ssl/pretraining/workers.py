@@ -33,7 +33,7 @@ def run_locally(function: Callable[[Task], Result], tasks: Iterable[Task], proce
     """Run `function` on every task in `processes` processes; one process means this one.
 
     When a worker is killed, the tasks that were under way are tried again one by one in a process of their own; one
-    that dies there too is given up as :class:`WorkerDied`, and the others go on.
+    that dies there twice is given up as :class:`WorkerDied`, and the others go on.
 
     Yields:
         Each task with its result or the exception it raised, in the order of completion.
@@ -46,8 +46,11 @@ def run_locally(function: Callable[[Task], Result], tasks: Iterable[Task], proce
     while queue:
         suspects = yield from _run_pool(function, queue, processes)
         for suspect in suspects:
-            lost = yield from _run_pool(function, deque([suspect]), 1)
-            if lost:
+            for _ in range(2):
+                lost = yield from _run_pool(function, deque([suspect]), 1)
+                if not lost:
+                    break
+            else:
                 yield suspect, WorkerDied()
 
 
@@ -86,10 +89,8 @@ def _run_pool(
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, compute on one thread, and end when the parent is gone, however it went."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # torch comes with the first task, and obeys
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -136,6 +136,33 @@ def test_a_folder_of_bids_trees(bids):
     assert set(scans["group"]) == {"patient", ""}
 
 
+def test_fomo300k_has_bids_trees_and_tables_for_all_of_them(raw, tmp_path):
+    root = touch(
+        tmp_path / "FOMO300K",
+        "PT028_OASIS1/sub-1/ses-01/anat/sub-1_ses-01_run-1_T1w.nii.gz",
+        "PT028_OASIS1/sub-1/ses-01/anat/sub-1_ses-01_T2w.nii.gz",
+        "PT201_X/sub-1/ses-01/anat/sub-1_ses-01_T1w.nii.gz",
+        "PT202_Y/sub-1/ses-01/anat/sub-1_ses-01_T1w.nii.gz",
+    )  # fmt: skip
+    (root / "participants.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tage\nPT028_OASIS1\tsub-1\tses-01\t70\nPT202_Y\tsub-1\tses-01\t5\n"
+    )
+    (root / "mri_info.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tfilename\tManufacturer\n"
+        "PT028_OASIS1\tsub-1\tses-01\tsub-1/ses-01/anat/sub-1_ses-01_T2w.nii.gz\tGE\n"
+    )
+    (root / "mapping.tsv").write_text(
+        "dataset\told_path\tnew_filename\tparticipant_id\tsession_id\n"
+        "PT201_X\tds004199/sub-00003/anat\tsub-1_ses-01_T1w.nii.gz\tsub-1\tses-01\n"
+    )
+    _, scans = index_corpus(root, 500, "FOMO300K")
+    assert rows(scans, "dataset", "modality", "age", "Manufacturer") == [
+        ("PT028_OASIS1", "t2", "70", "GE"),
+        ("PT028_OASIS1", "t1", "70", ""),
+        ("PT202_Y", "t1", "5", ""),
+    ], "X is left out: it comes from Bonn"
+
+
 def test_nnssl_collection_with_environment_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENMIND", "/data/openmind")
     image = {"name": "a.nii.gz", "modality": "T1w", "image_path": "$OPENMIND/a.nii.gz", "associated_masks": {}}
@@ -165,7 +192,7 @@ def test_nnssl_collection_with_environment_variables(tmp_path, monkeypatch):
         find_scans(file)
 
 
-def test_unknown_layouts_empty_folders_and_twins_are_explained(tmp_path, layout_a):
+def test_unknown_layouts_and_empty_folders_are_explained(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="none of those known"):
         detect_layout(tmp_path / "empty")
@@ -173,9 +200,42 @@ def test_unknown_layouts_empty_folders_and_twins_are_explained(tmp_path, layout_
         find_scans(tmp_path / "empty", "bids")
     with pytest.raises(UserError, match="does not exist"):
         find_scans(tmp_path / "absent")
+
+
+def test_twins_are_refused_until_one_of_them_is_excluded(raw, layout_a):
     touch(layout_a, "sub_1/ses_1/t1.nii")
     with pytest.raises(UserError, match=r"sub_1__ses_1__t1 stands for .*t1\.nii and .*t1\.nii\.gz"):
-        find_scans(layout_a)
+        index_corpus(layout_a, 500, "FOMO60K")
+    _, scans = index_corpus(layout_a, 500, "FOMO60K", exclude=["*/sub_1/ses_1/t1.nii"])
+    assert scans["path"].str.endswith("t1.nii.gz").sum() == 1
+
+
+def test_spaces_and_capitals_in_names_are_read(raw, tmp_path):
+    root = touch(tmp_path / "my data", "sub_1/ses_1/T1.NII.GZ", "SUB_2/SES_1/Flair_2.nii")
+    _, scans = index_corpus(root, 500, "FOMO60K")
+    assert rows(scans, "scan_id", "subject", "modality", "repeat") == [
+        ("my_data__SUB_2__SES_1__Flair_2", "my data/SUB_2", "flair", 2),
+        ("my_data__sub_1__ses_1__T1", "my data/sub_1", "t1", 1),
+    ]
+
+
+def test_a_path_with_dots_is_named_after_the_folder_it_means(layout_a):
+    assert set(find_scans(layout_a / "sub_1" / "..")["subject"]) == {"fomo-60k/sub_1", "fomo-60k/sub_10"}
+
+
+def test_a_table_without_data_sets_says_nothing_of_subjects_whose_numbers_repeat(layout_b, caplog):
+    (layout_b / "participants.tsv").write_text("participant_id\tage\nsub_1\t70\n")
+    assert set(find_scans(layout_b)["age"]) == {""}
+    assert "participants.tsv is not used: it has no column dataset" in caplog.text
+
+
+def test_empty_foreign_and_broken_tables(layout_b):
+    (layout_b / "mapping.tsv").write_text("")
+    (layout_b / "participants.tsv").write_bytes(b"dataset\tparticipant_id\tgroup\nPT002_IXI\tsub_1\tM\xfcnchen\n")
+    assert "M�nchen" in set(find_scans(layout_b)["group"])
+    (layout_b / "participants.tsv").write_text("dataset\tparticipant_id\nPT002_IXI\tsub_1\t1\t2\nx\n1\t2\t3\t4\t5\n")
+    with pytest.raises(UserError, match=r"participants\.tsv is no table of tab-separated values"):
+        find_scans(layout_b)
 
 
 def test_dangling_links_are_indexed_so_that_preparation_can_report_them(bids):
@@ -191,7 +251,9 @@ def test_subjects_of_the_bonn_test_set_are_left_out_and_named(raw, layout_b, tmp
     described = touch(tmp_path / "bonn", "sub-1/anat/sub-1_T1w.nii.gz")
     (described / "dataset_description.json").write_text('{"DatasetDOI": "doi:10.18112/openneuro.ds004199.v1.0.5"}')
     with pytest.raises(UserError, match="nothing is left"):
-        index_corpus(described, 501, "Bonn")
+        index_corpus(described, 501, "Described")
+    named = touch(tmp_path / "named", "PT014_Bonn/sub_1/ses_1/t1.nii.gz", "PT015_X/sub_1/ses_1/t1.nii.gz")
+    assert set(index_corpus(named, 502, "Named")[1]["dataset"]) == {"PT015_X"}
 
 
 def test_exclusions_by_data_set_subject_session_scan_and_wildcard(raw, layout_a, caplog):

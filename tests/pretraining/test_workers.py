@@ -27,6 +27,18 @@ def test_one_process_is_this_process():
     assert list(run_locally(lambda _: os.getpid(), [1], processes=1)) == [(1, os.getpid())]
 
 
+def threads_of_torch(_):
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread in any case")
+def test_a_worker_computes_on_one_thread(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert list(run_locally(threads_of_torch, [0], processes=2)) == [(0, 1)]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_task_that_raises_yields_its_exception_and_the_others_their_results(processes):
     outcomes = dict(run_locally(square, [2, -1, 3], processes))
