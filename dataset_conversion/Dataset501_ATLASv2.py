@@ -9,7 +9,7 @@ from pathlib import Path
 from channels import Facts, read_image
 from conversion import Case, Prepared
 from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
-from script import DatasetInfo, make_parser, run
+from script import DatasetInfo, make_parser, parse, run
 
 from nnunet_ssl.errors import UserError, command
 
@@ -29,33 +29,32 @@ example:
 Found by looking: ATLAS_2/{Training,Testing}/R001/sub-*/ses-1/anat and data/{train,test}/derivatives/ATLAS/sub-*.
 """
 
-KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "lesion": "mask"}
+KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "lesion": "mask"} | dict.fromkeys(
+    ("t1c", "t2w", "t2", "flair", "pd", "swi", "t2star", "dwi", "adc", "bold", "mni152nlin2009asym"), "other"
+)
 PARTS = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
 
 
 def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]]:
     """Find the T1 images below `root` and, but for `images_only`, their lesion masks.
 
+    Among new images, one whose name says nothing is taken for a T1.
+
     Raises:
         UserError: it isn't ATLAS.
     """
     images, skipped = find_images(root)
+    wanted = ("t1", "unnamed") if images_only else ("t1", "mask")
     sessions = defaultdict(lambda: defaultdict(list))
     for image in images:
-        kind = image.kind(KINDS) or ("t1" if images_only else None)
-        if kind is None:
-            skipped.append(Skipped(str(image.path), "neither a T1 nor a mask by its name"))
-        else:
+        kind = image.kind(KINDS) or "unnamed"
+        if kind in wanted:
             sessions[image.scan_id(KINDS)][kind].append(image)
-    cases = []
-    for scan_id, files in sorted(sessions.items()):
-        case = _case(scan_id, files["t1"], [] if images_only else files["mask"], skipped)
-        if isinstance(case, Case) and (case.masks or case.part == "Ts" or images_only):
-            cases.append(case)
         else:
-            skipped.append(
-                case if isinstance(case, Skipped) else Skipped(scan_id, "a training case without lesion mask")
-            )
+            skipped.append(Skipped(image.relative, f"not a T1{'' if images_only else ' or a lesion mask'} by its name"))
+    found = [_case(scan_id, files, images_only, skipped) for scan_id, files in sorted(sessions.items())]
+    cases = [case for case in found if isinstance(case, Case)]
+    skipped += [case for case in found if isinstance(case, Skipped)]
     if not any(case.part == "Tr" or images_only for case in cases):
         raise UserError(
             f"{root} doesn't hold ATLAS v2.0. Expected were files like Training/R001/sub-r001s001/ses-1/anat/"
@@ -66,13 +65,18 @@ def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]
     return cases, skipped
 
 
-def _case(scan_id: str, t1: list[ImageFile], masks: list[ImageFile], skipped: list[Skipped]) -> Case | Skipped:
+def _case(scan_id: str, files: dict[str, list[ImageFile]], images_only: bool, skipped: list[Skipped]) -> Case | Skipped:
     """Put one session together."""
-    masks = lesion_masks(masks)
-    if not t1:
+    masks = lesion_masks(files["mask"])
+    candidates = files["t1"] or files["unnamed"]
+    if not candidates:
         return Skipped(scan_id, "a mask without T1 image")
-    image, others = choose_one(t1, masks[0] if masks else None)
-    skipped += [Skipped(str(other.path), f"{image.path.name} is used for {scan_id}") for other in others]
+    image, others = choose_one(candidates, masks[0] if masks else None)
+    others += files["unnamed"] if files["t1"] else []
+    skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
+    part = _part(image, bool(masks))
+    if part == "Tr" and not masks and not images_only:
+        return Skipped(scan_id, "a training case without lesion mask")
     subject = image.entity("sub") or scan_id
     cohort = re.match(r"sub-(r\d+)s\d+$", subject)
     return Case(
@@ -81,7 +85,7 @@ def _case(scan_id: str, t1: list[ImageFile], masks: list[ImageFile], skipped: li
         images={"t1": image.path},
         masks=tuple(mask.path for mask in masks),
         labelled=bool(masks),
-        part=_part(image, bool(masks)),
+        part=part,
         group=cohort[1].upper() if cohort else subject,
         notes=(f"{len(masks)} lesion masks united",) if len(masks) > 1 else (),
     )
@@ -103,7 +107,7 @@ def prepare(case: Case) -> Prepared:
 def main() -> None:
     parser = make_parser(INFO, __doc__, EXAMPLE)
     parser.add_argument("--folds", choices=("random", "cohort"), default="random", help="how to divide into five folds")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     cases, skipped = find_cases(arguments.i, arguments.images_only)
     run(arguments, INFO, cases, skipped, prepare, arguments.folds)
 

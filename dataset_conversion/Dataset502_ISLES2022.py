@@ -9,7 +9,7 @@ import numpy as np
 from channels import Facts, note, onto_grid, read_image, registered_onto
 from conversion import Case, Prepared
 from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
-from script import DatasetInfo, chosen_channels, make_parser, run
+from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.errors import UserError, command
 from nnunet_ssl.imaging.geometry import Volume
@@ -57,7 +57,7 @@ def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tupl
         if kind:
             sessions[image.scan_id(KINDS)][kind].append(image)
         else:
-            skipped.append(Skipped(str(image.path), "neither DWI, ADC, FLAIR nor a mask by its name"))
+            skipped.append(Skipped(image.relative, "neither DWI, ADC, FLAIR nor a mask by its name"))
     needed = tuple(dict.fromkeys(("dwi", *channels)))
     found = [_case(scan_id, files, needed, images_only, skipped) for scan_id, files in sorted(sessions.items())]
     cases = [case for case in found if isinstance(case, Case)]
@@ -90,7 +90,7 @@ def _case(
     for kind in needed:
         image, others = choose_one(files[kind], like=None)
         images[kind] = image
-        skipped += [Skipped(str(other.path), f"{image.path.name} is used for {scan_id}") for other in others]
+        skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
     return Case(
         id=scan_id,
         subject=images["dwi"].entity("sub") or scan_id,
@@ -136,7 +136,7 @@ def _in_one_unit(adc: Volume, dwi: Volume, path: Path, facts: Facts) -> Volume:
 @command
 def main() -> None:
     parser = make_parser(INFO, __doc__, EXAMPLE)
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     channels = chosen_channels(arguments, INFO)
     cases, skipped = find_cases(arguments.i, channels, arguments.images_only)
     run(arguments, INFO, cases, skipped, prepare)

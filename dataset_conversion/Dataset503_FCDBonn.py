@@ -9,7 +9,7 @@ import pandas as pd
 from channels import Facts, read_image, registered_onto
 from conversion import Case, Prepared
 from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
-from script import DatasetInfo, chosen_channels, make_parser, run
+from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.errors import UserError, command
 
@@ -49,11 +49,12 @@ def find_cases(
         if kind:
             scans[image.scan_id(KINDS)][kind].append(image)
         else:
-            skipped.append(Skipped(str(image.path), "neither FLAIR, T1 nor an ROI by its name"))
+            skipped.append(Skipped(image.relative, "neither FLAIR, T1 nor an ROI by its name"))
     people = {} if images_only else _read_participants(root, images)
     needed = tuple(dict.fromkeys(("flair", *channels)))
     found = []
-    for scan_id in sorted({*scans, *people}):
+    without = people.keys() - {_person(files, scan_id) for scan_id, files in scans.items()}
+    for scan_id in sorted({*scans, *without}):
         files = scans[scan_id]
         if images_only:
             found.append(_case(scan_id, files, needed, skipped))
@@ -88,7 +89,7 @@ def _read_participants(root: Path, images: list[ImageFile]) -> dict[str, dict[st
     if missing:
         raise UserError(f"{tables[0]} lacks the columns {', '.join(sorted(missing))}: is this the Bonn FCD-II data?")
     table = table.apply(lambda column: column.str.strip())
-    table["group"] = table["group"].str.lower()
+    table[["group", "split"]] = table[["group", "split"]].apply(lambda column: column.str.lower())
     names = table["participant_id"].where(
         table["participant_id"].str.startswith("sub-"), "sub-" + table["participant_id"]
     )
@@ -119,7 +120,7 @@ def _case(
     for kind in needed:
         image, others = choose_one(files[kind], like=rois[0] if rois and kind == "flair" else None)
         images[kind] = image
-        skipped += [Skipped(str(other.path), f"{image.path.name} is used for {scan_id}") for other in others]
+        skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
     notes = []
     if rois and not rois[0].stem.startswith(images["flair"].stem):
         notes.append(f"ROI named after another scan: {rois[0].path.name}")
@@ -152,7 +153,7 @@ def prepare(case: Case) -> Prepared:
 def main() -> None:
     parser = make_parser(INFO, __doc__, EXAMPLE)
     parser.add_argument("--no-controls", action="store_true", help="leave out the healthy controls")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     channels = chosen_channels(arguments, INFO)
     cases, skipped = find_cases(arguments.i, channels, arguments.images_only, not arguments.no_controls)
     run(arguments, INFO, cases, skipped, prepare, folds="stratified")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 import report
-from discovery import Skipped
+from discovery import RECORDS, Skipped
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
@@ -23,6 +22,7 @@ from nnunet_ssl.files import written_beside
 from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, same_grid, write_volume
 from nnunet_ssl.imaging.skull_strip import brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.pretraining.workers import WorkerDied, run_locally
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,14 @@ class Target:
         label = self.label_path(case)
         return [*self.image_paths(case), *([label] if label else [])]
 
+    @property
+    def output_folders(self) -> list[Path]:
+        if self.images_only:
+            return [self.folder]
+        return [self.folder / f"{kind}{part}" for kind in ("images", "labels") for part in PARTS]
+
     def record_path(self, case_id: str) -> Path:
-        return self.folder / "conversion" / "cases" / f"{case_id}.json"
+        return self.folder.joinpath(*RECORDS, f"{case_id}.json")
 
     def tile_path(self, case_id: str) -> Path:
         return self.folder / "conversion" / "tiles" / f"{case_id}.png"
@@ -125,10 +131,12 @@ def convert(
         the converted cases and their rows of the report.
 
     Raises:
-        UserError: HD-BET is wanted and missing, or no case can be converted.
+        UserError: HD-BET is wanted and missing, the folder holds other files, or no case can be converted.
     """
     if target.strip:
+        _strip_on(target.channels)
         require_hd_bet()
+    _refuse_foreign_files(target)
     _remove_partial_files(target.folder)
     gone = _remove_stale_files(cases, target)
     waiting = [case for case in cases if not _is_done(case, target)]
@@ -141,7 +149,7 @@ def convert(
     skipped = [*skipped, *failed]
     rows = [json.loads(target.record_path(case.id).read_text())["row"] for case in converted]
     changed = bool(waiting or gone)
-    report.write_report(rows, skipped, target.folder / "conversion", len(target.channels), changed)
+    report.write_report(rows, skipped, target.folder / "conversion", target.channels, changed)
     report.log_notes(rows)
     report.log_skipped(skipped, target.folder / "conversion")
     return converted, rows
@@ -180,16 +188,24 @@ def dataset_target(number: int, name: str) -> Path:
 
 def _run(cases: Sequence[Case], work: Callable[[Case], Skipped | None], n_processes: int) -> list[Skipped]:
     """Run `work` on every case and return the failures."""
-    if n_processes <= 1 or len(cases) <= 1:
-        results = [work(case) for case in tqdm(cases, desc="converting", disable=not cases)]
-    else:
-        with ProcessPoolExecutor(min(n_processes, len(cases)), mp_context=get_context("spawn")) as pool:
-            results = list(tqdm(pool.map(work, cases), total=len(cases), desc="converting"))
-    return [result for result in results if result is not None]
+    failed = []
+    outcomes = run_locally(work, cases, max(1, min(n_processes, len(cases))))
+    for case, outcome in tqdm(outcomes, total=len(cases), desc="converting", disable=not cases):
+        if isinstance(outcome, WorkerDied):
+            failed.append(Skipped(case.id, f"{outcome}; try fewer at a time, with -np 1"))
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        elif outcome is not None:
+            failed.append(outcome)
+    return sorted(failed, key=lambda item: item.what)
 
 
 def _convert_one(case: Case, target: Target, prepare: Prepare) -> Skipped | None:
-    """Convert a case; its record is written last, so a record means that all its files are there."""
+    """Convert a case.
+
+    An empty record is written first: it claims the files. The true one is written last, so it means that all are there.
+    """
+    _write_record(case.id, target, made_from=None, row={})
     try:
         prepared = prepare(case)
         channels = [prepared.channels[name] for name in target.channels]
@@ -207,9 +223,13 @@ def _convert_one(case: Case, target: Target, prepare: Prepare) -> Skipped | None
         write_volume(target.label_path(case), channels[0].with_array(label))
     row = _row(case, channels[0], facts)
     report.write_tile(target.tile_path(case.id), channels, label)
-    with written_beside(target.record_path(case.id)) as unfinished:
-        unfinished.write_text(json.dumps({"made_from": _made_from(case, target), "row": row}, indent=1))
+    _write_record(case.id, target, made_from=_made_from(case, target), row=row)
     return None
+
+
+def _write_record(case_id: str, target: Target, **content: Any) -> None:
+    with written_beside(target.record_path(case_id)) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1))
 
 
 def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | None, dict[str, Any]]:
@@ -217,12 +237,14 @@ def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | 
     if target.label_path(case) is None:
         return None, {}
     label = np.zeros(reference.array.shape, dtype=bool)
-    facts = {"mask_voxels": 0, "mask_ml": 0.0, "mask_alignment": "healthy control: empty"}
+    facts = {"mask_voxels": 0, "mask_ml": 0.0, "mask_voxels_outside": 0, "mask_alignment": "healthy control"}
     for path in case.masks:
         mask = read_mask(path)
         aligned, facts["mask_alignment"] = align_mask(mask, reference)
         facts["mask_voxels"] += int(mask.array.sum())
         facts["mask_ml"] += float(mask.array.sum() * mask.voxel_ml)
+        if facts["mask_alignment"] != "resampled":
+            facts["mask_voxels_outside"] += int(mask.array.sum()) - int(aligned.sum())
         label |= aligned
     facts |= {"label_voxels": int(label.sum()), "label_ml": float(label.sum() * reference.voxel_ml)}
     return label, facts
@@ -278,9 +300,11 @@ def _label_notes(facts: dict[str, Any]) -> list[str]:
     if facts["mask_alignment"] == "resampled":
         change = facts["label_ml"] - facts["mask_ml"]
         notes.append(f"label resampled, volume changed by {change:+.3f} ml of {facts['mask_ml']:.3f} ml")
-    elif facts["label_voxels"] != facts["mask_voxels"]:
-        notes.append(f"{facts['mask_voxels'] - facts['label_voxels']} mask voxels lie outside the image")
-    if facts["label_voxels"] == 0:
+    elif facts["mask_alignment"] == "nearest voxels":
+        notes.append("the mask lies up to half a voxel off the image: its voxels were copied to the nearest")
+    if facts["mask_voxels_outside"]:
+        notes.append(f"CHECK: {facts['mask_voxels_outside']} mask voxels lie outside the image")
+    if facts["label_voxels"] == 0 and facts["mask_alignment"] != "healthy control":
         notes.append("empty mask")
     if facts.get("label_voxels_outside_brain"):
         notes.append(f"{facts['label_voxels_outside_brain']} label voxels lie outside HD-BET's brain mask")
@@ -313,16 +337,15 @@ def _remove_stale_files(cases: Sequence[Case], target: Target) -> list[str]:
     """
     expected = {path for case in cases for path in target.outputs(case)}
     current = {case.id for case in cases}
-    earlier = {path.stem for path in (target.folder / "conversion" / "cases").glob("*.json")}
+    earlier = _recorded(target)
     gone = [] if target.images_only else sorted(earlier - current)
     if gone and not earlier & current:
         raise UserError(
             f"{target.folder} was made from other data: none of its {len(gone)} cases (such as {gone[0]}) is among the "
             f"{len(current)} found now (such as {min(current)}). Remove that folder, or choose another number with -d."
         )
-    folders = [target.folder, *(target.folder / f"{kind}{part}" for kind in ("images", "labels") for part in PARTS)]
     for name in sorted(earlier & current) + gone:
-        for folder in folders:
+        for folder in target.output_folders:
             for path in (folder / f"{name}.nii.gz", *folder.glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz")):
                 if path not in expected:
                     path.unlink(missing_ok=True)
@@ -333,12 +356,35 @@ def _remove_stale_files(cases: Sequence[Case], target: Target) -> list[str]:
     return gone
 
 
+def _refuse_foreign_files(target: Target) -> None:
+    """Make sure that a data set's folder holds nothing but what these scripts wrote.
+
+    Raises:
+        UserError: it does; nnU-Net would take the files for cases.
+    """
+    if target.images_only:
+        return
+    recorded = _recorded(target)
+    images = [path for folder in target.output_folders for path in folder.glob("[!.]*.nii.gz")]
+    foreign = [path for path in images if re.sub(r"(_\d{4})?\.nii\.gz$", "", path.name) not in recorded]
+    if foreign:
+        raise UserError(
+            f"{target.folder} holds {len(foreign)} images that this script didn't make, such as {foreign[0].name}. "
+            "Move that folder away, or choose another number with -d."
+        )
+
+
+def _recorded(target: Target) -> set[str]:
+    """Return the cases that earlier runs converted or began to."""
+    return {path.stem for path in target.folder.joinpath(*RECORDS).glob("[!.]*.json")}
+
+
 def _forget(case_id: str, target: Target) -> None:
     target.record_path(case_id).unlink(missing_ok=True)
     target.tile_path(case_id).unlink(missing_ok=True)
 
 
 def _remove_partial_files(folder: Path) -> None:
-    """Remove what an interrupted run left half-written; nnU-Net would take such a file for a case."""
+    """Remove what an interrupted run left half-written."""
     for path in folder.rglob(".*.partial.*"):
         path.unlink()

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 
+RECORDS = ("conversion", "cases")
+"""Where a conversion keeps its records below the folder it writes."""
+
 _ANNEX_HINT = "git-annex link without content; fetch it with `datalad get` or `git annex get`"
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
@@ -26,6 +29,11 @@ class ImageFile:
 
     path: Path
     folders: tuple[str, ...]
+
+    @property
+    def relative(self) -> str:
+        """Return the path below the searched folder."""
+        return "/".join([*self.folders[1:], self.path.name])
 
     @property
     def stem(self) -> str:
@@ -71,12 +79,14 @@ class Skipped:
 def find_images(root: Path) -> tuple[list[ImageFile], list[Skipped]]:
     """List the readable NIfTI files below a folder, sorted, and the other files with the reason they are no use.
 
-    Hidden folders (``.git``) are not entered. Where an image lies there compressed and uncompressed, the compressed
-    one is taken.
+    Hidden folders (``.git``) are not entered, nor are folders that a conversion wrote. Where an image lies there
+    compressed and uncompressed, the compressed one is taken.
 
     Raises:
         UserError: the folder doesn't exist, or every image in it is a dangling link.
     """
+    if root.is_file():
+        raise UserError(f"{root} is a file, not a folder. Unpack it, and give the folder that holds the data with -i.")
     if not root.is_dir():
         raise UserError(f"There is no folder {root}. Give the folder that holds the data set with -i.")
     images, skipped = [], []
@@ -120,15 +130,18 @@ def describe_contents(images: list[ImageFile], root: Path) -> str:
             path.name for path in root.iterdir() if path.name.endswith((".tar.gz", ".zip", ".tgz", ".7z"))
         )
         return f"no NIfTI image but the archive {archives[0]}: unpack it first" if archives else "no NIfTI image"
-    return f"{len(images)} NIfTI images such as {images[0].path.relative_to(root.absolute())}"
+    return f"{len(images)} NIfTI images such as {images[0].relative}"
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder in sorted order; links to folders are followed, each folder is entered once."""
+    """Yield all files below a folder in sorted order, but for conversions' results.
+
+    Links to folders are followed; each folder is entered once.
+    """
     entered = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in entered:
+        if real in entered or Path(parent, *RECORDS).is_dir():
             folders.clear()
             continue
         entered.add(real)

@@ -26,7 +26,7 @@ _OUTLINE = (1.0, 0.25, 0.2)
 
 
 def write_report(
-    rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped], folder: Path, n_channels: int, changed: bool
+    rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped], folder: Path, channels: Sequence[str], changed: bool
 ) -> None:
     """Write ``report.tsv``, ``skipped.tsv`` and, when a case changed, the contact sheets ``contact_sheet_01.png`` ...
 
@@ -34,7 +34,7 @@ def write_report(
         rows: one per converted case, with at least `case` and `notes`.
         skipped: what was left out.
         folder: where to write; the cases' tiles lie in its folder ``tiles``.
-        n_channels: how many pictures a tile holds, side by side.
+        channels: whose pictures a tile holds, side by side.
         changed: whether any case was converted or removed since the sheets were made.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -45,9 +45,10 @@ def write_report(
     if changed or not sheets:
         for sheet in sheets:
             sheet.unlink()
-        per_sheet = _SHEET_PANELS // n_channels
+        per_sheet = _SHEET_PANELS // len(channels)
         for number, start in enumerate(range(0, len(rows), per_sheet), start=1):
-            _write_sheet(folder / f"contact_sheet_{number:02d}.png", rows[start : start + per_sheet], folder / "tiles")
+            sheet = folder / f"contact_sheet_{number:02d}.png"
+            _write_sheet(sheet, rows[start : start + per_sheet], folder / "tiles", channels)
 
 
 def log_skipped(skipped: Sequence[Skipped], folder: Path | None) -> None:
@@ -77,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tile(path: Path, channels: Sequence[Volume], label: np.ndarray | None) -> None:
     """Draw the axial slice with most lesion (or the middle of the head) of every channel, the label outlined.
 
-    Left on the picture is left in the patient (RAS), up is anterior.
+    Left on the picture is left in the patient (RAS), up is anterior; the field of view is cut to the head.
     """
     from matplotlib.image import imsave
 
@@ -88,9 +89,23 @@ def write_tile(path: Path, channels: Sequence[Volume], label: np.ndarray | None)
     spacing = nib.affines.voxel_sizes(first.affine @ nib.orientations.inv_ornt_aff(to_ras, first.array.shape))
     weight = (mask if mask is not None and mask.any() else images[0] > images[0].mean()).sum(axis=(0, 1))
     z = int(np.argmax(weight))
-    panels = [_panel(image[:, :, z], None if mask is None else mask[:, :, z], spacing[:2]) for image in images]
+    head = _head(images[0])
+    panels = [
+        _panel(image[head][:, :, z], None if mask is None else mask[head][:, :, z], spacing[:2]) for image in images
+    ]
     with written_beside(path) as partial:
         imsave(partial, np.concatenate(panels, axis=1))
+
+
+def _head(image: np.ndarray) -> tuple[slice, slice]:
+    """Return the box around what is not background, in the first two axes, with a small margin."""
+    tissue = image > 0.15 * np.percentile(image, 99)
+    box = []
+    for axis in (0, 1):
+        inside = np.flatnonzero(tissue.any(axis=(1 - axis, 2)))
+        low, high = (inside[0], inside[-1]) if inside.size else (0, image.shape[axis])
+        box.append(slice(max(low - 3, 0), high + 4))
+    return tuple(box)
 
 
 def _panel(image: np.ndarray, mask: np.ndarray | None, spacing: np.ndarray) -> np.ndarray:
@@ -109,24 +124,33 @@ def _panel(image: np.ndarray, mask: np.ndarray | None, spacing: np.ndarray) -> n
     return canvas.transpose(1, 0, 2)[::-1]
 
 
-def _write_sheet(path: Path, rows: Sequence[dict[str, Any]], tiles: Path) -> None:
+def _write_sheet(path: Path, rows: Sequence[dict[str, Any]], tiles: Path, channels: Sequence[str]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
     pictures = [imread(tiles / f"{row['case']}.png") for row in rows]
-    columns = min(len(rows), max(1, 8 * pictures[0].shape[0] // pictures[0].shape[1]))
+    columns = max(1, 8 // len(channels))
     lines = -(-len(rows) // columns)
     height, width = (size / 100 for size in pictures[0].shape[:2])
-    figure = Figure(figsize=(columns * width * 1.02, lines * (height + 0.45)), facecolor="black")
+    total = lines * (height + 0.45) + 0.5
+    figure = Figure(figsize=(columns * width * 1.02, total), facecolor="black")
     for number, (row, picture) in enumerate(zip(rows, pictures), start=1):
         axes = figure.add_subplot(lines, columns, number)
         axes.imshow(picture)
         axes.axis("off")
-        volume = f"{row['label_ml']:.1f} ml" if "label_ml" in row else "no label"
-        axes.set_title(f"{row['case']}\n{volume}", fontsize=7, color="orange" if row["notes"] else "white")
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / (lines * (height + 0.45)), 0.02, 0.25)
+        axes.set_title(_caption(row), fontsize=7, color="orange" if row["notes"] else "white")
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.85 / total, 0.02, 0.25)
+    legend = f"{' | '.join(channels)}   red: lesion mask   orange: see the notes in report.tsv   left is left"
+    figure.text(0.01, 1 - 0.25 / total, legend, color="white", fontsize=9, va="center")
     with written_beside(path) as partial:
         figure.savefig(partial, dpi=100, facecolor="black")
+
+
+def _caption(row: dict[str, Any]) -> str:
+    """Return a case's name, the volume of its lesions, and the start of its notes."""
+    volume = f"{row['label_ml']:.1f} ml" if "label_ml" in row else "no label"
+    notes = row["notes"] if len(row["notes"]) <= 36 else row["notes"][:35] + "…"
+    return f"{row['case']}\n{volume}" + (f"   {notes}" if notes else "")
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

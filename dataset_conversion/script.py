@@ -56,6 +56,20 @@ def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.A
     return parser
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UserError: options that don't go together.
+    """
+    arguments = parser.parse_args()
+    if arguments.images_only != (arguments.o is not None):
+        raise UserError("--images-only and -o OUT belong together: -o names the folder for the prepared images.")
+    if arguments.images_only and arguments.o.resolve() == arguments.i.resolve():
+        raise UserError(f"-i and -o are the same folder, {arguments.o}: give the prepared images one of their own.")
+    return arguments
+
+
 def chosen_channels(arguments: argparse.Namespace, info: DatasetInfo) -> tuple[str, ...]:
     """Return the channels to convert, always in the data set's own order."""
     wanted = getattr(arguments, "channels", info.channel_names)
@@ -73,10 +87,8 @@ def run(
     """Convert the cases as the command line asks, and say what to type next.
 
     Raises:
-        UserError: options that don't go together, or nothing to convert.
+        UserError: nnU-Net's folders aren't set, or nothing can be converted.
     """
-    if arguments.images_only != (arguments.o is not None):
-        raise UserError("--images-only and -o OUT belong together: -o names the folder for the prepared images.")
     channels = chosen_channels(arguments, info)
     number = info.numbers[channels] if arguments.d is None else arguments.d
     everything = len(channels) == len(info.channel_names)

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from report import write_text
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,15 @@ def store_splits(splits: list[dict[str, list[str]]], raw: Path) -> None:
     Planning and preprocessing leave that file alone. A copy beside the raw data tells our file from one that the user
     or nnU-Net made since; the latter stays. Nothing is written when there are no splits.
     """
-    ours = raw / "conversion" / "splits_final.json"
-    used = folder_of("nnUNet_preprocessed") / raw.name / "splits_final.json"
     if not splits:
         logger.warning("There are too few training cases for folds: train with fold `all`.")
+        return
+    ours = raw / "conversion" / "splits_final.json"
+    try:
+        used = folder_of("nnUNet_preprocessed") / raw.name / "splits_final.json"
+    except UserError as error:
+        write_text(ours, json.dumps(splits, indent=2))
+        logger.warning("The folds are in %s only, where training doesn't look. %s Then run this again.", ours, error)
         return
     if used.is_file() and json.loads(used.read_text()) not in (splits, _read(ours)):
         logger.warning("%s is not from this script and stays as it is. Remove it to get the folds chosen here.", used)

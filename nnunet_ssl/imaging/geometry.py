@@ -21,7 +21,23 @@ from nnunet_ssl.files import written_beside
 SAME_PLACE_VOXELS = 0.1
 """Grids whose corners lie closer than this fraction of a voxel are one grid; headers differ by rounding."""
 
-Alignment = Literal["same grid", "same lattice", "no orientation in header", "resampled"]
+NEAREST_VOXELS = 0.51
+"""A mask that lies off an image's grid by no more than half a voxel is copied voxel by voxel: that is what
+nearest-neighbour interpolation would make of it, and nothing is lost."""
+
+Alignment = Literal["same grid", "same lattice", "nearest voxels", "no orientation in header", "resampled"]
+
+
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    ValueError,
+    OverflowError,
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+)
+"""What nibabel raises for files that are no image, or a broken one."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +79,28 @@ def read_volume(path: Path | str) -> Volume:
     Raises:
         UserError: the file is no image, is broken, holds more than one volume, or has an impossible geometry.
     """
+    volume = _read(path)
+    return volume.with_array(volume.array.astype(np.float32))
+
+
+def read_mask(path: Path | str) -> Volume:
+    """Read a mask of any type and scale: what is greater than 0 belongs to it (NaN does not). The array is bool.
+
+    Raises:
+        UserError: as :func:`read_volume`.
+    """
+    volume = _read(path)
+    with np.errstate(invalid="ignore"):
+        return volume.with_array(volume.array > 0)
+
+
+def _read(path: Path | str) -> Volume:
+    """Read a NIfTI image in the type that its header asks for."""
     try:
         image = nib.load(path)
         array = np.asarray(image.dataobj)
-    except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise UserError(f"{path} can't be read as a NIfTI image ({str(error).splitlines()[0]}).") from error
+    except _UNREADABLE as error:
+        raise UserError(f"{path} can't be read as a NIfTI image ({_first_line(error)}).") from error
     if array.dtype.fields is not None or np.iscomplexobj(array):
         raise UserError(f"{path} holds colours or complex numbers, not one grey value per voxel.")
     while array.ndim > 3 and array.shape[-1] == 1:
@@ -79,18 +112,11 @@ def read_volume(path: Path | str) -> Volume:
         raise UserError(f"{path} has a header whose affine can't be inverted: {affine[:3].round(3).tolist()}.")
     header = image.header
     oriented = not hasattr(header, "get_qform") or bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-    return Volume(array.astype(np.float32), affine, oriented)
+    return Volume(array, affine, oriented)
 
 
-def read_mask(path: Path | str) -> Volume:
-    """Read a mask of any type and scale: what is greater than 0 belongs to it (NaN does not). The array is bool.
-
-    Raises:
-        UserError: as :func:`read_volume`.
-    """
-    volume = read_volume(path)
-    with np.errstate(invalid="ignore"):
-        return volume.with_array(volume.array > 0)
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:
@@ -108,10 +134,8 @@ def same_grid(first: Volume, second: Volume) -> bool:
     """Tell whether two volumes have the same shape and, up to rounding, the same place for every voxel."""
     if first.array.shape != second.array.shape:
         return False
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in first.array.shape])).reshape(3, -1)
     mapping = np.linalg.inv(first.affine) @ second.affine
-    moved = mapping[:3, :3] @ corners + mapping[:3, 3:]
-    return bool(np.abs(moved - corners).max() <= SAME_PLACE_VOXELS)
+    return _deviation(mapping, np.eye(3), np.zeros(3), first.array.shape) <= SAME_PLACE_VOXELS
 
 
 def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
@@ -123,16 +147,21 @@ def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
 
     Returns:
         the mask on the image's grid, bool (X, Y, Z), and how it got there: "same grid"; "same lattice" (the voxels
-        coincide but are stored in another order or cover another field of view: they are copied one by one); "no
-        orientation in header" (the shapes agree and the mask's file says nothing else); or "resampled".
+        coincide but are stored in another order or cover another field of view: they are copied one by one); "nearest
+        voxels" (copied as well, though the headers disagree by up to half a voxel); "no orientation in header" (the
+        shapes agree, and one of the files says nothing of its place); or "resampled".
     """
-    if not mask.oriented and mask.array.shape == image.array.shape:
-        return mask.array, "no orientation in header"
     if same_grid(mask, image):
         return mask.array, "same grid"
-    steps = _lattice_steps(mask, image)
-    if steps is not None:
-        return _copy_voxels(mask.array, image.array.shape, *steps), "same lattice"
+    if mask.array.shape == image.array.shape and not (mask.oriented and image.oriented):
+        return mask.array, "no orientation in header"
+    mapping = np.linalg.inv(image.affine) @ mask.affine
+    turn, shift = np.rint(mapping[:3, :3]), np.rint(mapping[:3, 3])
+    if (np.abs(turn).sum(axis=0) == 1).all() and (np.abs(turn).sum(axis=1) == 1).all():
+        deviation = _deviation(mapping, turn, shift, mask.array.shape)
+        if deviation <= NEAREST_VOXELS:
+            copied = _copy_voxels(mask.array, image.array.shape, turn.astype(int), shift.astype(int))
+            return copied, "same lattice" if deviation <= SAME_PLACE_VOXELS else "nearest voxels"
     return _resample_mask(mask, image), "resampled"
 
 
@@ -151,18 +180,11 @@ def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = Non
     return fixed.with_array(ndimage.affine_transform(smooth, to_moving[:3, :3], to_moving[:3, 3], shape, order=order))
 
 
-def _lattice_steps(mask: Volume, image: Volume) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the signed permutation and the integer shift from mask to image indices, or None if there is none."""
-    mapping = np.linalg.inv(image.affine) @ mask.affine
-    turn, shift = np.rint(mapping[:3, :3]), np.rint(mapping[:3, 3])
-    if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
-        return None
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in mask.array.shape])).reshape(3, -1)
+def _deviation(mapping: np.ndarray, turn: np.ndarray, shift: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Return by how many voxels `mapping` (4 x 4) differs from ``turn @ index + shift`` at the corners of a grid."""
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1)
     exact = mapping[:3, :3] @ corners + mapping[:3, 3:]
-    rounded = turn @ corners + shift[:, None]
-    if np.abs(exact - rounded).max() > SAME_PLACE_VOXELS:
-        return None
-    return turn.astype(int), shift.astype(int)
+    return float(np.abs(exact - (turn @ corners + shift[:, None])).max())
 
 
 def _copy_voxels(mask: np.ndarray, shape: tuple[int, ...], turn: np.ndarray, shift: np.ndarray) -> np.ndarray:

@@ -14,10 +14,14 @@ from nnunet_ssl.imaging.geometry import Volume, resample_onto
 WORKING_MM = 1.5
 """Both images are brought to isotropic voxels of this size for the search; the result is finer than a voxel."""
 
-_SHRINK = (4, 2, 1)
-_SMOOTH_MM = (6.0, 3.0, 0.0)
-_SAMPLES = (0.5, 0.2, 0.1)
-_LARGEST_SHIFT_MM = 100.0
+_COARSE = {"shrink": 4, "smooth_mm": 6.0, "samples": 0.5}
+_FINE = {"shrink": 2, "smooth_mm": 1.5, "samples": 0.3}
+_JUDGING_MM = 3.0
+_DISPLACED_MM = 15.0
+_DISTINCT = 1.5
+_LARGEST_SHIFT_MM = 250.0
+_SAME_ROTATION_DEG = 2.0
+_SAME_SHIFT_MM = 2.0
 _LARGEST_ROTATION_DEG = 60.0
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -56,7 +60,7 @@ def register_rigid(fixed: Volume, moving: Volume, *, seed: int = 0) -> Registrat
         moving: another contrast of the same head.
         seed: of the random sample of voxels that the metric looks at.
     """
-    fixed_small, moving_small = (_working_copy(volume) for volume in (fixed, moving))
+    fixed_small, moving_small = (_working_copy(volume, WORKING_MM) for volume in (fixed, moving))
     try:
         matrix = _search(fixed_small, moving_small, seed)
     except RuntimeError as error:  # ITK's exceptions: no overlap, too few samples
@@ -89,52 +93,66 @@ def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
     mask = sitk.GetImageFromArray(ndimage.binary_dilation(foreground(fixed.array), iterations=4).T.astype(np.uint8))
     mask.CopyInformation(images[0])
     centre = _centre_of_mass(fixed)
-    starts = []
+    starts, failures = [], []
     for shift in (np.zeros(3), _centre_of_mass(moving) - centre):
         transform = sitk.Euler3DTransform()
         transform.SetCenter((_TO_LPS[:3, :3] @ centre).tolist())
         transform.SetTranslation((_TO_LPS[:3, :3] @ shift).tolist())
-        starts.append(_optimise(*images, mask, transform, level=0, seed=seed))
+        method = _metric(mask, transform, seed, **_COARSE)
+        method.SetOptimizerAsRegularStepGradientDescent(
+            learningRate=2.0, minStep=1e-2, numberOfIterations=200, relaxationFactor=0.6
+        )
+        try:
+            method.Execute(*images)
+            starts.append((method.GetMetricValue(), transform))
+        except RuntimeError as error:  # the headers may place the images where they don't meet
+            failures.append(error)
+    if not starts:
+        raise failures[-1]
     _, transform = min(starts, key=lambda start: start[0])
-    for level in range(1, len(_SHRINK)):
-        _, transform = _optimise(*images, mask, transform, level=level, seed=seed)
+    method = _metric(mask, transform, seed, **_FINE)
+    # Thick slices make a narrow valley of the metric, in which gradient descent stops 1 to 2 mm short.
+    method.SetOptimizerAsPowell(numberOfIterations=5, maximumLineIterations=20, stepLength=0.5, stepTolerance=1e-2)
+    method.Execute(*images)
     return _to_matrix(transform)
 
 
-def _optimise(
-    fixed: sitk.Image, moving: sitk.Image, mask: sitk.Image, start: sitk.Euler3DTransform, *, level: int, seed: int
-) -> tuple[float, sitk.Euler3DTransform]:
-    """Run one resolution level; return the metric (negative mutual information) and the motion."""
-    transform = sitk.Euler3DTransform(start)
+def _metric(
+    mask: sitk.Image, transform: sitk.Euler3DTransform, seed: int, *, shrink: int, smooth_mm: float, samples: float
+) -> sitk.ImageRegistrationMethod:
+    """Return a registration method for one resolution, without its optimiser, that works on `transform` in place."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(48)
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(_SAMPLES[level], seed + 1)
+    method.SetMetricSamplingPercentage(samples, seed + 1)
     method.SetMetricFixedMask(mask)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetShrinkFactorsPerLevel([_SHRINK[level]])
-    method.SetSmoothingSigmasPerLevel([_SMOOTH_MM[level]])
+    method.SetShrinkFactorsPerLevel([shrink])
+    method.SetSmoothingSigmasPerLevel([smooth_mm])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0 / 2**level, minStep=1e-3, numberOfIterations=200, relaxationFactor=0.6
-    )
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetInitialTransform(transform, inPlace=True)
     method.SetNumberOfThreads(1)
-    method.Execute(fixed, moving)
-    return method.GetMetricValue(), transform
+    return method
 
 
 def _judge(fixed: Volume, moving: Volume, matrix: np.ndarray, failure: str) -> Registration:
-    """Compare the fit with that of the headers, and fall back to them when it is worse or impossible."""
+    """Compare the fit with that of the headers, and fall back to them when it is worse or impossible.
+
+    A fit that tells something is much better than those of the image displaced by `_DISPLACED_MM`: noise fits equally
+    badly everywhere.
+    """
+    fixed, moving = (_working_copy(volume, _JUDGING_MM) for volume in (fixed, moving))
     before, after = (_fit(fixed, moving, motion) for motion in (np.eye(4), matrix))
-    cosine = (np.trace(matrix[:3, :3]) - 1) / 2
-    rotation = math.degrees(math.acos(float(np.clip(cosine, -1, 1))))
-    centre = np.append(_centre_of_mass(fixed), 1.0)
-    shift = float(np.linalg.norm((matrix @ centre - centre)[:3]))
+    rotation, shift = _size(matrix, fixed)
+    if after[0] <= before[0] and rotation < _SAME_ROTATION_DEG and shift < _SAME_SHIFT_MM:
+        matrix, after, rotation, shift = np.eye(4), before, 0.0, 0.0  # the headers had it right
+    displaced = max(_fit(fixed, moving, _shifted(matrix, axis, side))[0] for axis in range(3) for side in (-1, 1))
     reason = failure
     if not reason and (rotation > _LARGEST_ROTATION_DEG or shift > _LARGEST_SHIFT_MM):
         reason = f"the motion found is implausible ({rotation:.0f} degrees, {shift:.0f} mm)"
+    elif not reason and after[0] - 1 <= _DISTINCT * (displaced - 1):
+        reason = "the two images have nothing in common"
     elif not reason and after[0] < before[0]:
         reason = "mutual information fell"
     elif not reason and after[1] < before[1] - 0.05:
@@ -148,6 +166,19 @@ def _judge(fixed: Volume, moving: Volume, matrix: np.ndarray, failure: str) -> R
         rotation_deg=rotation,
         shift_mm=shift,
     )
+
+
+def _size(matrix: np.ndarray, fixed: Volume) -> tuple[float, float]:
+    """Return a motion's angle in degrees, and by how many mm it moves the centre of the head."""
+    cosine = (np.trace(matrix[:3, :3]) - 1) / 2
+    centre = np.append(_centre_of_mass(fixed), 1.0)
+    return math.degrees(math.acos(float(np.clip(cosine, -1, 1)))), float(np.linalg.norm((matrix @ centre - centre)[:3]))
+
+
+def _shifted(matrix: np.ndarray, axis: int, side: int) -> np.ndarray:
+    shifted = matrix.copy()
+    shifted[axis, 3] += side * _DISPLACED_MM
+    return shifted
 
 
 def _fit(fixed: Volume, moving: Volume, matrix: np.ndarray) -> tuple[float, float]:
@@ -166,12 +197,12 @@ def _fit(fixed: Volume, moving: Volume, matrix: np.ndarray) -> tuple[float, floa
     return normalized_mutual_information(fixed.array[region], moved[region]), overlap
 
 
-def _working_copy(volume: Volume) -> Volume:
-    """Return the image with isotropic voxels of `WORKING_MM` on its own axes, NaN and negative values set to 0."""
+def _working_copy(volume: Volume, voxel_mm: float) -> Volume:
+    """Return the image with isotropic voxels on its own axes, NaN and negative values set to 0."""
     spacing = np.array(volume.spacing)
     extent = spacing * volume.array.shape
-    shape = np.maximum(np.ceil(extent / WORKING_MM).astype(int), 2)
-    scale = WORKING_MM / spacing
+    shape = np.maximum(np.ceil(extent / voxel_mm).astype(int), 2)
+    scale = voxel_mm / spacing
     affine = volume.affine.copy()
     affine[:3, :3] = volume.affine[:3, :3] * scale
     affine[:3, 3] = volume.affine[:3, 3] + volume.affine[:3, :3] @ (scale / 2 - 0.5)

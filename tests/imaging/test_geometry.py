@@ -1,0 +1,209 @@
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.imaging.geometry import (
+    Volume,
+    align_mask,
+    read_mask,
+    read_volume,
+    resample_onto,
+    same_grid,
+    write_volume,
+)
+
+AFFINE = np.array([[-2.0, 0.1, 0, 40], [0.1, 2.2, 0.2, -50], [0, -0.2, 3.0, -30], [0, 0, 0, 1]])
+
+
+def save(path, array, affine=AFFINE, slope=None, codes=(1, 1)):
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine if codes[0] else None, codes[0])
+    image.set_qform(affine if codes[1] else None, codes[1])
+    if slope:
+        image.header.set_slope_inter(slope, 0)
+    nib.save(image, path)
+    return path
+
+
+def blob(shape=(12, 14, 10)):
+    mask = np.zeros(shape, bool)
+    mask[3:7, 4:9, 2:6] = True
+    mask[8, 10, 7] = True  # a lesion of one voxel
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64])
+@pytest.mark.parametrize("value", [1, 100])
+def test_masks_of_every_type_and_value_read_the_same(tmp_path, dtype, value):
+    path = save(tmp_path / "mask.nii.gz", (blob() * value).astype(dtype))
+    np.testing.assert_array_equal(read_mask(path).array, blob())
+
+
+@pytest.mark.parametrize("value", [1e-60, 0.003, 255.0])
+def test_masks_of_any_positive_value_read_the_same(tmp_path, value):
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "mask.nii", blob() * value)).array, blob())
+
+
+def test_a_masks_scale_factor_and_nan_and_negative_values_dont_matter(tmp_path):
+    array = np.where(blob(), 3, 0).astype(np.int16)
+    assert np.array_equal(read_mask(save(tmp_path / "scaled.nii.gz", array, slope=0.001)).array, blob())
+    odd = np.where(blob(), 1.0, 0.0)
+    odd[0], odd[-1] = np.nan, -1
+    assert np.array_equal(read_mask(save(tmp_path / "odd.nii.gz", odd)).array, blob())
+
+
+def test_a_trailing_dimension_of_one_is_dropped(tmp_path):
+    path = save(tmp_path / "image.nii.gz", np.ones((4, 5, 6, 1), np.float32))
+    assert read_volume(path).array.shape == (4, 5, 6)
+
+
+def _truncated(path):
+    save(path, np.random.default_rng(0).random((20, 20, 20)))
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def _not_nifti(path):
+    path.write_bytes(gzip.compress(b"no image" * 100))
+
+
+def _four_volumes(path):
+    save(path, np.ones((4, 5, 6, 4), np.float32))
+
+
+def _slice(path):
+    save(path, np.ones((4, 5, 1), np.float32))
+
+
+def _colours(path):
+    save(path, np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")]))
+
+
+def _complex(path):
+    save(path, np.zeros((4, 5, 6), np.complex64))
+
+
+@pytest.mark.parametrize("write", [_truncated, _not_nifti, _four_volumes, _slice, _colours, _complex])
+def test_a_file_that_is_no_volume_is_refused_by_name_in_one_line(tmp_path, write):
+    path = tmp_path / "image.nii.gz"
+    write(path)
+    with pytest.raises(UserError, match=r"image\.nii\.gz") as caught:
+        read_volume(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_with_a_singular_affine_is_refused(tmp_path):
+    path = save(tmp_path / "flat.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4))
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[280:328] = bytes(48)  # srow_x, srow_y, srow_z
+    path.write_bytes(gzip.compress(bytes(data)))
+    with pytest.raises(UserError, match="affine can't be inverted"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("codes", [(1, 2), (2, 0), (0, 1), (4, 4)])
+def test_sform_and_qform_codes_dont_move_an_image(tmp_path, codes):
+    array = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
+    affine = nib.affines.from_matvec(np.diag([-2.0, 2.0, 3.0]), [40, -50, -30])
+    volume = read_volume(save(tmp_path / "image.nii.gz", array, affine, codes=codes))
+    assert volume.oriented
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+
+
+def test_written_volumes_come_back_with_both_forms_set(tmp_path):
+    array = np.random.default_rng(0).random((4, 5, 6)).astype(np.float32)
+    write_volume(tmp_path / "a.nii.gz", Volume(array, AFFINE))
+    write_volume(tmp_path / "b.nii.gz", Volume(array > 0.5, AFFINE))
+    image, label = nib.load(tmp_path / "a.nii.gz"), nib.load(tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), array)
+    np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
+    assert image.header["sform_code"] == image.header["qform_code"] == 1
+    np.testing.assert_array_equal(image.affine, label.affine)
+    assert label.get_data_dtype() == np.uint8
+
+
+def test_grids_that_differ_by_rounding_are_one():
+    image = Volume(np.zeros((112, 112, 73)), AFFINE)
+    assert same_grid(image, Volume(image.array, AFFINE * (1 + 1e-7)))
+    assert not same_grid(image, Volume(image.array[1:], AFFINE))
+    moved = AFFINE.copy()
+    moved[0, 3] += 1
+    assert not same_grid(image, Volume(image.array, moved))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    axes=st.permutations([0, 1, 2]),
+    flips=st.tuples(*[st.booleans()] * 3),
+    margin=st.tuples(*[st.integers(0, 4)] * 3),
+    rounding=st.floats(-1e-4, 1e-4),
+)
+def test_a_mask_in_another_order_or_field_of_view_keeps_every_voxel(axes, flips, margin, rounding):
+    mask, image = blob(), Volume(np.zeros(blob().shape), AFFINE)
+    stored = nib.Nifti1Image(mask.astype(np.uint8), AFFINE)
+    ornt = np.array([[axis, -1 if flip else 1] for axis, flip in zip(axes, flips)])
+    turned = stored.as_reoriented(ornt)
+    array = np.pad(turned.get_fdata() > 0, [(m, m) for m in margin])
+    affine = turned.affine.copy() * (1 + rounding * 0.01)
+    affine[:3, 3] -= affine[:3, :3] @ margin
+    affine[3] = 0, 0, 0, 1
+    aligned, how = align_mask(Volume(array, affine), image)
+    assert how in ("same grid", "same lattice")
+    np.testing.assert_array_equal(aligned, mask)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shift=st.tuples(*[st.floats(-0.45, 0.45)] * 3))
+def test_a_mask_off_by_less_than_half_a_voxel_keeps_every_voxel(shift):
+    affine = AFFINE.copy()
+    affine[:3, 3] += AFFINE[:3, :3] @ shift
+    aligned, how = align_mask(Volume(blob(), affine), Volume(np.zeros(blob().shape), AFFINE))
+    assert how == ("same grid" if np.abs(shift).max() <= 0.1 else "nearest voxels")
+    np.testing.assert_array_equal(aligned, blob())
+
+
+def test_a_mask_without_orientation_belongs_to_the_image_of_its_shape(tmp_path):
+    mask = read_mask(save(tmp_path / "mask.nii.gz", blob().astype(np.uint8), codes=(0, 0)))
+    image = Volume(np.zeros(blob().shape), AFFINE)
+    assert not mask.oriented
+    assert align_mask(mask, image)[1] == "no orientation in header"
+    swapped = align_mask(Volume(blob(), AFFINE), Volume(image.array, mask.affine, oriented=False))
+    np.testing.assert_array_equal(swapped[0], blob())
+
+
+@pytest.mark.parametrize("spacing", [(1.3, 0.9, 4.0), (2.6, 2.6, 2.6)])
+def test_a_mask_on_another_lattice_keeps_its_volume_and_place(spacing):
+    grid = np.indices((40, 40, 40)) * 1.0
+    ball = ((grid - 19.3) ** 2).sum(0) < 11**2
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = 0.37
+    image = Volume(np.zeros(np.ceil(40 / np.array(spacing)).astype(int)), affine)
+    mask = Volume(ball, np.eye(4))
+    aligned, how = align_mask(mask, image)
+    assert how == "resampled"
+    assert aligned.sum() * image.voxel_ml == pytest.approx(ball.sum() * mask.voxel_ml, rel=0.02)
+    centre = np.argwhere(aligned).mean(0) @ affine[:3, :3] + affine[:3, 3]
+    np.testing.assert_allclose(centre, 19.3, atol=0.1 * max(spacing))
+
+
+def test_a_lesion_thinner_than_a_voxel_survives_resampling():
+    mask = np.zeros((40, 40, 40), bool)
+    mask[10:30, 20, 10:30] = True
+    image = Volume(np.zeros((20, 20, 20)), np.diag([2.03, 2.03, 2.03, 1]))
+    aligned, how = align_mask(Volume(mask, np.eye(4)), image)
+    assert how == "resampled" and aligned.sum() * image.voxel_ml == pytest.approx(0.4, rel=0.1)
+
+
+def test_resampling_gives_a_linear_ramp_at_the_right_places():
+    ramp = np.indices((20, 22, 24))[1] * 3.0
+    moving = Volume(ramp.astype(np.float32), AFFINE)
+    inner = AFFINE.copy()
+    inner[:3, 3] = (AFFINE @ [4.5, 5.25, 6, 1])[:3]
+    resampled = resample_onto(moving, Volume(np.zeros((5, 6, 7)), inner))
+    np.testing.assert_allclose(
+        resampled.array, np.broadcast_to((5.25 + np.arange(6))[:, None] * 3, (5, 6, 7)), rtol=1e-4
+    )
