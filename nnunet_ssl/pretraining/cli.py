@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from nnunet_ssl.errors import UserError, command
-from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
+
+if TYPE_CHECKING:
+    from nnunet_ssl.pretraining.config import PretrainingConfig
 
 EXIT_WITH_FAILURES = 3
 """``nnssl_prepare`` finished and the store can be used, but some scans are not in it."""
@@ -89,6 +93,7 @@ examples:
   nnssl_pretrain -c mcl_mim                            on Dataset500 or the only prepared corpus
   nnssl_pretrain -c mcl_mim --c                        go on where it stopped
   nnssl_pretrain -c mim -o recipe=mim_small steps=50000 encoder.embed_dim=24
+  nnssl_pretrain -c mcl_mim -o recipe=mcl_mim_resenc backbone=resenc
   nnssl_pretrain -c mcl_mim -num_gpus 4
   torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host:29500 \\
       --no_python nnssl_pretrain -c mcl_mim
@@ -116,7 +121,12 @@ def pretrain() -> None:
         metavar="KEY=VALUE",
         help="change settings; --print-config shows them all",
     )
-    parser.add_argument("--c", action="store_true", dest="resume", help="continue from the latest checkpoint")
+    parser.add_argument(
+        "--c",
+        action="store_true",
+        dest="resume",
+        help="continue from the latest checkpoint, with the settings the run began with; -o changes them",
+    )
     parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this machine (default: 1)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")
     parser.add_argument("--print-config", action="store_true", help="show the resolved settings and stop")
@@ -127,6 +137,12 @@ def pretrain() -> None:
     from nnunet_ssl.pretraining.config import load_config
 
     config = load_config(arguments.c, arguments.o)
+    if arguments.print_config and not arguments.resume:
+        sys.stdout.write(config.as_yaml())
+        return
+    dataset = arguments.d or _default_corpus()
+    if arguments.resume:
+        config = _settings_of_the_run(config, dataset, arguments.o)
     if arguments.print_config:
         sys.stdout.write(config.as_yaml())
         return
@@ -134,8 +150,20 @@ def pretrain() -> None:
     from nnunet_ssl.pretraining.distributed import launch
     from nnunet_ssl.pretraining.loop import pretrain as run
 
-    dataset = arguments.d or _default_corpus()
     launch(run, (config, dataset, arguments.resume), processes=arguments.num_gpus, device=arguments.device)
+
+
+def _settings_of_the_run(config: PretrainingConfig, dataset: str, overrides: list[str]) -> PretrainingConfig:
+    """What the run to be continued was told when it began, changed by `overrides` alone; `config` if there is none."""
+    from nnunet_ssl.pretraining.config import load_config
+    from nnunet_ssl.pretraining.outputs import CONFIG, results_folder
+
+    name = dataset_folder(dataset, "nnUNet_preprocessed").name
+    path = results_folder(name, config.recipe) / CONFIG
+    if not path.is_file():
+        return config
+    logger.info("Continuing with the settings in %s, changed by -o alone.", path)
+    return load_config(path, overrides)
 
 
 def _default_corpus() -> str:

@@ -40,14 +40,19 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
             another architecture, or the loss was not finite for `max_nonfinite` steps in a row.
     """
     corpus = open_corpus(dataset)
-    folder = outputs.results_folder(corpus, config, resume=resume)
+    folder = outputs.results_folder(corpus.folder.parent.name, config.recipe)
+    if not resume:
+        outputs.refuse_to_overwrite(folder)
     training, held_out = corpus.split(config.validation.fraction, config.seed)
     learner = Learner(config).to(device)
     optimizer = build_optimizer(learner.query, config)
     first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
     if first >= config.steps:
         logger.info("%s is finished: %d of %d steps are done.", folder, first, config.steps)
+        finish(folder, learner, corpus, step=first)
         return
+    if distributed.is_main():
+        outputs.write_settings(folder, config)
     stream = Stream(training, config, device=device, start=first * config.accumulation, workers=config.workers)
     validation = Validation(held_out, config, device)
     suspects: list[dict] = []  # the last steps in a row that were not finite
@@ -94,9 +99,7 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
             if stopping and not last:
                 logger.info("Asked to stop: step %d is saved. Go on with the same command and --c.", done)
                 return
-    if distributed.is_main():
-        outputs.finish(folder, learner, corpus, step=config.steps)
-        logger.info("Finished. The encoder is in %s", folder / outputs.ENCODER)
+    finish(folder, learner, corpus, step=config.steps)
 
 
 def announce(folder: Path, corpus: Corpus, config: PretrainingConfig, learner: Learner, first: int) -> None:
@@ -120,6 +123,13 @@ def save(
     if distributed.is_main():
         state = outputs.checkpoint_state(learner, optimizer, corpus, step=step, skipped=skipped)
         checkpointing.save(folder, state, step=step, keep=learner.config.keep_checkpoints)
+
+
+def finish(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None:
+    """Leave the final checkpoint and the encoder, unless they are there: a finished run is continued to no effect."""
+    if distributed.is_main() and not (folder / outputs.ENCODER).is_file():
+        outputs.finish(folder, learner, corpus, step=step)
+        logger.info("Finished. The encoder is in %s", folder / outputs.ENCODER)
 
 
 def give_up(folder: Path, suspects: list[dict]) -> None:

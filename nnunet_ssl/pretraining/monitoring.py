@@ -30,6 +30,7 @@ from nnunet_ssl.pretraining.objectives.masked import (
     voxel_mask,
 )
 from nnunet_ssl.pretraining.passes import key_pass, query_passes
+from nnunet_ssl.pretraining.plotting import Reconstruction, reconstructions
 from nnunet_ssl.pretraining.records import Records
 from nnunet_ssl.pretraining.streams import Stream
 from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance, effective_rank, uniformity
@@ -73,8 +74,8 @@ class Validation:
             return {}
         figures = alignment(learner, self.held_out)
         if learner.query.decoder is not None:
-            errors, picture = reconstruction(learner, self.held_out)
-            records.picture("reconstruction", picture, step)
+            errors, examples = reconstruction(learner, self.held_out)
+            records.picture("reconstruction", reconstructions(examples, f"Reconstruction at step {step:,}"), step)
             figures |= errors
         return figures
 
@@ -123,14 +124,14 @@ def alignment(learner: Learner, held_out: HeldOut) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float], np.ndarray]:
-    """The error on hidden voxels by modality, under masks that are the same every time, and a picture of some scans."""
+def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float], list[Reconstruction]]:
+    """The error on hidden voxels by modality, under masks that are the same every time, and a scan of each to show."""
     config, stride = learner.config, learner.config.stride
     device = next(learner.parameters()).device
     grid = bottleneck_grid(config.patch_size, stride)
     generator = torch.Generator().manual_seed(config.seed)
     masks = draw_masks(len(held_out.patches), grid, config.masked.ratio, generator)
-    errors, strips, shown = defaultdict(list), [], set()
+    errors, shown = defaultdict(list), {}
     for start in range(0, len(masks), config.batch_size):
         part = slice(start, start + config.batch_size)
         patches, mask = held_out.patches[part].to(device).float(), masks[part].to(device)
@@ -140,10 +141,9 @@ def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float
         for place, modality in enumerate(held_out.modality[part]):
             errors[modality].append(error[place])
             if modality not in shown:
-                shown.add(modality)
-                strips.append(_strip(patches[place, 0], hidden[place, 0], prediction[place, 0]))
+                shown[modality] = _example(modality, patches[place, 0], hidden[place, 0], prediction[place, 0])
     figures = {f"validation/error/{modality}": float(np.mean(values)) for modality, values in sorted(errors.items())}
-    return figures, np.concatenate(strips)
+    return figures, [shown[modality] for modality in sorted(shown)]
 
 
 def queue_figures(queue: Queue | None) -> dict[str, float]:
@@ -169,11 +169,7 @@ def _central_patch(corpus: Corpus, row: int, patch_size: tuple[int, int, int]) -
     return torch.from_numpy(np.pad(array[tuple(box)], missing, mode="edge").astype(np.float16))
 
 
-def _strip(patch: Tensor, hidden: Tensor, prediction: Tensor) -> np.ndarray:
-    """The middle axial slice of a patch, of what is visible of it, and of its completion, side by side, as 0 to 1."""
-    middle = len(patch) // 2
-    low, high = torch.quantile(patch[middle].flatten(), torch.tensor([0.01, 0.99], device=patch.device))
-    completed = torch.where(hidden, prediction, patch)
-    slices = [image[middle].flip(0) for image in (patch, patch.masked_fill(hidden, low), completed)]
-    scaled = (torch.cat(slices, dim=1) - low) / (high - low).clamp(min=1e-6)
-    return scaled.clamp(0, 1).cpu().numpy()
+def _example(modality: str, patch: Tensor, hidden: Tensor, prediction: Tensor) -> Reconstruction:
+    """The middle axial slice, the front of the head upwards; axes run from below, from behind and from the left."""
+    whole, hidden, prediction = (one[len(one) // 2].flip(0).cpu().numpy() for one in (patch, hidden, prediction))
+    return Reconstruction(modality=modality, whole=whole, hidden=hidden, prediction=prediction)

@@ -15,7 +15,7 @@ from nnunet_ssl.architectures.weights import write_encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
-from nnunet_ssl.pretraining import checkpointing, distributed
+from nnunet_ssl.pretraining import checkpointing
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.model import Learner
@@ -28,7 +28,9 @@ CITATIONS = (
     "Isensee et al. nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. "
     "Nature Methods 18, 2021.",
     "He et al. SwinUNETR-V2: stronger Swin transformers with stagewise convolutions for 3D medical image segmentation. "
-    "MICCAI 2023.",
+    "MICCAI 2023 (backbone swin).",
+    "Isensee et al. nnU-Net revisited: a call for rigorous validation in 3D medical image segmentation. MICCAI 2024 "
+    "(backbone resenc).",
     "Chen et al. Improved baselines with momentum contrastive learning. arXiv 2003.04297.",
     "Zhou et al. iBOT: image BERT pre-training with online tokenizer. arXiv 2111.07832 (recipe mcl_ibot).",
 )
@@ -53,25 +55,35 @@ SHAPES = (
 logger = logging.getLogger(__name__)
 
 
-def results_folder(corpus: Corpus, config: PretrainingConfig, *, resume: bool) -> Path:
-    """Return ``$nnUNet_results/DatasetXXX_NAME/<recipe>``, made if need be.
+def results_folder(dataset: str, recipe: str) -> Path:
+    """``$nnUNet_results/DatasetXXX_NAME/<recipe>``, of a corpus' full name; it need not exist."""
+    return folder_of("nnUNet_results") / dataset / recipe
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Refuse to begin a run where there is one.
 
     Raises:
-        UserError: it cannot be written, or holds a run that is not to be continued.
+        UserError: `folder` holds checkpoints.
     """
-    folder = folder_of("nnUNet_results") / corpus.folder.parent.name / config.recipe
-    if not resume and checkpointing.numbered(folder):
+    if checkpointing.numbered(folder):
         raise UserError(
             f"{folder} holds a run of this recipe already. Continue it with --c, give this one another name with "
             "-o recipe=..., or remove the folder."
         )
+
+
+def write_settings(folder: Path, config: PretrainingConfig) -> None:
+    """Write the resolved configuration beside the results, the first file of a run.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
     try:
-        if distributed.is_main():
-            with written_beside(folder / CONFIG) as temporary:
-                temporary.write_text(config.as_yaml())
+        with written_beside(folder / CONFIG) as temporary:
+            temporary.write_text(config.as_yaml())
     except OSError as error:
         raise UserError(f"The results cannot be written to {folder}: {error}. Set nnUNet_results elsewhere.") from error
-    return folder
 
 
 def description(corpus: Corpus, config: PretrainingConfig) -> dict[str, Any]:

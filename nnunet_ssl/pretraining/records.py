@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,23 +18,13 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.pretraining.plotting import progress
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 LOG, CSV, PLOT = "training_log.txt", "progress.csv", "progress.png"
-
-PANELS: dict[str, tuple[str, ...]] = {
-    "loss": ("loss/contrastive", "loss/masked", "validation/loss/contrastive", "validation/loss/masked"),
-    "gradient norm on the encoder": ("gradient/contrastive", "gradient/masked", "gradient/total"),
-    "cosine of the branches' gradients": ("gradient/cosine",),
-    "InfoNCE accuracy": ("contrastive/accuracy", "validation/contrastive/accuracy"),
-    "cosine distance of embeddings": ("validation/cross_modality_distance", "validation/cross_subject_distance"),
-    "error over predicting the mean": ("masked/error_over_mean", "validation/masked/error_over_mean"),
-    "effective rank": ("queue/effective_rank", "validation/effective_rank"),
-    "steps per second": ("speed/steps_per_second",),
-}
-"""What progress.png shows; a panel without figures is left out."""
 
 IN_THE_LOG = {
     "loss/contrastive": "contrastive {:.4f}",
@@ -65,6 +54,7 @@ class Records:
 
     def __init__(self, folder: Path, *, step: int, config: PretrainingConfig, device: torch.device) -> None:
         self.folder = folder
+        self.steps = config.steps
         self.device = device
         self.rows = _earlier_rows(folder / CSV, step)
         self._sums: dict[str, Any] = defaultdict(float)
@@ -114,35 +104,17 @@ class Records:
 
     def plot(self) -> None:
         """Draw progress.png anew."""
-        from matplotlib.figure import Figure
-
-        if self._sinks is None:
+        if self._sinks is None or not self.rows:
             return
-        table = self._table()
-        panels = {title: [name for name in names if name in table] for title, names in PANELS.items()}
-        panels = {title: names for title, names in panels.items() if names}
-        if not panels:
-            return
-        figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axis, (title, names) in zip(axes, panels.items()):
-            for name in names:
-                curve = table[["step", name]].dropna()
-                axis.plot(curve["step"], curve[name], label=name, marker="." if len(curve) < 50 else "")
-            axis.set_title(title, fontsize="medium")
-            axis.legend(fontsize="small")
-            axis.grid(alpha=0.3)
-        axes[-1].set_xlabel("step")
+        title = f"{self.folder.name}, step {self.rows[-1]['step']:,} of {self.steps:,}"
         with written_beside(self.folder / PLOT) as temporary:
-            figure.savefig(temporary, dpi=100)
+            progress(self._table(), title).savefig(temporary, dpi=100)
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Show an image (height, width) of grey values between 0 and 1 in TensorBoard, and keep the latest as a PNG."""
-        from matplotlib.image import imsave
-
-        self._sinks.tensorboard.add_image(name, image[None], step)
+    def picture(self, name: str, figure: Figure, step: int) -> None:
+        """Show a figure in TensorBoard, and keep the latest as a PNG."""
         with written_beside(self.folder / f"{name}.png") as temporary:
-            imsave(temporary, image, cmap="gray", vmin=0, vmax=1)
+            figure.savefig(temporary, dpi=100)
+        self._sinks.tensorboard.add_figure(name, figure, step)
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,15 @@ class Stopwatch:
             "speed/steps_per_second": per_second,
             "speed/waiting": (self.stream.waited - self.waited) / seconds,
             "speed/hours_left": steps_left / per_second / 3600,
-            "memory/peak_gib": peak_memory_gib(),
+            "memory/peak_gib": peak_memory_gib(self.stream.device),
         }
         self._restart()
         return figures
 
 
-def peak_memory_gib() -> float:
-    """The most memory that tensors took on the GPU, or, without one, this process in all."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that tensors took on a GPU; elsewhere, this process in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

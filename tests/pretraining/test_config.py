@@ -122,6 +122,8 @@ def test_choices_that_need_two_branches_are_refused_for_one():
         load_config("mcl", ["contrastive.max_gradient_ratio=1"])
     with pytest.raises(UserError, match="nothing to learn"):
         load_config("mim", ["masked.target=none"])
+    with pytest.raises(UserError, match=r"place by place: set augmentation.shared_affine=true"):
+        load_config("mcl_ibot", ["augmentation.shared_affine=false"])
     with pytest.raises(UserError, match="maps are 0 to 4"):
         load_config("mcl_ibot", ["masked.tokens.level=5"])
 

@@ -14,12 +14,13 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.loop import pretrain
 from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.records import Records
 
 RECIPES = ["cl", "mcl", "mim", "cl_mim", "mcl_mim", "mcl_mim_balanced", "mcl_ibot"]
 
 
 @pytest.fixture
-def train(tiny, nnunet_folders):
+def train_with_pictures(tiny, nnunet_folders):
     """A function that trains and returns the folder of results."""
 
     def run(recipe, *overrides, resume=False):
@@ -30,6 +31,14 @@ def train(tiny, nnunet_folders):
     return run
 
 
+@pytest.fixture
+def train(train_with_pictures, monkeypatch):
+    """The same without pictures, which take longer than these trainings."""
+    monkeypatch.setattr(Records, "plot", lambda records: None)
+    monkeypatch.setattr(Records, "picture", lambda *_: None)
+    return train_with_pictures
+
+
 def checkpoint(folder, name="checkpoint_latest.pth"):
     return torch.load(folder / name, weights_only=True)
 
@@ -37,9 +46,9 @@ def checkpoint(folder, name="checkpoint_latest.pth"):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_ends_with_an_encoder_that_others_can_load(write_prepared, train, recipe):
     write_prepared()
-    folder = train(recipe)
+    folder = train(recipe, "steps=2")
     pretrained = read_checkpoint(folder / "encoder.safetensors")
-    assert (pretrained.method, pretrained.step, pretrained.preprocessing) == (recipe, 4, {"spacing": [1.0, 1.0, 1.0]})
+    assert (pretrained.method, pretrained.step, pretrained.preprocessing) == (recipe, 2, {"spacing": [1.0, 1.0, 1.0]})
     assert load_encoder(build_encoder(pretrained.architecture), pretrained).fraction == 1
     assert pretrained.metadata["corpus"]["subjects"] == 8
     assert {"torch", "nnunetv2", "nnunet_ssl"} <= set(pretrained.metadata["versions"])
@@ -54,14 +63,14 @@ def test_every_recipe_ends_with_an_encoder_that_others_can_load(write_prepared, 
 
 def test_no_identifier_of_a_subject_leaves_with_the_weights(write_prepared, train):
     write_prepared()
-    folder = train("mcl_mim")
+    folder = train("mcl_mim", "steps=2")
     for name in ("encoder.safetensors", "checkpoint_final.pth", "progress.csv", "config.yaml"):
         assert b"sub_" not in (folder / name).read_bytes()
 
 
-def test_the_figures_of_the_run_are_written_down(write_prepared, train):
+def test_the_figures_of_the_run_are_written_down(write_prepared, train_with_pictures):
     write_prepared()
-    folder = train("mcl_mim")
+    folder = train_with_pictures("mcl_mim")
     table = pd.read_csv(folder / "progress.csv")
     assert table["step"].tolist() == [0, 2, 4]
     expected = {
@@ -123,6 +132,18 @@ def test_a_finished_run_is_left_alone(write_prepared, train, caplog):
     assert (folder / "checkpoint_latest.pth").read_bytes() == before
 
 
+def test_a_run_killed_before_it_wrote_the_encoder_writes_it_on_continuing(write_prepared, train):
+    write_prepared()
+    folder = train("mim", "steps=2")
+    written = read_checkpoint(folder / "encoder.safetensors")
+    for name in ("encoder.safetensors", "checkpoint_final.pth"):
+        (folder / name).unlink()
+    train("mim", "steps=2", resume=True)
+    again = read_checkpoint(folder / "encoder.safetensors")
+    assert all(torch.equal(tensor, written.tensors[name]) for name, tensor in again.tensors.items())
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
 def test_a_run_is_never_overwritten(write_prepared, train):
     write_prepared()
     train("mim", "steps=2")
@@ -132,9 +153,10 @@ def test_a_run_is_never_overwritten(write_prepared, train):
 
 def test_a_checkpoint_of_another_architecture_is_refused(write_prepared, train):
     write_prepared()
-    train("mim", "steps=2")
+    folder = train("mim", "steps=2")
     with pytest.raises(UserError, match=r"encoder.embed_dim was 8, is 16"):
         train("mim", "steps=4", "encoder.embed_dim=16", "encoder.num_heads=2,2,2,2", resume=True)
+    assert load_config(folder / "config.yaml").encoder.embed_dim == 8, "the settings beside the results are the run's"
 
 
 def test_a_changed_setting_is_said_aloud_and_taken(write_prepared, train, caplog):

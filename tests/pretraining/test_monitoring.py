@@ -61,13 +61,14 @@ def test_alignment_is_taken_on_the_pooled_bottleneck_before_the_projection(corpu
 def test_reconstruction_is_repeatable_and_by_modality(corpus, tiny):
     config = load_config("mim", tiny)
     learner, held_out = Learner(config), read_held_out(corpus, config)
-    figures, picture = reconstruction(learner, held_out)
+    figures, examples = reconstruction(learner, held_out)
     assert reconstruction(learner, held_out)[0] == figures
     assert set(figures) == {"validation/error/flair", "validation/error/t1", "validation/error/t2"}
     assert all(value > 0 for value in figures.values())
-    assert picture.shape == (3 * 32, 3 * 32)
-    assert picture.min() >= 0
-    assert picture.max() <= 1
+    assert [example.modality for example in examples] == ["flair", "t1", "t2"]
+    shown = held_out.patches[list(held_out.modality).index("t1"), 0].float()
+    assert np.array_equal(examples[1].whole, shown[32].flip(0).numpy())  # front of the head upwards
+    assert examples[1].hidden.all() or not examples[1].hidden.any()  # 64 x 32 x 32 is two cells, one above the other
 
 
 def test_the_queues_figures_tell_collapse_from_spread():

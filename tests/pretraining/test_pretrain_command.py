@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_ssl.pretraining.config import recipes
+from nnunet_ssl.pretraining.config import load_config, recipes
 
 BIN = Path(sys.executable).parent
 
@@ -113,6 +113,17 @@ def test_of_several_corpora_one_must_be_chosen(command, write_prepared):
     write_prepared(name="Dataset601_B")
     shown = output_of(command("mim"), code=1)
     assert "Dataset600_A, Dataset601_B. Choose one with -d." in shown
+
+
+def test_a_run_continues_with_the_settings_it_began_with(results, write_prepared):
+    write_prepared()
+    folder = results / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(load_config("mim", ["recipe=mine", "steps=77", "batch_size=3"]).as_yaml())
+    call = [str(BIN / "nnssl_pretrain"), "-c", "mim", "--c", "--print-config", "-o", "recipe=mine", "batch_size=5"]
+    shown = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert "steps: 77\n" in shown
+    assert "batch_size: 5\n" in shown
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ TINY = [
     "masked.tokens.bottleneck=8",
     "masked.tokens.level=2",
 ]
-IBOT = ["contrastive.pairs=mcl", "masked.target=tokens"]
+IBOT = ["contrastive.pairs=mcl", "masked.target=tokens", "augmentation.shared_affine=true"]
 
 
 def learner_of(recipe, *overrides):
