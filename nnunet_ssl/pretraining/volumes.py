@@ -24,7 +24,7 @@ class BadScan(Exception):
     """
 
     def __init__(self, reason: str, *, transient: bool = False) -> None:
-        super().__init__(reason)
+        super().__init__(" ".join(reason.split()))  # one line in failures.tsv, whatever a library's message was
         self.transient = transient
 
 
@@ -84,7 +84,7 @@ def read_volume(path: Path, reader: BaseReaderWriter) -> Volume:
     """
     with _bad_if_unreadable("cannot be opened"):
         _check_file(path)
-    with _bad_if_unreadable("not a readable NIfTI file"):
+    with _bad_if_unreadable("not a readable NIfTI file"), nibabel.imageglobals.LoggingOutputSuppressor():
         _check_header(nibabel.load(path))
     with _bad_if_unreadable("truncated or corrupt"):
         images, properties = reader.read_images([str(path)])
@@ -124,6 +124,8 @@ def _check_file(path: Path) -> None:
 def _check_header(image: nibabel.spatialimages.SpatialImage) -> None:
     if image.ndim != 3:
         raise BadScan(f"{image.ndim}-D, shape {image.shape}: only 3-D images are used")
+    if image.get_data_dtype().kind not in "iuf":
+        raise BadScan(f"voxels of type {image.get_data_dtype()}: only real numbers are used")
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
         raise BadScan("header: the affine is not finite or not invertible")
     written = np.array(image.header.get_zooms(), float)

@@ -4,9 +4,11 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.corpus import open_corpus
+from nnunet_ssl.pretraining.volumes import BadScan, read_volume
 
 
 def _zeros(path, good):
@@ -37,6 +39,16 @@ def _text(path, good):
 
 def _four_dimensions(path, good):
     nibabel.save(nibabel.Nifti1Image(np.ones((9, 9, 9, 4), np.float32), np.eye(4)), path)
+
+
+def _complex(path, good):
+    image = nibabel.load(good)
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata().astype(np.complex64), image.affine), path)
+
+
+def _colours(path, good):
+    colours = np.zeros((9, 9, 9), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), path)
 
 
 def _flat_affine(path, good):
@@ -81,6 +93,8 @@ def _dangling(path, good):
         (_empty, "empty file"),
         (_text, "not a readable NIfTI"),
         (_four_dimensions, "4-D"),
+        (_complex, "voxels of type complex64"),
+        (_colours, "only real numbers"),
         (_flat_affine, "affine is not finite or not invertible"),
         (_contradiction, "by pixdim"),
         (_kilometres, "no brain scan's"),
@@ -97,6 +111,24 @@ def test_a_bad_scan_is_reported_and_the_rest_of_its_session_goes_on(prepare, sou
     assert reason in failures["reason"][0]
     assert list(open_corpus(500).scans["scan_id"]) == ["fomo__sub_1__ses_1__t1"]
     assert not list((report.folder / "nnsslPlans_3d_fullres").glob("*t2*"))
+
+
+def test_any_nonsense_in_a_header_is_a_bad_scan_or_a_readable_one_and_never_another_error(write_scan, tmp_path):
+    """A hundred headers with some bytes overwritten at random."""
+    write_scan(tmp_path / "good.nii")
+    good, rng, path = (tmp_path / "good.nii").read_bytes(), np.random.default_rng(0), tmp_path / "bad.nii"
+    outcomes = []
+    for _ in range(100):
+        content = np.frombuffer(good, np.uint8).copy()
+        places = rng.integers(0, 348, rng.integers(1, 12))
+        content[places] = rng.integers(0, 256, len(places))
+        path.write_bytes(content.tobytes())
+        try:
+            outcomes.append(np.isfinite(read_volume(path, NibabelIOWithReorient()).data).all())
+        except BadScan as reason:
+            assert len(str(reason).splitlines()) == 1
+            outcomes.append(False)
+    assert 10 < sum(outcomes) < 90
 
 
 def test_a_corpus_without_a_good_scan_is_an_error_that_names_the_reasons(prepare, source):
