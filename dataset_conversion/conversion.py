@@ -138,6 +138,7 @@ def convert(
         require_hd_bet()
     _refuse_foreign_files(target)
     _remove_partial_files(target.folder)
+    earlier = _recorded(target)
     gone = _remove_stale_files(cases, target)
     waiting = [case for case in cases if not _is_done(case, target)]
     logger.info("%d cases; %d are already converted.", len(cases), len(cases) - len(waiting))
@@ -148,7 +149,7 @@ def convert(
         raise UserError(f"No case could be converted. The first one, {failed[0].what}: {failed[0].reason}")
     skipped = [*skipped, *failed]
     rows = [json.loads(target.record_path(case.id).read_text())["row"] for case in converted]
-    changed = bool(waiting or gone)
+    changed = bool(gone or reasons.keys() & earlier or {case.id for case in waiting} - reasons.keys())
     report.write_report(rows, skipped, target.folder / "conversion", target.channels, changed)
     report.log_notes(rows)
     report.log_skipped(skipped, target.folder / "conversion")

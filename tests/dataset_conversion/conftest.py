@@ -69,6 +69,23 @@ def run_script(name, *arguments, env):
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
+def plan_and_preprocess(number, env):
+    """Run stock nnU-Net's planning and preprocessing with its integrity check; return what it said."""
+    command = [Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess"), "-d", str(number)]
+    options = ["--verify_dataset_integrity", "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
+    done = subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "verify_dataset_integrity Done" in done.stdout
+    assert "Warning" not in done.stdout
+    folder = next(Path(env["nnUNet_preprocessed"]).glob(f"Dataset{number}_*")) / "nnUNetPlans_3d_fullres"
+    return {path.stem for path in folder.glob("*.pkl")}
+
+
+def snapshot(folder):
+    """Return all files below a folder with the time of their last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def read_table(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
@@ -107,8 +124,11 @@ def check_geometry(folder, n_channels):
 @pytest.fixture(scope="session")
 def tools():
     """Functions, which importlib mode would not let a test module import from here."""
-    names = "write_nifti affine_of draw_head environment run_script report_of skipped_in check_geometry"
-    return SimpleNamespace(**{name: globals()[name] for name in names.split()})
+    functions = (
+        *(write_nifti, affine_of, draw_head, environment, run_script, plan_and_preprocess),
+        *(snapshot, report_of, skipped_in, check_geometry),
+    )
+    return SimpleNamespace(**{function.__name__: function for function in functions})
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from nnunet_ssl.imaging.registration import foreground, normalized_mutual_inform
 from nnunet_ssl.phantom.layouts import write_isles
 from nnunet_ssl.phantom.layouts.isles import flair_motion
 
-
 UNMOVED = np.eye(4)
 
 
