@@ -1,0 +1,83 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from splits import make_splits, store_splits
+
+
+def cases(groups, sessions=1):
+    return [
+        SimpleNamespace(id=f"sub-{i:03d}_ses-{s}", subject=f"sub-{i:03d}", group=group)
+        for i, group in enumerate(groups)
+        for s in range(sessions)
+    ]
+
+
+def check(folds, ids):
+    assert sorted(case for fold in folds for case in fold["val"]) == sorted(ids), "each case is held out once"
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == sorted(ids)
+
+
+def test_random_folds_are_those_that_nnunet_draws_itself():
+    found = cases(["a"] * 23)
+    ids = sorted(case.id for case in found)
+    folds = make_splits(found[::-1], "random")
+    assert folds == generate_crossval_split(ids, seed=12345, n_splits=5)
+    check(folds, ids)
+
+
+def test_random_folds_keep_a_subjects_sessions_together():
+    found = cases(["a"] * 11, sessions=3)
+    folds = make_splits(found, "random")
+    check(folds, [case.id for case in found])
+    for fold in folds:
+        assert not {case[:7] for case in fold["train"]} & {case[:7] for case in fold["val"]}
+
+
+def test_cohort_folds_balance_uneven_cohorts():
+    sizes = [111, 70, 50, 40, 40, 30, 25, 20, 12, 9, 7, 5, 4, 3, 2, 2]  # as uneven as ATLAS' 33
+    found = cases([f"R{i:03d}" for i, size in enumerate(sizes) for _ in range(size)])
+    folds = make_splits(found, "cohort")
+    check(folds, [case.id for case in found])
+    cohort_of = {case.id: case.group for case in found}
+    for fold in folds:
+        assert not {cohort_of[case] for case in fold["train"]} & {cohort_of[case] for case in fold["val"]}
+        assert 0.1 < len(fold["val"]) / len(found) < 0.3
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_few_cohorts_make_fewer_folds(count):
+    found = cases([f"R{i % count}" for i in range(12)])
+    assert len(make_splits(found, "cohort")) == count
+
+
+def test_stratified_folds_share_out_every_group_evenly():
+    found = cases(["fcd"] * 57 + ["hc"] * 85)
+    folds = make_splits(found, "stratified")
+    check(folds, [case.id for case in found])
+    patients = {case.id for case in found if case.group == "fcd"}
+    assert {len(patients & set(fold["val"])) for fold in folds} <= {11, 12}
+    assert {len(set(fold["val"]) - patients) for fold in folds} == {17}
+    assert folds == make_splits(found, "stratified"), "the same each time"
+
+
+@pytest.mark.parametrize("folds", ["random", "cohort", "stratified"])
+def test_one_case_makes_no_folds_and_two_make_two(folds):
+    assert make_splits(cases(["a"]), folds) == []
+    check(make_splits(cases(["a", "a"]), folds), ["sub-000_ses-0", "sub-001_ses-0"])
+
+
+def test_a_split_file_of_the_users_own_stays(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "pre"))
+    raw, used = tmp_path / "raw" / "Dataset501_X", tmp_path / "pre" / "Dataset501_X" / "splits_final.json"
+    first, second = make_splits(cases("aabbccdd"), "random"), make_splits(cases("aabbccdd"), "cohort")
+    store_splits(first, raw)
+    assert json.loads(used.read_text()) == first
+    store_splits(second, raw)
+    assert json.loads(used.read_text()) == second, "ours is replaced"
+    used.write_text(json.dumps(first[:1]))
+    store_splits(second, raw)
+    assert json.loads(used.read_text()) == first[:1]
+    assert "is not from this script and stays as it is" in caplog.text
