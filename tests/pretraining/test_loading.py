@@ -326,14 +326,18 @@ def test_workers_heed_no_request_to_stop_but_the_parents(corpus):
     workers = set(multiprocessing.active_children()) - before
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     kills = "; ".join(f"kill -{number.value} {worker.pid}" for worker in workers for number in numbers)
-    for moment in range(2):  # at once, and when they are at work
-        subprocess.run(["sh", "-c", kills], check=True)
-        assert len([*itertools.islice(running, 10)]) == 10, moment
-    assert all(worker.is_alive() for worker in workers)
-    for worker in workers:
-        worker.terminate()
-        worker.join(10)
-        assert worker.exitcode == 0
+    try:
+        for moment in range(2):  # at once, and when they are at work
+            subprocess.run(["sh", "-c", kills], check=True)
+            assert len([*itertools.islice(running, 10)]) == 10, moment
+        assert all(worker.is_alive() for worker in workers)
+        for worker in workers:
+            worker.terminate()
+            worker.join(20)
+            assert worker.exitcode == 0
+    finally:
+        for worker in workers:  # one that stayed would keep the tests from ending
+            worker.kill()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
