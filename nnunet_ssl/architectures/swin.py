@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_ssl.architectures.attention import attention
 from nnunet_ssl.architectures.masking import check_mask, expand_mask
 from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
 from nnunet_ssl.errors import UserError
@@ -104,11 +105,6 @@ class WindowAttention(nn.Module):
         index = self.relative_position_index[:length, :length]
         bias = self.relative_position_bias_table.index_select(0, index.reshape(-1))
         return bias.reshape(length, length, self.heads).permute(2, 0, 1).contiguous()
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Scaled dot-product attention; query, key, value: (windows, heads, length, d), bias: (heads, length, length)."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
 
 
 def relative_positions(window: int) -> Tensor:

@@ -1,0 +1,51 @@
+"""Attention with a bias that all windows share, without keeping the scores of all windows in memory.
+
+PyTorch's fused kernels do that on GPUs. On the CPU its fused kernel takes no bias that is trained, and the unfused one
+keeps a matrix of scores per window and head: more than half of all memory. There the backward pass computes the scores
+again, for a few windows at a time, so that they stay in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+SCORES_PER_THREAD = 4 << 20
+"""Bytes of scores that the backward pass on the CPU treats at once for each thread; they should fit into its cache."""
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Scaled dot-product attention; query, key, value: (windows, heads, length, d), bias: (heads, length, length)."""
+    trained = torch.is_grad_enabled() and bias.requires_grad
+    if query.device.type == "cpu" and trained and not torch.compiler.is_compiling():
+        return _RecomputedAttention.apply(query, key, value, bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
+
+
+class _RecomputedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        bias = bias.to(query.dtype)
+        ctx.save_for_backward(query, key, value, bias)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        query, key, value, bias = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        d_query, d_key, d_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        d_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+        step = max(1, SCORES_PER_THREAD * torch.get_num_threads() // (bias.numel() * bias.element_size()))
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            q, k, v, g = query[part] * scale, key[part], value[part], gradient[part]
+            weights = (q @ k.mT).add_(bias).softmax(-1)
+            d_value[part] = weights.mT @ g
+            d_scores = torch.ops.aten._softmax_backward_data(g @ v.mT, weights, -1, weights.dtype)
+            d_query[part] = (d_scores @ k).mul_(scale)
+            d_key[part] = d_scores.mT @ q
+            d_bias += d_scores.sum(0)
+        return d_query, d_key, d_value, d_bias
