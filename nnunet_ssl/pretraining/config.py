@@ -6,6 +6,8 @@ say only what differs from the defaults here.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -103,7 +105,6 @@ class ContrastiveConfig:
     # the masked branch's norm
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"contrastive.temperature is {self.temperature}; it must be positive")
         _require(
             self.max_gradient_ratio is None or self.max_gradient_ratio > 0,
             f"contrastive.max_gradient_ratio is {self.max_gradient_ratio}; it must be positive, or null for no limit",
@@ -137,7 +138,6 @@ class MaskedConfig:
     def __post_init__(self) -> None:
         low, high = self.ratio
         _require(0 < low <= high < 1, f"masked.ratio is {list(self.ratio)}; it must be 0 < low <= high < 1")
-        _require(self.unpaired_batch_size >= 0, "masked.unpaired_batch_size cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,20 +151,58 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction < 1, f"validation.fraction is {self.fraction}; it must lie between 0 and 1")
-        _require(self.every >= 1, f"validation.every is {self.every}; it must be at least 1")
 
 
-_AT_LEAST_ONE = (
-    "queue_size",
-    "batch_size",
-    "steps",
-    "accumulation",
-    "log_every",
-    "gradients_every",
-    "save_every",
-    "keep_checkpoints",
-    "max_nonfinite",
-)
+_RANGES: dict[str, tuple[str, ...]] = {
+    "at least 1": (
+        "encoder.embed_dim",
+        "encoder.window_size",
+        "contrastive.hidden",
+        "contrastive.dim",
+        "masked.width",
+        "masked.tokens.prototypes",
+        "masked.tokens.hidden",
+        "masked.tokens.bottleneck",
+        "queue_size",
+        "batch_size",
+        "steps",
+        "accumulation",
+        "log_every",
+        "gradients_every",
+        "save_every",
+        "keep_checkpoints",
+        "max_nonfinite",
+        "validation.every",
+        "validation.sessions",
+    ),
+    "positive": (
+        "encoder.mlp_ratio",
+        "contrastive.temperature",
+        "masked.tokens.student_temperature",
+        "masked.tokens.teacher_temperature.low",
+        "masked.tokens.teacher_temperature.high",
+        "learning_rate",
+        "gradient_clip",
+    ),
+    "0 or more": (
+        "contrastive.weight.low",
+        "contrastive.weight.high",
+        "masked.weight",
+        "masked.unpaired_batch_size",
+        "workers",
+        "seed",
+        "minimum_learning_rate",
+        "weight_decay",
+        "validation.batches",
+    ),
+    "between 0 and 1": ("momentum.low", "momentum.high", "warmup", "masked.tokens.centre_momentum"),
+}
+_HOLDS: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "positive": lambda value: value > 0,
+    "0 or more": lambda value: value >= 0,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +250,14 @@ class PretrainingConfig:
             self.recipe.replace("-", "_").isidentifier(),
             f"recipe is '{self.recipe}'; it names a folder, so use letters, digits, - and _",
         )
-        for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.workers >= 0, f"workers is {self.workers}; it cannot be negative")
+        for wanted, keys in _RANGES.items():
+            for key in keys:
+                value = operator.attrgetter(key)(self)
+                _require(_HOLDS[wanted](value), f"{key} is {value}; it must be {wanted}")
+        _require(
+            self.minimum_learning_rate <= self.learning_rate,
+            f"minimum_learning_rate is {self.minimum_learning_rate}, above learning_rate {self.learning_rate}",
+        )
         self._check_patch()
         self._check_branches()
 
