@@ -1,0 +1,283 @@
+"""The trainer inside nnU-Net's classes, step by step on batches that do not change."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
+from nnunet_ssl.architectures.weights import read_checkpoint
+from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
+from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
+
+STEPS = "steps=6,epoch_steps=2,freeze_share=0.5,lr=0.01"  # the encoder moves from the second step of the second epoch
+
+
+@pytest.fixture(autouse=True)
+def paths(workplace, results, swin_checkpoint, monkeypatch):
+    workplace.enter(
+        monkeypatch, nnUNet_results=results, nnssl_checkpoint=swin_checkpoint, nnssl_settings=STEPS, nnUNet_n_proc_DA=0
+    )
+
+
+def batch_for(trainer, seed):
+    """A batch as nnU-Net's loader gives it, targets at every scale that the network supervises."""
+    generator = torch.Generator().manual_seed(seed)
+    size = trainer.configuration_manager.patch_size
+    data = torch.randn(2, trainer.num_input_channels, *size, generator=generator)
+    classes = 2 if not trainer.label_manager.has_ignore_label else 3
+    if trainer.label_manager.has_regions:
+        target = (
+            torch.rand(2, len(trainer.label_manager.foreground_regions), *size, generator=generator) > 0.5
+        ).float()
+    else:
+        target = torch.randint(0, classes, (2, 1, *size), generator=generator).float()
+    if not trainer.enable_deep_supervision:
+        return {"data": data, "target": target}
+    scales = trainer._get_deep_supervision_scales()
+    small = [[round(length * factor) for length, factor in zip(size, scale)] for scale in scales]
+    return {"data": data, "target": [torch.nn.functional.interpolate(target, size=shape) for shape in small]}
+
+
+def train_epochs(trainer, epochs):
+    """Run epochs of `run_training` without data loaders, validation and logs; yield the encoder after every step."""
+    for epoch in epochs:
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        for index in range(trainer.num_iterations_per_epoch):
+            trainer.train_step(batch_for(trainer, 10 * epoch + index))
+            yield {name: tensor.clone() for name, tensor in trainer.network.encoder.state_dict().items()}
+
+
+def log_of(trainer):
+    return "".join(path.read_text() for path in Path(trainer.output_folder).glob("training_log_*.txt"))
+
+
+def test_the_encoder_starts_from_the_checkpoint_rests_and_then_moves(workplace, swin_checkpoint):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    pretrained = read_checkpoint(swin_checkpoint).tensors
+    states = list(train_epochs(trainer, range(3)))
+    assert trainer.freeze_steps == 3
+    for state in states[:3]:
+        assert all(torch.equal(tensor, pretrained[name]) for name, tensor in state.items())
+    for before, after in itertools.pairwise(states[2:]):
+        assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("stop", [1, 2], ids=["while frozen", "after the unfreeze"])
+def test_a_continued_training_equals_the_unbroken_one(workplace, monkeypatch, stop):
+    unbroken = workplace.trainer(nnUNetTrainerMCLMIM)
+    unbroken.initialize()
+    expected = list(train_epochs(unbroken, range(3)))[-1] | unbroken.network.state_dict()
+
+    first = workplace.trainer(nnUNetTrainerMCLMIM, fold=1)
+    first.initialize()
+    list(train_epochs(first, range(stop)))
+    first.current_epoch = stop - 1
+    workplace.save_model(first)
+    monkeypatch.setenv("nnssl_checkpoint", "/nowhere")
+    monkeypatch.delenv("nnssl_settings")
+    second = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnUNetPlans_steps6_epoch2_freeze0.5_lr0.01", fold=1)
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_latest.pth")
+    assert second.current_epoch == stop
+    list(train_epochs(second, range(stop, 3)))
+    for name, tensor in second.network.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert second.plans_manager.plans["nnunet_ssl"] == first.plans_manager.plans["nnunet_ssl"]
+
+
+def test_equal_channels_give_the_features_of_one(region_workplace, workplace, swin_checkpoint, monkeypatch, results):
+    region_workplace.enter(monkeypatch, nnUNet_results=results, nnssl_checkpoint=swin_checkpoint, nnssl_settings=STEPS)
+    trainer = region_workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    assert trainer.num_input_channels == 3
+    pretrained = read_checkpoint(swin_checkpoint)
+    single = build_encoder(pretrained.architecture)
+    single.load_state_dict(pretrained.tensors)
+    x = torch.randn(1, 1, 16, 20, 16)
+    for ours, theirs in zip(trainer.network.encoder(x.expand(-1, 3, -1, -1, -1)), single(x)):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_regions_train_with_three_channels(region_workplace, swin_checkpoint, monkeypatch, results):
+    region_workplace.enter(monkeypatch, nnUNet_results=results, nnssl_checkpoint=swin_checkpoint, nnssl_settings=STEPS)
+    trainer = region_workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    list(train_epochs(trainer, range(2)))
+    assert type(trainer.loss).__name__ == "DC_and_BCE_loss"
+    assert trainer.network(batch_for(trainer, 0)["data"]).shape[1] == 2
+
+
+def test_ignored_voxels_give_no_gradient(workplace):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.dataset_json["labels"]["ignore"] = 2
+    trainer.label_manager = trainer.plans_manager.get_label_manager(trainer.dataset_json)
+    trainer.initialize()
+    batch = batch_for(trainer, 0)
+    logits = trainer.network(batch["data"]).detach().requires_grad_()
+    trainer.loss(logits, batch["target"]).backward()
+    ignored = (batch["target"] == 2).expand_as(logits)
+    assert logits.shape[1] == 2
+    assert (logits.grad[ignored] == 0).all() and (logits.grad[~ignored] != 0).any()
+
+
+def test_3d_lowres_trains_with_its_own_batch_dice(workplace):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, configuration="3d_lowres")
+    trainer.initialize()
+    list(train_epochs(trainer, [1]))
+    assert trainer.loss.dc.batch_dice
+    assert trainer.output_folder_base.endswith("__3d_lowres")
+
+
+def test_the_scratch_twin_has_the_same_network_and_decoder_but_moves_from_the_first_step(workplace, swin_checkpoint):
+    trainer, twin = (workplace.trainer(cls) for cls in (nnUNetTrainerMCLMIM, nnUNetTrainerSwinFPNScratch))
+    trainer.initialize()
+    twin.initialize()
+    for name, tensor in twin.network.decoder.state_dict().items():
+        assert torch.equal(tensor, trainer.network.decoder.state_dict()[name]), name
+    before = {name: tensor.clone() for name, tensor in twin.network.encoder.state_dict().items()}
+    assert not torch.equal(
+        before["patch_embed.proj.weight"], read_checkpoint(swin_checkpoint).tensors["patch_embed.proj.weight"]
+    )
+    after = next(train_epochs(twin, [0]))
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert {group["lr"] for group in twin.optimizer.param_groups} == {0.01}
+
+
+def test_without_a_checkpoint_the_twin_has_the_papers_encoder(workplace, monkeypatch):
+    monkeypatch.delenv("nnssl_checkpoint")
+    twin = workplace.trainer(nnUNetTrainerSwinFPNScratch)
+    twin.initialize()
+    assert sum(parameter.numel() for parameter in twin.network.encoder.parameters()) == 20_525_202 - 48
+
+
+def test_a_residual_checkpoint_trains_nnunets_network_with_deep_supervision(workplace, resenc_checkpoint, monkeypatch):
+    monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnUNetResEncUNetLPlans")
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    pretrained = read_checkpoint(resenc_checkpoint).tensors
+    states = list(train_epochs(trainer, range(3)))
+    assert type(trainer.network).__name__ == "ResidualEncoderUNet"
+    assert type(trainer.loss).__name__ == "DeepSupervisionWrapper"
+    shared = [name for name in states[0] if name in pretrained and states[0][name].shape == pretrained[name].shape]
+    assert len(shared) > 20
+    assert all(torch.equal(states[2][name], pretrained[name]) for name in shared)
+    assert any(not torch.equal(states[5][name], pretrained[name]) for name in shared)
+    assert "follows the checkpoint's backbone" not in log_of(trainer)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "plans", "network"),
+    [
+        ("swin", "nnUNetResEncUNetLPlans", "SwinFPN instead of the plans' ResidualEncoderUNet"),
+        ("resenc", "nnUNetPlans", "ResidualEncoderUNet instead of the plans' PlainConvUNet"),
+    ],
+)
+def test_the_network_follows_the_checkpoint_and_says_so(
+    workplace, swin_checkpoint, resenc_checkpoint, monkeypatch, checkpoint, plans, network
+):
+    monkeypatch.setenv("nnssl_checkpoint", str({"swin": swin_checkpoint, "resenc": resenc_checkpoint}[checkpoint]))
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans)
+    trainer.initialize()
+    assert network in log_of(trainer)
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    list(train_epochs(trainer, range(2)))
+
+
+def test_prediction_needs_neither_the_checkpoint_nor_the_settings(workplace, monkeypatch):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    list(train_epochs(trainer, range(1)))
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    workplace.save_model(trainer, "checkpoint_final.pth")
+    for variable in ("nnssl_checkpoint", "nnssl_settings", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(variable)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, use_gaussian=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, use_folds=(0,))
+    assert isinstance(predictor.network, SwinFPN)
+    x = torch.randn(1, *trainer.configuration_manager.patch_size)
+    trainer.network.eval()
+    with torch.no_grad():
+        expected = trainer.network(x[None])[0]
+    np.testing.assert_allclose(predictor.predict_sliding_window_return_logits(x), expected, atol=1e-2)
+
+
+def test_settings_are_recorded_in_the_plans_the_name_and_the_checkpoint(workplace):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    workplace.save_model(trainer)
+    name = "nnUNetPlans_steps6_epoch2_freeze0.5_lr0.01"
+    assert f"nnUNetTrainerMCLMIM__{name}__3d_fullres" in trainer.output_folder_base
+    offered = workplace.plans(name)
+    assert offered["plans_name"] == name and offered["nnunet_ssl"]["settings"]["steps"] == 6
+    assert offered["configurations"] == workplace.plans()["configurations"], "the planned network stays there"
+    checkpoint = torch.load(f"{trainer.output_folder}/checkpoint_latest.pth", weights_only=False)
+    recorded = checkpoint["init_args"]["plans"]["nnunet_ssl"]
+    assert recorded["settings"]["freeze_share"] == 0.5
+    assert recorded["pretrained"] == {
+        "origin": "nnunet_ssl", "method": "mcl_mim", "step": 7, "loaded_fraction": 1.0
+    }  # fmt: skip
+
+
+def test_nnunets_prediction_looks_for_default_settings_where_the_training_puts_them(workplace, monkeypatch):
+    monkeypatch.delenv("nnssl_settings")
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    assert trainer.output_folder_base == get_output_folder(701, "nnUNetTrainerMCLMIM", "nnUNetPlans", "3d_fullres")
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.freeze_steps) == (20, 250, 1500)
+
+
+def test_a_fraction_changes_the_training_cases_and_not_the_validation(workplace, monkeypatch):
+    splits = {}
+    for fraction in (100, 50, 25):
+        monkeypatch.setenv("nnssl_settings", f"fraction={fraction}")
+        splits[fraction] = workplace.trainer(nnUNetTrainerMCLMIM).do_split()
+    assert [len(train) for train, _ in splits.values()] == [4, 2, 1]
+    assert set(splits[25][0]) < set(splits[50][0]) < set(splits[100][0])
+    assert splits[25][1] == splits[50][1] == splits[100][1]
+
+
+def test_a_fold_of_another_network_is_not_put_beside_the_others(workplace, resenc_checkpoint, monkeypatch):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    workplace.save_model(trainer, "checkpoint_final.pth")
+    monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    other = workplace.trainer(nnUNetTrainerMCLMIM, fold=1)
+    with pytest.raises(SystemExit, match="holds fold_0 of another network"):
+        other.initialize()
+
+
+def test_weights_that_fill_too_little_of_the_encoder_are_refused(workplace, tmp_path, monkeypatch, write_checkpoint):
+    other = {"backbone": "resenc", "in_channels": 1, "features": [2, 3, 5], "blocks": [1, 1, 1]}
+    monkeypatch.setenv("nnssl_checkpoint", str(write_checkpoint(tmp_path, other)))
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnUNetResEncUNetLPlans")
+    with pytest.raises(SystemExit, match="less than the 50%"):
+        trainer.initialize()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "configuration", "variables", "message"),
+    [
+        (nnUNetTrainerMCLMIM, "2d", {}, "not 2d"),
+        (nnUNetTrainerMCLMIM, "3d_cascade_fullres", {}, "second stage of a cascade"),
+        (nnUNetTrainerMIM, "3d_fullres", {}, "nnUNetTrainerMIM needs a finished pre-training"),
+        (nnUNetTrainerSSL, "3d_fullres", {}, "none was named"),
+        (nnUNetTrainerMCLMIM, "3d_fullres", {"nnssl_settings": "stepz=3"}, "did you mean steps?"),
+        (nnUNetTrainerMCLMIM, "3d_fullres", {"nnUNet_results": ""}, "nnUNet_results is not set"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_no_folder(
+    workplace, monkeypatch, results, trainer, configuration, variables, message
+):
+    monkeypatch.delenv("nnssl_checkpoint")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit:
+        workplace.trainer(trainer, configuration)
+    assert exit.value.code.startswith("error: ") and message in exit.value.code and "\n" not in exit.value.code
+    assert not list(results.iterdir())
