@@ -25,3 +25,9 @@ def written_beside(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`. No other process may be writing there."""
+    for path in folder.glob(".*.partial.*"):
+        path.unlink()

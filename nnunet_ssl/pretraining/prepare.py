@@ -8,62 +8,29 @@ journal gets a line for each finished session, with a fingerprint of its inputs 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
 import pandas as pd
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import written_beside
+from nnunet_ssl.files import remove_leftovers, written_beside
 from nnunet_ssl.imaging.skull_strip import require_hd_bet
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
-from nnunet_ssl.pretraining.corpus import CONFIGURATION, DATA_IDENTIFIER, PLANS_NAME, summarize
+from nnunet_ssl.pretraining.corpus import DATA_IDENTIFIER, summarize
+from nnunet_ssl.pretraining.journal import fingerprint, finished_sessions, open_journal, write_journal
+from nnunet_ssl.pretraining.plans import PreparationConfig, make_plans, settle_plans
 from nnunet_ssl.pretraining.session import ScanTask, SessionResult, SessionTask, prepare_session
 from nnunet_ssl.pretraining.store import SUFFIXES
 from nnunet_ssl.pretraining.workers import run_locally, run_on_cluster
 
-JOURNAL = f"{PLANS_NAME}_journal.jsonl"
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparationConfig:
-    """What is done to the scans.
-
-    Attributes:
-        spacing: voxel size in mm, in nnU-Net's order of axes for RAS images: superior, anterior, right.
-        dtype: float16 halves the bytes. It costs at most 2^-11 of a standard deviation up to |z| = 2, 2^-10 up to 4.
-        patch_size: the crops that chunks and blocks of the files are chosen for, in voxels.
-        skull_strip: None, or "hd-bet" to strip the sessions that are not stripped yet.
-        stripped: datasets known to be stripped, not_stripped: known not to be; the others are judged by their images.
-    """
-
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    dtype: Literal["float16", "float32"] = "float16"
-    patch_size: tuple[int, int, int] = (96, 96, 96)
-    skull_strip: Literal["hd-bet"] | None = None
-    stripped: tuple[str, ...] = ()
-    not_stripped: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if min(self.spacing) <= 0:
-            raise UserError(f"The voxel size must be positive, not {self.spacing} mm.")
-        both = set(self.stripped) & set(self.not_stripped)
-        if both:
-            raise UserError(f"Said to be stripped and not to be stripped: {', '.join(sorted(both))}.")
-
-    def is_stripped(self, dataset: str) -> bool | None:
-        """What was said of a data set; None if nothing was."""
-        return True if dataset in self.stripped else False if dataset in self.not_stripped else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +71,12 @@ def prepare_corpus(
     folder = folder_of("nnUNet_preprocessed") / raw.name
     (folder / DATA_IDENTIFIER).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        plans = _settle_plans(folder, make_plans(raw.name, config))
+        remove_leftovers(folder)
+        plans = settle_plans(folder, make_plans(raw.name, config))
         with written_beside(folder / "dataset.json") as path:
             path.write_text((raw / "dataset.json").read_text())
         tasks = _make_tasks(scans, config, plans, folder / DATA_IDENTIFIER, device)
-        done = _finished(folder, tasks)
+        done = finished_sessions(folder, tasks)
         pending = [task for task in tasks if task.session not in done]
         strangers = _strangers(folder / DATA_IDENTIFIER, scans["scan_id"])
         if pending or strangers:
@@ -149,76 +117,6 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def make_plans(dataset_name: str, config: PreparationConfig) -> dict[str, Any]:
-    """Write the options as an nnU-Net plans file; ``preprocessing`` is what checkpoints carry on."""
-    return {
-        "dataset_name": dataset_name,
-        "plans_name": PLANS_NAME,
-        "original_median_spacing_after_transp": list(config.spacing),
-        "image_reader_writer": "NibabelIOWithReorient",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "experiment_planner_used": "nnssl_prepare",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": {}},
-        "configurations": {
-            CONFIGURATION: {
-                "data_identifier": DATA_IDENTIFIER,
-                "preprocessor_name": "DefaultPreprocessor",
-                "batch_size": 2,
-                "patch_size": list(config.patch_size),
-                "spacing": list(config.spacing),
-                "normalization_schemes": ["PercentileZScoreNormalization"],
-                "use_mask_for_norm": [True],
-                "resampling_fn_data": "resample_data_or_seg_to_shape",
-                "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
-                "resampling_fn_seg": "resample_torch_fornnunet",
-                "resampling_fn_seg_kwargs": {"is_seg": True, "num_threads": 1},
-                "batch_dice": False,
-                "architecture": {},
-            }
-        },
-        "preprocessing": {
-            "orientation": "RAS",
-            "axes": ["superior", "anterior", "right"],
-            "spacing": list(config.spacing),
-            "normalization": "clip to the 0.5-99.5 percentiles of the foreground, z-score inside it, zero outside",
-            "crop": "union of the foregrounds of a session",
-            "skull_strip": config.skull_strip,
-            "dtype": config.dtype,
-        },
-    }
-
-
-def _settle_plans(folder: Path, plans: dict[str, Any]) -> dict[str, Any]:
-    """Write the plans of a new store; for a begun one make sure that they are the same.
-
-    Raises:
-        UserError: the store was begun with other options.
-    """
-    path = folder / f"{PLANS_NAME}.json"
-    if not path.is_file():
-        with written_beside(path) as temporary:
-            temporary.write_text(json.dumps(plans, indent=4))
-        return plans
-    begun = json.loads(path.read_text())
-    if begun == plans:
-        return plans
-    differences = [f"{name}: {old} there, {new} now" for name, old, new in _differences(begun, plans)]
-    raise UserError(
-        f"The store in {folder} was begun with other options ({'; '.join(differences)}). Call with the same ones, or "
-        f"remove that folder, or index the corpus under another id."
-    )
-
-
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _differences(old.get(key), new.get(key), key)
-    elif old != new:
-        yield name, old, new
-
-
 def _make_tasks(
     scans: pd.DataFrame, config: PreparationConfig, plans: Mapping[str, Any], store: Path, device: str
 ) -> list[SessionTask]:
@@ -231,7 +129,7 @@ def _make_tasks(
     return [
         SessionTask(
             session=session,
-            fingerprint=_fingerprint(group, options),
+            fingerprint=fingerprint(group, options),
             scans=tuple(group),
             folder=str(store),
             plans=plans,
@@ -239,54 +137,6 @@ def _make_tasks(
         )
         for session, group in members.items()
     ]
-
-
-def _fingerprint(scans: Sequence[ScanTask], options: str) -> str:
-    """Stand for everything a session's stored arrays depend on; a file by its size and its time of change."""
-    digest = hashlib.blake2b(options.encode(), digest_size=16)
-    for scan in scans:
-        try:
-            status = Path(scan.path).stat()
-            state = (status.st_size, status.st_mtime_ns)
-        except OSError:
-            state = None
-        digest.update(repr((scan.scan_id, scan.modality, scan.stripped, state)).encode())
-    return digest.hexdigest()
-
-
-def _finished(folder: Path, tasks: Sequence[SessionTask]) -> dict[str, SessionResult]:
-    """The sessions that need no work: journalled from the same inputs, with nothing to try again, all files there."""
-    fingerprints = {task.session: task.fingerprint for task in tasks}
-    present = {path.name for path in (folder / DATA_IDENTIFIER).iterdir()}
-    done, changed = {}, 0
-    for result in _read_journal(folder / JOURNAL):
-        if result.session not in fingerprints:
-            continue
-        same = result.fingerprint == fingerprints[result.session]
-        changed += not same
-        complete = all(row["scan_id"] + suffix in present for row in result.rows for suffix in SUFFIXES)
-        if same and complete and not result.transient:
-            done[result.session] = result
-        else:
-            done.pop(result.session, None)
-    if changed:
-        logger.info("The images of %d sessions changed since they were prepared; these are prepared again.", changed)
-    return done
-
-
-def _read_journal(path: Path) -> Iterator[SessionResult]:
-    """The journal's entries, in the order written. A last line without an end was cut off by a kill: it is no entry."""
-    if not path.is_file():
-        return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield SessionResult(**json.loads(line))
-
-
-def _write_journal(path: Path, results: Collection[SessionResult]) -> None:
-    with written_beside(path) as temporary:
-        temporary.write_text("".join(f"{json.dumps(asdict(result))}\n" for result in results))
 
 
 def _strangers(store: Path, scan_ids: Collection[str]) -> list[Path]:
@@ -306,21 +156,19 @@ def _work(
     outcomes: Iterator[tuple[SessionTask, SessionResult | BaseException]],
 ) -> dict[str, SessionResult]:
     """Collect the outcomes of the pending tasks into the journal, with a progress bar; return them by session."""
-    _write_journal(folder / JOURNAL, done.values())
+    write_journal(folder, done.values())
     results = {}
     sizes = {task.session: len(task.scans) for task in tasks}
     already = sum(sizes[session] for session in done)
     with (
         contextlib.closing(outcomes),
-        (folder / JOURNAL).open("a") as journal,
+        open_journal(folder) as record,
         # smoothing=0: the remaining time is reckoned from this run's average, not from its last few sessions.
         tqdm(total=sum(sizes.values()), initial=already, unit="scan", desc="Preparing", smoothing=0) as progress,
     ):
         for task, outcome in outcomes:
             result = _settled(task, outcome)
-            journal.write(f"{json.dumps(asdict(result))}\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+            record(result)
             results[task.session] = result
             progress.update(len(task.scans))
     return results
@@ -342,7 +190,7 @@ def _settled(task: SessionTask, outcome: SessionResult | BaseException) -> Sessi
 
 def _conclude(folder: Path, scans: pd.DataFrame, results: Sequence[SessionResult]) -> PreparationReport:
     """Write journal, failures and, last, the manifest, all in the order of the index."""
-    _write_journal(folder / JOURNAL, results)
+    write_journal(folder, results)
     failures = pd.DataFrame(
         [{"session": result.session} | failure for result in results for failure in result.failures],
         columns=["scan_id", "session", "path", "reason"],

@@ -209,7 +209,8 @@ def test_stripping_without_hd_bets_weights_is_refused_before_any_work(prepare, s
 
 PEAK = """
 import resource, sys
-from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
+from nnunet_ssl.pretraining.plans import PreparationConfig
+from nnunet_ssl.pretraining.prepare import prepare_corpus
 prepare_corpus(int(sys.argv[1]), PreparationConfig())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """

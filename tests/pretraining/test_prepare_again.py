@@ -86,6 +86,7 @@ def test_leftovers_of_a_kill_are_no_results(prepare, source, write_scan, content
     before = contents(folder)
     store, journal = folder / "nnsslPlans_3d_fullres", folder / "nnsslPlans_journal.jsonl"
     (store / ".123.partial.fomo__sub_2__ses_1__t1.b2nd").write_bytes(b"half")
+    (folder / ".123.partial.nnsslPlans_journal.jsonl").write_bytes(b"half")
     (store / "fomo__sub_2__ses_1__t1.pkl").unlink()
     journal.write_text(journal.read_text()[:-30])
     prepare()

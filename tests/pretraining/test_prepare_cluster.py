@@ -9,7 +9,8 @@ import time
 import pytest
 
 from nnunet_ssl.pretraining.indexing import index_corpus
-from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
+from nnunet_ssl.pretraining.plans import PreparationConfig
+from nnunet_ssl.pretraining.prepare import prepare_corpus
 
 pytest.importorskip("distributed")
 SESSIONS = 24

@@ -13,7 +13,8 @@ import pytest
 
 from nnunet_ssl.pretraining.corpus import open_corpus
 from nnunet_ssl.pretraining.indexing import index_corpus
-from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
+from nnunet_ssl.pretraining.plans import PreparationConfig
+from nnunet_ssl.pretraining.prepare import prepare_corpus
 
 SESSIONS = 16
 NAME = "Dataset500_FOMO60K"

@@ -1,7 +1,7 @@
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.prepare import PreparationConfig, make_plans
+from nnunet_ssl.pretraining.plans import PreparationConfig, make_plans
 from nnunet_ssl.pretraining.session import ScanTask, SessionTask, prepare_session
 
 
