@@ -8,10 +8,10 @@ from pathlib import Path
 
 from channels import Facts, read_image
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
+from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found
 from script import DatasetInfo, make_parser, parse, run
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.errors import command
 
 INFO = DatasetInfo(
     name="ATLASv2",
@@ -26,11 +26,16 @@ example:
   python dataset_conversion/Dataset501_ATLASv2.py -i /data/ATLAS_2 --folds cohort
   python dataset_conversion/Dataset501_ATLASv2.py -i /data/new_patients --images-only -o /data/prepared
 
+Decrypt the archive first: openssl aes-256-cbc -md sha256 -d -a -in ATLAS_R2.0_encrypted.tar.gz -out ATLAS_R2.0.tar.gz
 Found by looking: ATLAS_2/{Training,Testing}/R001/sub-*/ses-1/anat and data/{train,test}/derivatives/ATLAS/sub-*.
 """
 
 KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "lesion": "mask"} | dict.fromkeys(
     ("t1c", "t2w", "t2", "flair", "pd", "swi", "t2star", "dwi", "adc", "bold", "mni152nlin2009asym"), "other"
+)
+EXPECTED = (
+    "Training/R001/sub-r001s001/ses-1/anat/"
+    "sub-r001s001_ses-1_space-MNI152NLin2009aSym_{T1w,label-L_desc-T1lesion_mask}.nii.gz"
 )
 PARTS = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
 
@@ -54,15 +59,10 @@ def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]
             skipped.append(Skipped(image.relative, f"not a T1{'' if images_only else ' or a lesion mask'} by its name"))
     found = [_case(scan_id, files, images_only, skipped) for scan_id, files in sorted(sessions.items())]
     cases = [case for case in found if isinstance(case, Case)]
-    skipped += [case for case in found if isinstance(case, Skipped)]
+    skipped_cases = [case for case in found if isinstance(case, Skipped)]
     if not any(case.part == "Tr" or images_only for case in cases):
-        raise UserError(
-            f"{root} doesn't hold ATLAS v2.0. Expected were files like Training/R001/sub-r001s001/ses-1/anat/"
-            "sub-r001s001_ses-1_space-MNI152NLin2009aSym_{T1w,label-L_desc-T1lesion_mask}.nii.gz; found: "
-            f"{describe_contents(images, root)}. An encrypted archive is opened with `openssl aes-256-cbc -md sha256 "
-            "-d -a -in ATLAS_R2.0_encrypted.tar.gz -out ATLAS_R2.0.tar.gz` and unpacked with tar."
-        )
-    return cases, skipped
+        raise nothing_found(root, images, skipped_cases, name="ATLAS v2.0", expected=EXPECTED, images_only=images_only)
+    return cases, skipped + skipped_cases
 
 
 def _case(scan_id: str, files: dict[str, list[ImageFile]], images_only: bool, skipped: list[Skipped]) -> Case | Skipped:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from channels import Facts, note, onto_grid, read_image, registered_onto
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
+from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found
 from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.errors import UserError, command
@@ -43,6 +43,11 @@ with rawdata/, and images/ beside labels_derivatives/.
 
 KINDS = {"dwi": "dwi", "adc": "adc", "flair": "flair", "msk": "mask", "mask": "mask", "lesion": "mask", "seg": "mask"}
 
+EXPECTED = (
+    "sub-strokecase0001/ses-0001/dwi/sub-strokecase0001_ses-0001_{dwi,adc}.nii.gz, .../anat/..._FLAIR.nii.gz and "
+    "derivatives/.../..._msk.nii.gz"
+)
+
 
 def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tuple[list[Case], list[Skipped]]:
     """Find the sessions below `root` that have the wanted channels, DWI (it gives the grid) and a mask.
@@ -61,15 +66,10 @@ def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tupl
     needed = tuple(dict.fromkeys(("dwi", *channels)))
     found = [_case(scan_id, files, needed, images_only, skipped) for scan_id, files in sorted(sessions.items())]
     cases = [case for case in found if isinstance(case, Case)]
-    skipped += [case for case in found if isinstance(case, Skipped)]
+    skipped_cases = [case for case in found if isinstance(case, Skipped)]
     if not cases:
-        raise UserError(
-            f"{root} doesn't hold ISLES 2022. Expected were files like sub-strokecase0001/ses-0001/dwi/"
-            "sub-strokecase0001_ses-0001_{dwi,adc}.nii.gz, .../anat/..._FLAIR.nii.gz and "
-            f"derivatives/.../..._msk.nii.gz; found: {describe_contents(images, root)}."
-            + (f" {found[0].what}: {found[0].reason}." if found else "")
-        )
-    return cases, skipped
+        raise nothing_found(root, images, skipped_cases, name="ISLES 2022", expected=EXPECTED, images_only=images_only)
+    return cases, skipped + skipped_cases
 
 
 def _case(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from channels import Facts, read_image, registered_onto
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks
+from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks, nothing_found
 from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.errors import UserError, command
@@ -31,6 +31,7 @@ T1 is registered to FLAIR, where the lesions were drawn. The official split of p
 """
 
 KINDS = {"t1w": "t1", "t1": "t1", "flair": "flair", "roi": "mask", "mask": "mask", "lesion": "mask"}
+EXPECTED = "sub-00001/anat/sub-00001_acq-iso08_T1w.nii.gz, ..._FLAIR.nii.gz and ..._FLAIR_roi.nii.gz"
 PARTS = {"train": "Tr", "test": "Ts"}
 
 
@@ -65,14 +66,11 @@ def find_cases(
         else:
             found.append(_case(scan_id, files, needed, skipped, people[_person(files, scan_id)]))
     cases = [case for case in found if isinstance(case, Case)]
-    skipped += [case for case in found if isinstance(case, Skipped)]
+    skipped_cases = [case for case in found if isinstance(case, Skipped)]
     if not any(images_only or case.part == "Tr" for case in cases):
-        raise UserError(
-            f"{root} doesn't hold the Bonn FCD-II data. Expected were files like sub-00001/anat/"
-            "sub-00001_acq-iso08_T1w.nii.gz, ..._FLAIR.nii.gz and ..._FLAIR_roi.nii.gz; found: "
-            f"{describe_contents(images, root)}." + (f" {found[0].what}: {found[0].reason}." if found else "")
-        )
-    return cases, skipped
+        name = "the Bonn FCD-II data"
+        raise nothing_found(root, images, skipped_cases, name=name, expected=EXPECTED, images_only=images_only)
+    return cases, skipped + skipped_cases
 
 
 def _read_participants(root: Path, images: list[ImageFile]) -> dict[str, dict[str, str]]:

@@ -123,6 +123,25 @@ def lesion_masks(files: list[ImageFile]) -> list[ImageFile]:
     return [file for file in files if "brain" not in file.stem.lower()]
 
 
+def nothing_found(
+    root: Path, images: list[ImageFile], left_out: list[Skipped], *, name: str, expected: str, images_only: bool
+) -> UserError:
+    """Return the error for a folder without a case: what was expected there, what was found, and the first reason.
+
+    Args:
+        root: the searched folder.
+        images: what was found there.
+        left_out: cases that can't be used.
+        name: of the data set.
+        expected: examples of its files.
+        images_only: new images were looked for, not the data set.
+    """
+    trouble = "holds no case that can be prepared" if images_only else f"doesn't hold {name}"
+    reason = f" {left_out[0].what}: {left_out[0].reason}." if left_out else ""
+    found = describe_contents(images, root)
+    return UserError(f"{root} {trouble}. Expected were files like {expected}; found: {found}.{reason}")
+
+
 def describe_contents(images: list[ImageFile], root: Path) -> str:
     """Say in one clause what was found in a folder that is not the data set it should be."""
     if not images:

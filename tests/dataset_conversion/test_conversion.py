@@ -94,6 +94,7 @@ def finished(folder):
     return sum(json.loads(path.read_text())["made_from"] is not None for path in records)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued_and_ends_like_an_unbroken_one(tools, env, tmp_path):
     root = write_training(tools, tmp_path / "atlas", 40)
     unbroken = tools.environment(tmp_path / "unbroken")

@@ -117,7 +117,11 @@ def test_t1_lies_where_the_head_lies_in_flair(converted, tools):
         part = "Ts" if PEOPLE[subject][1] == "test" else "Tr"
         t1 = nib.load(folder / f"images{part}" / f"sub-{subject}_0001.nii.gz").get_fdata()
         truth = tools.draw_head(SHAPE, FLAIR_AFFINE, (250, 350, 90), seed=int(subject))
-        assert np.corrcoef(t1.ravel(), truth.ravel())[0, 1] > 0.95
+        fit = np.corrcoef(t1.ravel(), truth.ravel())[0, 1]
+        assert fit > 0.9
+        for axis in range(3):
+            for step in (-1, 1):
+                assert np.corrcoef(np.roll(t1, step, axis).ravel(), truth.ravel())[0, 1] < fit
 
 
 def test_the_report_tells_the_mismatched_roi_and_what_was_left_out(converted, tools):
@@ -143,6 +147,7 @@ def test_every_fold_holds_out_patients_and_controls_alike(converted):
         assert not set(fold["val"]) & set(fold["train"])
 
 
+@pytest.mark.slow
 def test_no_controls_drops_them_and_a_later_run_brings_them_back(converted, fcd, tools):
     env, folder, _ = converted
     done = tools.run_script(503, "-i", fcd, "--no-controls", "-np", 1, env=env)
@@ -176,7 +181,9 @@ def test_the_flair_that_the_roi_names_is_chosen_of_several(tools, tmp_path):
     tools.write_nifti(anat / "sub-00001_acq-T2sel_FLAIR.nii.gz", np.ones((4, 4, 4), np.int16))
     cases, skipped = listing(tools, tmp_path)
     assert cases[0].images["flair"].name == "sub-00001_acq-tse3dvfl_FLAIR.nii.gz"
-    assert [item.what for item in skipped] == ["sub-00001/anat/sub-00001_acq-T2sel_FLAIR.nii.gz"]
+    assert [item.what for item in skipped if item.what != "participants.tsv"] == [
+        "sub-00001/anat/sub-00001_acq-T2sel_FLAIR.nii.gz"
+    ]
 
 
 def test_a_patient_whose_roi_is_missing_is_left_out_not_taken_for_healthy(tools, tmp_path):
@@ -193,7 +200,7 @@ def test_flair_alone_needs_no_t1_and_new_patients_no_table(tools, tmp_path):
         path.unlink()
     cases, _ = find_cases(tmp_path, ("flair",), images_only=True, controls=True)
     assert len(cases) == len(PEOPLE) and not any(case.labelled for case in cases)
-    with pytest.raises(UserError, match="no t1 image"):
+    with pytest.raises(UserError, match=r"no case that can be prepared.*no readable t1 image"):
         find_cases(tmp_path, ("flair", "t1"), images_only=True, controls=True)
     assert INFO.numbers == {("flair", "t1"): 503, ("flair",): 516, ("t1",): 517}
 
