@@ -160,8 +160,7 @@ def test_a_table_is_flat_arrays(corpus):
 
 def test_nothing_to_draw_is_said(corpus):
     single = Corpus(corpus.folder, corpus.scans[corpus.scans["modality"] == "t1"], corpus.preprocessing)
-    with pytest.raises(
-        UserError, match=r"mcl needs co-registered pairs \(4 subjects, 5 sessions, 8 scans"):
+    with pytest.raises(UserError, match=r"mcl needs co-registered pairs \(4 subjects, 5 sessions, 8 scans"):
         example_table(single, "mcl", SamplingConfig())
     pairs = Corpus(corpus.folder, corpus.scans[corpus.scans["session"] == "big/1/2"], corpus.preprocessing)
     with pytest.raises(UserError, match="none is left for a stream of unpaired scans"):
