@@ -106,7 +106,7 @@ def run_on_cluster(
         Each task with its result or the exception it raised, in the order of completion.
 
     Raises:
-        UserError: dask.distributed is not installed, or no scheduler answers.
+        UserError: dask.distributed is not installed, no scheduler answers, or it goes away.
     """
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -127,6 +127,10 @@ def run_on_cluster(
                 running[future] = queue.popleft()
                 completed.add(future)
             future = next(completed)
+            if future.cancelled():
+                raise UserError(
+                    f"The Dask scheduler at {scheduler} went away. What was finished is kept: call again with another."
+                )
             error = future.exception()
             if isinstance(error, KilledWorker):
                 error = WorkerDied()
