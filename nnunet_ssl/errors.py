@@ -22,6 +22,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+        logging.getLogger("numexpr").setLevel(logging.WARNING)  # pandas' helper tells how many threads it takes
         try:
             main(*args, **kwargs)
         except (UserError, OSError) as error:
