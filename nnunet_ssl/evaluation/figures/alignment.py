@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
+from nnunet_ssl.evaluation.alignment import UNKNOWN
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.figures.style import PALETTE, QUIET, colour_of, figure, without_scales
 from nnunet_ssl.representation import cosine_distances, normalized
@@ -74,6 +75,7 @@ def _draw_subjects(axes: Axes, places: np.ndarray, embeddings: Embeddings) -> No
 
 
 def _draw_distances(axes: Axes, embeddings: Embeddings, result: dict[str, Any]) -> None:
+    embeddings = embeddings.where((embeddings.scans["modality"] != UNKNOWN).to_numpy())
     distance = cosine_distances(embeddings.vectors)
     patient = embeddings.scans["patient_id"].to_numpy(str)
     modality = embeddings.scans["modality"].to_numpy(str)
