@@ -27,7 +27,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor
 class _RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        bias = bias.to(query.dtype)
+        bias = bias.detach().to(query.dtype)  # the fused kernel takes no bias that is trained
         ctx.save_for_backward(query, key, value, bias)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
 
