@@ -30,12 +30,13 @@ def explicit_checkpoint() -> Path | None:
     return path
 
 
-def find_checkpoint(recipe: str | None, trainer: str) -> Path:
+def find_checkpoint(recipe: str | None, trainer: str, *, residual: bool = False) -> Path:
     """Return ``nnssl_checkpoint``, else the newest finished pre-training of `recipe` under ``$nnUNet_results``.
 
     Args:
         recipe: such as ``"mcl_mim"``; ``None`` for a trainer that is told its file explicitly.
         trainer: the trainer's name, for the message.
+        residual: the plans are made for a residual encoder: a run named after the recipe with ``_resenc`` comes first.
 
     Raises:
         UserError: there is none; the message says where it looked and what to do.
@@ -48,12 +49,12 @@ def find_checkpoint(recipe: str | None, trainer: str) -> Path:
             f"Name one: export {VARIABLE}=/path/to/checkpoint"
         )
     results = folder_of("nnUNet_results")
-    found = sorted(results.glob(f"Dataset*/{recipe}/{FILE}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(
-            f"{trainer} needs a finished pre-training of the recipe {recipe}, and there is no file "
-            f"{results}/Dataset*/{recipe}/{FILE}. Three ways out: (1) pre-train one: nnssl_pretrain -c {recipe}; "
-            f"(2) point to a checkpoint you have: export {VARIABLE}=/path/to/checkpoint; "
-            f"(3) train the same network from scratch: -tr nnUNetTrainerSwinFPNScratch"
-        )
-    return found[-1]
+    for run in ([f"{recipe}_resenc"] if residual else []) + [recipe]:
+        if found := list(results.glob(f"Dataset*/{run}/{FILE}")):
+            return max(found, key=lambda path: path.stat().st_mtime)
+    raise UserError(
+        f"{trainer} needs a finished pre-training of the recipe {recipe}, and there is no file "
+        f"{results}/Dataset*/{recipe}/{FILE}. Three ways out: (1) pre-train one: nnssl_pretrain -c {recipe}; "
+        f"(2) point to a checkpoint you have: export {VARIABLE}=/path/to/checkpoint; "
+        f"(3) train the same network from scratch: -tr nnUNetTrainerSwinFPNScratch"
+    )

@@ -19,7 +19,13 @@ from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import unwrapped, with_trainable_encoder
-from nnunet_ssl.trainers.networks import has_deep_supervision, is_residual_unet, network_entry, stage_differences
+from nnunet_ssl.trainers.networks import (
+    has_deep_supervision,
+    is_residual_unet,
+    network_entry,
+    plans_residual_unet,
+    stage_differences,
+)
 from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.settings import Settings
@@ -57,7 +63,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             check_configuration(plans, configuration)
             folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
-                self._find_checkpoint()  # a missing one is reported before any folder is made
+                self._find_checkpoint(plans)  # a missing one is reported before any folder is made
             if plans["plans_name"] != given:
                 offer_plans(plans, folder_of("nnUNet_preprocessed") / plans["dataset_name"])
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -97,11 +103,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.resuming = not self.was_initialized
         super().load_checkpoint(filename_or_checkpoint)
 
-    def _find_checkpoint(self) -> Path | None:
-        return explicit_checkpoint() if self.from_scratch else find_checkpoint(self.recipe, type(self).__name__)
+    def _find_checkpoint(self, plans: dict[str, Any]) -> Path | None:
+        if self.from_scratch:
+            return explicit_checkpoint()
+        return find_checkpoint(self.recipe, type(self).__name__, residual=plans_residual_unet(plans))
 
     def _read_checkpoint(self) -> PretrainedEncoder | None:
-        path = self._find_checkpoint()
+        path = self._find_checkpoint(self.plans_manager.plans)
         if path is None:
             return None
         use = "Taking the network's sizes, not its weights, from" if self.from_scratch else "Pre-trained encoder:"

@@ -31,6 +31,12 @@ def is_residual_unet(entry: Mapping[str, Any]) -> bool:
     return entry["network_class_name"].endswith(".ResidualEncoderUNet")
 
 
+def plans_residual_unet(plans: Mapping[str, Any]) -> bool:
+    """Tell whether nnU-Net planned a residual encoder for the data set."""
+    configurations = plans["configurations"].values()
+    return any(is_residual_unet(each["architecture"]) for each in configurations if "architecture" in each)
+
+
 def has_deep_supervision(entry: Mapping[str, Any]) -> bool:
     return entry["network_class_name"] != SWIN_FPN
 

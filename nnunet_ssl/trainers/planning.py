@@ -12,9 +12,7 @@ import io
 import logging
 from typing import Any
 
-from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
-    ResEncUNetPlanner,
-)
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 
@@ -30,11 +28,11 @@ BATCH_SIZE = 8  # 4 volumes x 2 patches
 logger = logging.getLogger(__name__)
 
 
-class PretrainingPlanner(ResEncUNetPlanner):
+class PretrainingPlanner(ExperimentPlanner):
     """nnU-Net's planner for one fixed geometry.
 
-    The network in the plans is the ResEnc U-Net of six stages that a 96^3 patch allows when its coarsest map may be
-    3^3, as in pre-training; the trainers of this package replace it where the checkpoint's encoder is a Swin.
+    The network in the plans is nnU-Net's own, with the six stages of a pre-trained residual encoder: its coarsest map
+    is 3^3, as in pre-training. Stock trainers use it; those of this package follow the checkpoint's backbone.
     """
 
     def __init__(self, dataset_name: str) -> None:

@@ -30,6 +30,14 @@ def test_the_newest_finished_pre_training_of_the_recipe_is_taken(tmp_path):
     assert find_checkpoint("mcl_mim", "nnUNetTrainerMCLMIM") == newest
 
 
+def test_plans_for_a_residual_encoder_take_its_run_first_and_else_the_other(tmp_path):
+    swin = finished(tmp_path, age=1)
+    assert find_checkpoint("mcl_mim", "nnUNetTrainerMCLMIM", residual=True) == swin
+    resenc = finished(tmp_path, recipe="mcl_mim_resenc", age=5)
+    assert find_checkpoint("mcl_mim", "nnUNetTrainerMCLMIM", residual=True) == resenc
+    assert find_checkpoint("mcl_mim", "nnUNetTrainerMCLMIM") == swin
+
+
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_an_explicit_file_or_folder_comes_first(tmp_path, monkeypatch, as_folder):
     finished(tmp_path)

@@ -1,6 +1,7 @@
 """The trainer inside nnU-Net's classes, step by step on batches that do not change."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,16 @@ def test_a_residual_checkpoint_trains_nnunets_network_with_deep_supervision(work
     assert all(torch.equal(states[2][name], pretrained[name]) for name in shared)
     assert any(not torch.equal(states[5][name], pretrained[name]) for name in shared)
     assert "follows the checkpoint's backbone" not in log_of(trainer)
+
+
+def test_resenc_plans_look_for_a_residual_pre_training_first(workplace, resenc_checkpoint, monkeypatch, results):
+    monkeypatch.delenv("nnssl_checkpoint")
+    for run in ("mcl_mim", "mcl_mim_resenc"):
+        shutil.copytree(resenc_checkpoint.parent, results / "Dataset500_FOMO60K" / run)
+    for plans, run in (("nnUNetResEncUNetLPlans", "mcl_mim_resenc"), ("nnUNetPlans", "mcl_mim")):
+        trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans)
+        trainer.initialize()
+        assert f"Dataset500_FOMO60K/{run}/encoder.safetensors" in log_of(trainer)
 
 
 @pytest.mark.parametrize(

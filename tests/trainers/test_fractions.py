@@ -1,7 +1,7 @@
 """Fractions of the training subjects."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.trainers.fractions import nested_subset, subject_of
@@ -9,12 +9,14 @@ from nnunet_ssl.trainers.fractions import nested_subset, subject_of
 CASES = [f"sub-r{subject:03d}_ses-{session}" for subject in range(40) for session in (1, 2)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100), st.integers(1, 100), st.integers(0, 5))
 def test_a_smaller_fraction_lies_inside_a_larger_one(one, other, seed):
     small, large = sorted((one, other))
     assert set(nested_subset(CASES, small, seed)) <= set(nested_subset(CASES, large, seed))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100), st.permutations(CASES))
 def test_the_subset_depends_on_the_subjects_and_not_on_their_order(fraction, cases):
     assert sorted(nested_subset(cases, fraction, 0)) == nested_subset(CASES, fraction, 0)

@@ -11,6 +11,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM
+from nnunet_ssl.trainers.networks import network_entry, stage_differences
 from nnunet_ssl.trainers.planning import PretrainingPlanner, plan_and_preprocess
 
 
@@ -38,13 +39,12 @@ def test_the_plans_have_the_geometry_of_pre_training(plans):
     assert configuration["use_mask_for_norm"] == [True]
 
 
-def test_their_network_has_the_stages_of_a_residual_encoder_pre_trained_on_such_patches(plans):
-    network = plans["configurations"]["3d_fullres"]["architecture"]
-    assert network["network_class_name"].endswith("ResidualEncoderUNet")
-    kwargs = network["arch_kwargs"]
-    assert kwargs["features_per_stage"] == [32, 64, 128, 256, 320, 320]
-    assert kwargs["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
-    assert kwargs["strides"] == [[1, 1, 1]] + [[2, 2, 2]] * 5
+def test_a_residual_encoder_pre_trained_on_such_patches_finds_all_its_stages(plans):
+    resenc = {"backbone": "resenc", "in_channels": 1, "features": [32, 64, 128, 256, 320, 320], "blocks": [1] * 6}
+    planned = plans["configurations"]["3d_fullres"]["architecture"]
+    assert planned["network_class_name"].endswith("PlainConvUNet")
+    assert planned["arch_kwargs"]["features_per_stage"] == resenc["features"]
+    assert stage_differences(resenc, network_entry(resenc, planned)) == []
 
 
 @pytest.mark.slow
@@ -68,9 +68,9 @@ def test_one_command_plans_and_preprocesses_and_stock_prediction_takes_the_plans
     workplace.save_model(trainer, "checkpoint_final.pth")
     predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(trainer.output_folder_base, use_folds=(0,))
-    predictor.predict_from_files_sequential(str(workplace.test_images), str(tmp_path / "out"))
+    predictor.predict_from_files_sequential(str(workplace.test_images), str(tmp_path))
     (image,) = workplace.test_images.iterdir()
-    (mask,) = (tmp_path / "out").glob("*.nii.gz")
+    (mask,) = tmp_path.glob("*.nii.gz")
     assert nibabel.load(mask).shape == nibabel.load(image).shape
     np.testing.assert_allclose(nibabel.load(mask).affine, nibabel.load(image).affine)
 

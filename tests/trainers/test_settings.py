@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.errors import UserError
@@ -12,7 +12,7 @@ from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import Settings
 
 rates = st.floats(1e-9, 0.5)
-settings = st.builds(
+all_settings = st.builds(
     Settings,
     steps=st.integers(1, 40).map(lambda epochs: 250 * epochs),
     freeze_share=st.floats(0, 0.99),
@@ -32,18 +32,21 @@ def as_text(given_settings):
     return ", ".join(f"{key} = {value}" for key, value in written.items())
 
 
-@given(settings)
+@settings(deadline=None)
+@given(all_settings)
 def test_settings_are_read_as_they_are_written(chosen):
     assert Settings().updated(as_text(chosen)) == chosen
 
 
-@given(settings)
+@settings(deadline=None)
+@given(all_settings)
 def test_settings_survive_the_plans_file(chosen):
     plans = {"plans_name": "nnUNetPlans", "configurations": {}}
     assert Settings.of_plans(json.loads(json.dumps(plans_with_settings(plans, chosen)))) == chosen
 
 
-@given(settings, settings)
+@settings(deadline=None)
+@given(all_settings, all_settings)
 def test_different_settings_have_different_names_that_nnunet_can_split(one, other):
     assume(one != other)
     assert one.suffix() != other.suffix()
