@@ -103,7 +103,8 @@ def main() -> None:
             launch(pretrain, (config, CORPUS, True), processes=1, device=arguments.device)
         table = pd.read_csv(folder / "progress.csv")
         if not rows:
-            rows.append({"recipe": "(untrained)", **outcome(table.head(1))})
+            embeddings = [name for name in table if name in list(COLUMNS.values())[:4]]
+            rows.append({"recipe": "(untrained)", **outcome(table[embeddings].head(1))})
         rows.append({"recipe": name, **outcome(table[table["step"] > config.steps / 2])})
         print(markdown(pd.DataFrame(rows), 3), flush=True)
 

@@ -155,15 +155,15 @@ def pretrain() -> None:
 
 def _settings_of_the_run(config: PretrainingConfig, dataset: str, overrides: list[str]) -> PretrainingConfig:
     """What the run to be continued was told when it began, changed by `overrides` alone; `config` if there is none."""
+    from nnunet_ssl.pretraining.checkpointing import numbered
     from nnunet_ssl.pretraining.config import load_config
     from nnunet_ssl.pretraining.outputs import CONFIG, results_folder
 
-    name = dataset_folder(dataset, "nnUNet_preprocessed").name
-    path = results_folder(name, config.recipe) / CONFIG
-    if not path.is_file():
+    folder = results_folder(dataset_folder(dataset, "nnUNet_preprocessed").name, config.recipe)
+    if not numbered(folder) or not (folder / CONFIG).is_file():
         return config
-    logger.info("Continuing with the settings in %s, changed by -o alone.", path)
-    return load_config(path, overrides)
+    logger.info("Continuing with the settings in %s, changed by -o alone.", folder / CONFIG)
+    return load_config(folder / CONFIG, overrides)
 
 
 def _default_corpus() -> str:

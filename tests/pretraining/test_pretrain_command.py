@@ -122,6 +122,9 @@ def test_a_run_continues_with_the_settings_it_began_with(results, write_prepared
     (folder / "config.yaml").write_text(load_config("mim", ["recipe=mine", "steps=77", "batch_size=3"]).as_yaml())
     call = [str(BIN / "nnssl_pretrain"), "-c", "mim", "--c", "--print-config", "-o", "recipe=mine", "batch_size=5"]
     shown = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert "steps: 200000\n" in shown, "an attempt that left no checkpoint is no run"
+    (folder / "checkpoint_00000001.pth").touch()
+    shown = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     assert "steps: 77\n" in shown
     assert "batch_size: 5\n" in shown
 
