@@ -103,7 +103,7 @@ def describe(summary: dict[str, Any]) -> str:
             f"{name:<20} {entry['value']:8.4f}  [{low:.4f}, {high:.4f}]   without images {entry['baseline']:.4f}"
         )
     for modality, entry in summary["by_modality"].items():
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in entry["scores"].items())
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in entry["scores"].items() if not np.isnan(value))
         lines.append(f"    {modality:<8} {entry['n_scans']:>6} scans   {scores}")
     return "\n".join(lines)
 
