@@ -1,0 +1,185 @@
+"""What freezing the encoder saves: time and memory of a fine-tuning step, frozen and not, for either backbone.
+
+A step is the trainers' own: forward pass, nnU-Net's Dice + CE, backward pass, clip, AdamW; on a GPU under nnU-Net's
+float16 autocast. All combinations take turns in one process, round by round; times are medians [min-max] over rounds.
+
+    python benchmarks/finetuning.py -device cuda --batch-size 8 --rounds 20
+    MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 python benchmarks/finetuning.py --rounds 5
+    python benchmarks/finetuning.py --sizes 64 --small
+
+Activations are what a forward pass keeps for its backward pass; peak memory is the most that a step adds to what the
+process holds already, with its own weights (GPU only). Sampling, augmentation and nnU-Net's validation are not part of
+a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+
+import pandas as pd
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from tables import markdown
+from torch import Tensor, nn
+
+from nnunet_ssl.architectures.networks import PAPER_ENCODER
+from nnunet_ssl.architectures.resenc import PRESETS
+from nnunet_ssl.trainers.finetuning import GRADIENT_CLIP
+from nnunet_ssl.trainers.freezing import with_trainable_encoder
+from nnunet_ssl.trainers.networks import network_entry
+from nnunet_ssl.trainers.optimization import build_optimizer
+
+GIB = 2**30
+ARCHITECTURES = {"swin": PAPER_ENCODER, "resenc": {"backbone": "resenc", "in_channels": 1, **PRESETS["resenc_l"]}}
+SMALL = {
+    "swin": {**PAPER_ENCODER, "embed_dim": 12},
+    "resenc": {
+        "backbone": "resenc",
+        "in_channels": 1,
+        "features": (8, 16, 32, 64, 80, 80),
+        "blocks": (1, 3, 4, 6, 6, 6),
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", choices=["swin", "resenc"], default=["swin", "resenc"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[96], help="edges of the patches, in voxels")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="encoders of a quarter of the width")
+    parser.add_argument("-device", type=torch.device, default=torch.device("cpu"))
+    arguments = parser.parse_args()
+
+    architectures = SMALL if arguments.small else ARCHITECTURES
+    runs = {
+        (name, size, frozen): Step(architectures[name], size, arguments.batch_size, arguments.device, frozen)
+        for size in arguments.sizes
+        for name in arguments.backbones
+        for frozen in (True, False)
+    }
+    rows = {run: step.memory() for run, step in runs.items()}  # also a warm-up
+    seconds: dict[tuple[str, int, bool], list[float]] = {run: [] for run in runs}
+    for _ in range(arguments.rounds):
+        for run, step in runs.items():
+            seconds[run].append(step.timed())
+    for run, times in seconds.items():
+        rows[run]["s/step"] = f"{statistics.median(times):.3f} [{min(times):.3f}-{max(times):.3f}]"
+
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch", "frozen"])
+    print(describe(arguments))
+    print(markdown(table.reset_index(), decimals=2))
+
+
+class Step:
+    """A training step on a batch that is the same every time."""
+
+    def __init__(self, architecture: dict, size: int, batch_size: int, device: torch.device, frozen: bool) -> None:
+        torch.manual_seed(0)
+        entry = network_entry(architecture, planned(stages=6))
+        network = get_network_from_plans(
+            entry["network_class_name"],
+            entry["arch_kwargs"],
+            entry["_kw_requires_import"],
+            1,
+            2,
+            deep_supervision=False,
+        )
+        self.network = with_trainable_encoder(network.to(device), not frozen)
+        self.optimizer = build_optimizer(self.network, 5e-4, 5e-5)
+        self.scaler = torch.GradScaler(device.type, enabled=device.type == "cuda")
+        dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+        self.loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+        self.data = torch.randn(batch_size, 1, size, size, size).to(device)
+        self.target = (torch.rand_like(self.data) > 0.9).float()
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.data.device.type, enabled=self.data.is_cuda):
+            return self.loss(self.network(self.data), self.target)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(self.forward()).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def timed(self) -> float:
+        """Seconds of one step."""
+        self._synchronise()
+        start = time.perf_counter()
+        self()
+        self._synchronise()
+        return time.perf_counter() - start
+
+    def memory(self) -> dict[str, float]:
+        """GiB that a step keeps for its backward pass, and on a GPU the most that it held."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.network.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.forward()
+        figures = {"activations (GiB)": sum(kept.values()) / GIB}
+        if self.data.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self()
+            own_weights = sum(parameter.nbytes for parameter in self.network.parameters())
+            figures["peak (GiB)"] = (torch.cuda.max_memory_allocated() - before + own_weights) / GIB
+        else:
+            self()
+        return figures
+
+    def _synchronise(self) -> None:
+        if self.data.is_cuda:
+            torch.cuda.synchronize()
+
+
+def planned(stages: int) -> dict:
+    """What nnU-Net plans for an isotropic patch, as far as a residual network is built from it."""
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * stages,
+            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def describe(arguments: argparse.Namespace) -> str:
+    """Where and how the table was made, for its caption."""
+    cuda = arguments.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    width = "a quarter of the width" if arguments.small else "full width"
+    return (
+        f"{device}, torch {torch.__version__}, {platform.machine()}; {width}, batch {arguments.batch_size}, "
+        f"{arguments.rounds} rounds\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
