@@ -31,12 +31,13 @@ published ResEnc-L has these numbers, too.
 
 
 class ResEncEncoder(ResidualEncoder):
-    """Volumes of any size to a pyramid of feature maps, finest first: nnU-Net's own, as they leave the stages.
+    """Volumes of any size to a pyramid of feature maps, finest first, each normalised over its channels.
 
     The first stage works at full resolution and its map is left out of the pyramid, which begins at stride 2 as
     SwinEncoder's does: an FPN that smoothed it would cost about eight times what it costs now, and the stage learns
-    through every map that follows. Nothing is normalised on the way out, so the maps are what nnU-Net's decoder will
-    see in fine-tuning; whatever reads them here begins with a linear layer, which finds its own scale.
+    through every map that follows. Maps are normalised on their way out, not between stages, as SwinEncoder's are:
+    instance norms give a channel much the same average in every volume, so that averages over space, which the
+    contrastive branch compares, would all but point the same way.
 
     Args:
         in_channels: channels of the input.
@@ -121,7 +122,7 @@ class ResEncEncoder(ResidualEncoder):
             for block in stage.blocks:
                 x = self._run(block, x)
             maps.append(x)
-        return [_cropped(level, size, stride) for level, stride in zip(maps[1:], self.strides, strict=True)]
+        return [_finished(level, size, stride) for level, stride in zip(maps[1:], self.strides, strict=True)]
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -129,7 +130,8 @@ class ResEncEncoder(ResidualEncoder):
         return module(x)
 
 
-def _cropped(level: Tensor, size: Sequence[int], stride: int) -> Tensor:
-    """Cut a map (B, C, x, y, z) of a padded volume to the places that hold some of its `size` voxels."""
+def _finished(level: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Cut the map of a padded volume to the places that hold some of its `size` voxels, and normalise each place."""
     x, y, z = (-(-length // stride) for length in size)
-    return level[:, :, :x, :y, :z]
+    level = level[:, :, :x, :y, :z].movedim(1, -1)
+    return F.layer_norm(level, level.shape[-1:]).movedim(-1, 1)
