@@ -101,6 +101,8 @@ def main() -> None:
         folder = folder_of("nnUNet_results") / CORPUS / run
         if not (folder / "encoder.safetensors").is_file():
             launch(pretrain, (config, CORPUS, True), processes=1, device=arguments.device)
+        if not (folder / "encoder.safetensors").is_file():
+            raise SystemExit("Asked to stop: the same command goes on.")
         table = pd.read_csv(folder / "progress.csv")
         if not rows:
             embeddings = [name for name in table if name in list(COLUMNS.values())[:4]]

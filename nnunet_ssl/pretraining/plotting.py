@@ -147,7 +147,7 @@ def _draw(axis: Axes, panel: Panel, table: pd.DataFrame) -> None:
     axis.locator_params(axis="x", nbins=5, integer=True)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     if panel.logarithmic:
-        axis.set_yscale("log")
+        axis.set_yscale("log", nonpositive="mask")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
