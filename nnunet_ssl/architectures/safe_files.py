@@ -20,6 +20,7 @@ import torch
 
 from nnunet_ssl.errors import UserError
 
+LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 ZIP, PICKLE, LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 
@@ -45,6 +46,8 @@ def read_file(path: Path | str) -> CheckpointFile:
         start = file.read(64)
     if start.startswith(LFS_POINTER):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
+    if _begins_a_safetensors_file(start):  # first: its length may begin with the bytes of another format
+        return _read_safetensors(path)
     if start.startswith(ZIP):
         _check_archive(path)
     if start.startswith((ZIP, PICKLE)):
@@ -52,9 +55,12 @@ def read_file(path: Path | str) -> CheckpointFile:
         if not isinstance(content, Mapping):
             raise UserError(f"{path} holds a {type(content).__name__}, where a checkpoint has a dict.")
         return CheckpointFile(path=path, content=content)
-    if start[8:9] == b"{":
-        return _read_safetensors(path)
     raise UserError(f"{path} is neither a PyTorch file nor a safetensors file.")
+
+
+def _begins_a_safetensors_file(start: bytes) -> bool:
+    """Tell it by its first bytes: the length of its header, little-endian, and the brace that opens the header."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:

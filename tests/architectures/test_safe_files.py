@@ -78,6 +78,17 @@ def test_numpys_numbers_are_read(tmp_path, as_zip):
     np.testing.assert_array_equal(content["shape"], [96, 96])
 
 
+@pytest.mark.parametrize("first", [b"\x80", b"P"], ids=["as a pickle", "as a zip"])
+def test_a_safetensors_file_may_begin_as_another_format(tmp_path, first):
+    path = tmp_path / "encoder.safetensors"
+    for length in range(256):  # the first byte is the lowest of the header's length, a multiple of eight
+        save_file({"weight": torch.ones(2)}, path, metadata={"filler": "x" * length})
+        if path.read_bytes()[:1] == first:
+            break
+    file = read_file(path)
+    assert file.header["filler"] == "x" * length and torch.equal(file.content["weight"], torch.ones(2))
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_truncated_file(tmp_path, share, suffix):
