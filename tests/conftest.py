@@ -7,4 +7,5 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**34))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_compile", "f")

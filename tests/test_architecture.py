@@ -1,0 +1,61 @@
+"""The house as docs/architecture.md draws it: every room named, dependencies pointing down, no circles."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "nnunet_ssl"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+MAY_USE = {
+    "architectures": set(),
+    "imaging": set(),
+    "phantom": set(),
+    "pretraining": {"architectures", "imaging"},
+    "trainers": {"architectures", "pretraining", "imaging"},
+    "evaluation": {"architectures", "imaging", "pretraining", "trainers"},
+    "demo": {"evaluation", "trainers"},
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a module imports, anywhere in its text."""
+    names = {name_of(module) for module in MODULES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & names
+
+
+def test_no_module_imports_in_a_circle():
+    TopologicalSorter({name_of(path): imports_of(path) for path in MODULES}).prepare()
+
+
+def test_dependencies_point_down():
+    for path in MODULES:
+        room = path.relative_to(PACKAGE).parts[0]
+        used = {name.split(".")[1] for name in imports_of(path)} & MAY_USE.keys()
+        assert used - {room} <= MAY_USE.get(room, set()), name_of(path)
+
+
+def test_nothing_imports_a_command():
+    for path in MODULES:
+        commands = {name for name in imports_of(path) if name.rsplit(".", 1)[-1] in ("cli", "__main__")}
+        assert not commands, name_of(path)
+
+
+def test_the_map_names_every_module_and_no_other():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    named = {
+        word for line in text.splitlines() if line.startswith("| `") for word in line.split("|")[1].split("`")[1::2]
+    }
+    existing = {str(path.relative_to(PACKAGE)) for path in MODULES}
+    existing |= {path.name for path in (PACKAGE.parent / "dataset_conversion").glob("*.py")}
+    assert existing - named == set(), "not in docs/architecture.md"
+    assert named - existing == set(), "no longer there"
