@@ -31,8 +31,9 @@ from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans,
 from nnunet_ssl.trainers.settings import Settings
 
 GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
-MINIMUM_FRACTION = 0.5
-"""Of the encoder that a checkpoint must fill: nnU-Net plans a residual encoder's stages by the data set."""
+MINIMUM_FRACTION = {"swin": 0.9, "resenc": 0.5}
+"""Of the encoder that a checkpoint must fill. A Swin encoder is built from the checkpoint's own numbers; a residual
+one's stages are planned by nnU-Net for the data set and need not all agree."""
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -130,7 +131,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def _load_encoder(self, pretrained: PretrainedEncoder, entry: dict[str, Any]) -> None:
         self.print_to_log_file(f"origin {pretrained.origin}, method {pretrained.method}, step {pretrained.step}")
-        report = load_encoder(unwrapped(self.network).encoder, pretrained, minimum_fraction=MINIMUM_FRACTION)
+        minimum = MINIMUM_FRACTION[pretrained.architecture["backbone"]]
+        report = load_encoder(unwrapped(self.network).encoder, pretrained, minimum_fraction=minimum)
         self.print_to_log_file(str(report))
         if is_residual_unet(entry):
             for line in stage_differences(pretrained.architecture, entry):
