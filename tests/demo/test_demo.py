@@ -18,7 +18,7 @@ TINY_PRETRAINING = (
 @pytest.fixture
 def tiny(monkeypatch):
     """The demo's commands on few coarse brains, with networks that learn nothing in their few steps."""
-    for name, value in {"SUBJECTS": 6, "TRAINING_CASES": 6, "TEST_CASES": 2, "VOXEL_MM": 6}.items():
+    for name, value in {"SUBJECTS": 6, "TRAINING_CASES": 6, "TEST_CASES": 2, "VOXEL_MM": 4}.items():
         monkeypatch.setattr(steps, name, value)
     monkeypatch.setattr(steps, "SMALL_PRETRAINING", TINY_PRETRAINING)
     monkeypatch.setattr(steps, "SMALL_FINETUNING", "steps=4,epoch_steps=2,patch_size=32x32x32,batch_size=2")
