@@ -17,6 +17,10 @@ from nnunet_ssl.pretraining.momentum import Queue
 from nnunet_ssl.pretraining.objectives.contrastive import ProjectionHead
 from nnunet_ssl.pretraining.objectives.tokens import TokenHead
 
+COMPILED_VERSIONS = 64
+"""Of an encoder's graph that torch.compile may keep: with and without gradients, mask and autocast, for the batches of
+training and of validation. Past its default of 8 it would run uncompiled."""
+
 Result = TypeVar("Result")
 
 
@@ -94,5 +98,6 @@ class Learner(nn.Module):
         if config.masked.target == "tokens":
             self.register_buffer("centre", torch.zeros(config.masked.tokens.prototypes))
         if config.compile:
+            torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
             for network in filter(None, (self.query, self.key)):
                 network.encoder.compile()
