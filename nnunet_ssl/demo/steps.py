@@ -128,7 +128,7 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
         Step(
             name="09_predict",
             title="Predict the held-out cases: stock nnU-Net",
-            command=("nnUNetv2_predict", "-i", str(images), "-o", str(predictions), *model),
+            command=("nnUNetv2_predict", "-i", str(images), "-o", str(predictions), *model, "--disable_tta"),
         ),
         Step(
             name="10_lesions",
