@@ -31,7 +31,7 @@ SMALL_PRETRAINING = (
 )
 """At 3 mm, 32 voxels are the paper's 96 mm; three stages in place of four leave eight cells to hide."""
 
-SMALL_FINETUNING = "steps=600,epoch_steps=100,patch_size=48x48x48,batch_size=2"
+SMALL_FINETUNING = "steps=800,epoch_steps=100,patch_size=48x48x48,batch_size=2"
 
 
 @dataclass(frozen=True, kw_only=True)
