@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nnunet_ssl.decay import decay_groups
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.schedules import warmup_cosine
 
 
 def build_optimizer(network: nn.Module, config: PretrainingConfig) -> torch.optim.AdamW:
     """AdamW in which biases, norms, position biases and the mask token do not decay; one fused update on a GPU."""
-    decayed, free = [], []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (free if parameter.ndim < 2 or "bias" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    groups = decay_groups(trained, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=next(network.parameters()).is_cuda)
 
 

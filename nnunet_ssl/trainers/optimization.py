@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
+from nnunet_ssl.decay import decay_groups
 from nnunet_ssl.schedules import warmup_cosine
 
 # arXiv 2511.11311, fine-tuning recipe
@@ -14,14 +13,6 @@ WARMUP_SHARE = 0.05
 DECODER_DECAY = 1e-2
 ENCODER_DECAY = 1e-3
 FLOOR_OF_PEAK = 0.02  # a peak of 5e-4 falls to 1e-5
-
-
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Split parameters into a group with `weight_decay` and one without, for biases, norms and position biases."""
-    decayed, plain = [], []
-    for name, parameter in named_parameters:
-        (plain if parameter.ndim < 2 or "bias" in name else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def build_optimizer(network: nn.Module, lr: float, encoder_lr: float) -> torch.optim.AdamW:
