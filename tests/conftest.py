@@ -1,6 +1,8 @@
-"""What every test shares: one thread for each process, and memory that is not given back to the system too eagerly."""
+"""What tests share: processes of one thread, memory that is not given back too eagerly, nnU-Net's folders."""
 
 import os
+
+import pytest
 
 # Before torch is imported, and for the commands that tests start: with two test processes on two cores, more threads
 # only get in each other's way; the allocator's thresholds make convolutions on a CPU about twice as fast.
@@ -9,3 +11,13 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**34))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_compile", "f")
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path, monkeypatch):
+    """nnU-Net's three folders, empty, as its variables name them."""
+    folders = {name: tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+    return folders

@@ -20,16 +20,6 @@ TINY_ENCODER = {
 
 
 @pytest.fixture
-def nnunet_folders(tmp_path, monkeypatch):
-    """nnU-Net's three folders, empty, as its variables name them."""
-    folders = {name: tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-    for name, folder in folders.items():
-        folder.mkdir()
-        monkeypatch.setenv(name, str(folder))
-    return folders
-
-
-@pytest.fixture
 def write_tiny_encoder():
     """A function that writes a checkpoint of a tiny, randomly initialised Swin encoder and returns the encoder."""
 
