@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +64,8 @@ def register_rigid(fixed: Volume, moving: Volume, *, seed: int = 0) -> Registrat
     """
     fixed_small, moving_small = (_working_copy(volume, WORKING_MM) for volume in (fixed, moving))
     try:
-        matrix = _search(fixed_small, moving_small, seed)
+        with _one_thread():
+            matrix = _search(fixed_small, moving_small, seed)
     except RuntimeError as error:  # ITK's exceptions: no overlap, too few samples
         return _judge(fixed_small, moving_small, np.eye(4), f"the search failed ({_last_line(error)})")
     return _judge(fixed_small, moving_small, matrix, "")
@@ -132,8 +135,21 @@ def _metric(
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetInitialTransform(transform, inPlace=True)
-    method.SetNumberOfThreads(1)
     return method
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let ITK work in one thread: with more, sums end in another order each time and so do the last bits.
+
+    The method's own `SetNumberOfThreads` does not reach its metric; only ITK's default for the whole process does.
+    """
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
 def _judge(fixed: Volume, moving: Volume, matrix: np.ndarray, failure: str) -> Registration:
