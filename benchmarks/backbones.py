@@ -14,23 +14,18 @@ backward pass, peak memory what the device held at most, weights and gradients i
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
 
 import pandas as pd
 import torch
+from steps import machine, memory, seconds_per_step
 from tables import markdown
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ssl.pretraining.config import PretrainingConfig, load_config
 from nnunet_ssl.pretraining.model import Network
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks, reconstruction_error
-
-GIB = 2**30
 
 
 def main() -> None:
@@ -50,17 +45,19 @@ def main() -> None:
     }
     rows = {run: {"parameters (M)": parameters(config), **flops(config)} for run, config in runs.items()}
     steps = {run: Step(config, arguments.batch_size, arguments.device) for run, config in runs.items()}
-    for run, step in steps.items():  # also a warm-up
+    for run, step in steps.items():
         rows[run] |= memory(step)
-    seconds: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
-    for _ in range(arguments.rounds):
-        for run, step in steps.items():
-            seconds[run].append(timed(step))
-    for run, times in seconds.items():
-        rows[run]["s/step"] = f"{statistics.median(times):.3f} [{min(times):.3f}-{max(times):.3f}]"
+    for run, seconds in seconds_per_step(steps, arguments.rounds).items():
+        rows[run]["s/step"] = seconds
 
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch"])
-    print(describe(arguments))
+    print(
+        machine(arguments.device),
+        f"batch {arguments.batch_size}, {arguments.rounds} rounds",
+        *arguments.o,
+        sep=", ",
+        end="\n\n",
+    )
     print(markdown(table.reset_index(), decimals=2))
 
 
@@ -69,7 +66,7 @@ class Step:
 
     def __init__(self, config: PretrainingConfig, batch_size: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.config = config
+        self.config, self.device = config, device
         self.network = Network(config).to(device)
         if config.compile:
             self.network.encoder.compile()
@@ -108,59 +105,6 @@ def flops(config: PretrainingConfig) -> dict[str, float]:
         forward = counter.get_total_flops()
         prediction.sum().backward()
     return {"forward (GFLOP)": forward / 1e9, "forward+backward (GFLOP)": counter.get_total_flops() / 1e9}
-
-
-def memory(step: Step) -> dict[str, float]:
-    """GiB that a step keeps for its backward pass, and on a GPU the most that it held."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in step.network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = step.forward()
-    figures = {"activations (GiB)": sum(kept.values()) / GIB}
-    loss.backward()
-    step.network.zero_grad()
-    if step.volumes.is_cuda:
-        figures["peak (GiB)"] = peak(step)
-    return figures
-
-
-def peak(step: Callable[[], None]) -> float:
-    """The most that a step adds to what other networks of this process hold, with its own weights, in GiB."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    own = sum(parameter.nbytes for parameter in step.network.parameters())
-    return (torch.cuda.max_memory_allocated() - before + own) / GIB
-
-
-def timed(step: Step) -> float:
-    """Seconds of one step."""
-    synchronise(step.network)
-    start = time.perf_counter()
-    step()
-    synchronise(step.network)
-    return time.perf_counter() - start
-
-
-def synchronise(network: nn.Module) -> None:
-    if next(network.parameters()).is_cuda:
-        torch.cuda.synchronize()
-
-
-def describe(arguments: argparse.Namespace) -> str:
-    """Where and how the table was made, for its caption."""
-    cuda = arguments.device.type == "cuda"
-    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    how = f"batch {arguments.batch_size}, {arguments.rounds} rounds"
-    return f"torch {torch.__version__}, {where}, {how} {' '.join(arguments.o)}\n"
 
 
 if __name__ == "__main__":

@@ -15,16 +15,13 @@ a step.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
-import time
 
 import pandas as pd
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from steps import machine, memory, seconds_per_step
 from tables import markdown
 from torch import Tensor, nn
 
@@ -35,7 +32,6 @@ from nnunet_ssl.trainers.freezing import with_trainable_encoder
 from nnunet_ssl.trainers.networks import network_entry
 from nnunet_ssl.trainers.optimization import build_optimizer
 
-GIB = 2**30
 ARCHITECTURES = {"swin": PAPER_ENCODER, "resenc": {"backbone": "resenc", "in_channels": 1, **PRESETS["resenc_l"]}}
 SMALL = {
     "swin": {**PAPER_ENCODER, "embed_dim": 12},
@@ -65,16 +61,13 @@ def main() -> None:
         for name in arguments.backbones
         for frozen in (True, False)
     }
-    rows = {run: step.memory() for run, step in runs.items()}  # also a warm-up
-    seconds: dict[tuple[str, int, bool], list[float]] = {run: [] for run in runs}
-    for _ in range(arguments.rounds):
-        for run, step in runs.items():
-            seconds[run].append(step.timed())
-    for run, times in seconds.items():
-        rows[run]["s/step"] = f"{statistics.median(times):.3f} [{min(times):.3f}-{max(times):.3f}]"
+    rows = {run: memory(step) for run, step in runs.items()}
+    for run, seconds in seconds_per_step(runs, arguments.rounds).items():
+        rows[run]["s/step"] = seconds
 
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch", "frozen"])
-    print(describe(arguments))
+    width = "a quarter of the width" if arguments.small else "full width"
+    print(f"{machine(arguments.device)}; {width}, batch {arguments.batch_size}, {arguments.rounds} rounds\n")
     print(markdown(table.reset_index(), decimals=2))
 
 
@@ -83,6 +76,7 @@ class Step:
 
     def __init__(self, architecture: dict, size: int, batch_size: int, device: torch.device, frozen: bool) -> None:
         torch.manual_seed(0)
+        self.device = device
         entry = network_entry(architecture, planned(stages=6))
         network = get_network_from_plans(
             entry["network_class_name"],
@@ -112,42 +106,6 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def timed(self) -> float:
-        """Seconds of one step."""
-        self._synchronise()
-        start = time.perf_counter()
-        self()
-        self._synchronise()
-        return time.perf_counter() - start
-
-    def memory(self) -> dict[str, float]:
-        """GiB that a step keeps for its backward pass, and on a GPU the most that it held."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.network.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.forward()
-        figures = {"activations (GiB)": sum(kept.values()) / GIB}
-        if self.data.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self()
-            own_weights = sum(parameter.nbytes for parameter in self.network.parameters())
-            figures["peak (GiB)"] = (torch.cuda.max_memory_allocated() - before + own_weights) / GIB
-        else:
-            self()
-        return figures
-
-    def _synchronise(self) -> None:
-        if self.data.is_cuda:
-            torch.cuda.synchronize()
-
 
 def planned(stages: int) -> dict:
     """What nnU-Net plans for an isotropic patch, as far as a residual network is built from it."""
@@ -168,17 +126,6 @@ def planned(stages: int) -> dict:
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
-
-
-def describe(arguments: argparse.Namespace) -> str:
-    """Where and how the table was made, for its caption."""
-    cuda = arguments.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    width = "a quarter of the width" if arguments.small else "full width"
-    return (
-        f"{device}, torch {torch.__version__}, {platform.machine()}; {width}, batch {arguments.batch_size}, "
-        f"{arguments.rounds} rounds\n"
-    )
 
 
 if __name__ == "__main__":
