@@ -2,6 +2,7 @@
 
 import pydoc
 
+import foreign
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
@@ -24,9 +25,9 @@ def swin(**changes) -> PretrainedEncoder:
 
 
 @pytest.mark.parametrize("conv_norm", ["instance", None])
-def test_monai_loads_the_export_strictly_and_computes_the_same(others, conv_norm):
+def test_monai_loads_the_export_strictly_and_computes_the_same(conv_norm):
     pretrained = swin(conv_norm=conv_norm, mask_token=True)
-    theirs = others.monai_encoder(**SIZES, use_v2=conv_norm is not None)
+    theirs = foreign.monai_encoder(**SIZES, use_v2=conv_norm is not None)
     theirs.load_state_dict(monai_state_dict(pretrained), strict=True)
     ours = build_encoder(pretrained.architecture)
     load_encoder(ours, pretrained)
@@ -35,9 +36,9 @@ def test_monai_loads_the_export_strictly_and_computes_the_same(others, conv_norm
             torch.testing.assert_close(own, reference, rtol=0, atol=1e-10)
 
 
-def test_monai_with_its_norms_replaced_loads_a_group_norm_export(others):
+def test_monai_with_its_norms_replaced_loads_a_group_norm_export():
     pretrained = swin(conv_norm="group", mask_token=False)
-    theirs = others.umbra_encoder(**SIZES)
+    theirs = foreign.umbra_encoder(**SIZES)
     theirs.patch_embed = theirs.patch_embed.patch_embed
     theirs.load_state_dict(monai_state_dict(pretrained), strict=True)
 
@@ -47,15 +48,15 @@ def test_monai_has_four_stages():
         monai_state_dict(swin(depths=(1, 1), num_heads=(1, 2)))
 
 
-def test_names_are_undone(others):
-    for name in others.monai_encoder(**SIZES).state_dict():
+def test_names_are_undone():
+    for name in foreign.monai_encoder(**SIZES).state_dict():
         assert to_monai(from_monai(name)) == name
 
 
-def test_nnssl_round_trip_key_by_key(others, stored, tmp_path):
+def test_nnssl_round_trip_key_by_key(stored, tmp_path):
     """In as nnssl publishes it, through our own file, and out again: the same names, aliases and numbers."""
-    network = others.resenc_unet()
-    content = others.nnssl_checkpoint(network)
+    network = foreign.resenc_unet()
+    content = foreign.nnssl_checkpoint(network)
     read = read_checkpoint(stored(content))
     own = {key: getattr(read, key) for key in ("architecture", "method", "step", "preprocessing", "metadata")}
     write_encoder(tmp_path / "encoder.safetensors", read.tensors, **own)
@@ -72,10 +73,10 @@ def test_nnssl_round_trip_key_by_key(others, stored, tmp_path):
     assert exported["citations"] == content["citations"]
 
 
-def test_nnssl_export_builds_and_loads_as_nnunet_does_it(others, stored):
+def test_nnssl_export_builds_and_loads_as_nnunet_does_it(stored):
     """Build from the plan's arguments, load strictly, and compute the features of the network it came from."""
-    network = others.resenc_unet().double()
-    exported = nnssl_checkpoint(read_checkpoint(stored(others.nnssl_checkpoint(network))))
+    network = foreign.resenc_unet().double()
+    exported = nnssl_checkpoint(read_checkpoint(stored(foreign.nnssl_checkpoint(network))))
     path = stored(exported, "exported.pth")
     exported = torch.load(path, weights_only=True)  # nnU-Net opens it so
     plan = exported["nnssl_adaptation_plan"]

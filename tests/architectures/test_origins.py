@@ -1,5 +1,6 @@
 """Every kind of checkpoint that can be read gives the features that its own network computes."""
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -32,8 +33,8 @@ def assert_same_maps(encoder, network, x=X, tolerance=1e-10):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "swinViT.", "module.swinViT.", "_orig_mod.backbone.swinViT."])
 @pytest.mark.parametrize("holder", [None, "state_dict"])
-def test_monai_state_dict(others, stored, prefix, holder):
-    theirs = others.monai_encoder(**SIZES)
+def test_monai_state_dict(stored, prefix, holder):
+    theirs = foreign.monai_encoder(**SIZES)
     state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
     if "swinViT" in prefix:
         state[prefix.replace("swinViT", "encoder1") + "layer.conv1.conv.weight"] = torch.randn(3)
@@ -43,8 +44,8 @@ def test_monai_state_dict(others, stored, prefix, holder):
     assert_same_maps(encoder, theirs)
 
 
-def test_monai_without_conv_blocks_and_with_its_old_names(others, stored):
-    theirs = others.monai_encoder(**SIZES, use_v2=False)
+def test_monai_without_conv_blocks_and_with_its_old_names(stored):
+    theirs = foreign.monai_encoder(**SIZES, use_v2=False)
     names = {"linear1": "fc1", "linear2": "fc2"}
     state = {}
     for name, tensor in theirs.state_dict().items():
@@ -57,9 +58,9 @@ def test_monai_without_conv_blocks_and_with_its_old_names(others, stored):
 
 
 @pytest.mark.parametrize("mode", ["contrastive", "masked", "both"])
-def test_umbra_checkpoint_of_every_mode(others, stored, mode):
-    theirs = others.umbra_encoder()
-    pretrained, encoder = rebuilt(stored(others.umbra_checkpoint(theirs, mode), "last.ckpt"))
+def test_umbra_checkpoint_of_every_mode(stored, mode):
+    theirs = foreign.umbra_encoder()
+    pretrained, encoder = rebuilt(stored(foreign.umbra_checkpoint(theirs, mode), "last.ckpt"))
     assert (pretrained.origin, pretrained.step) == ("umbra", 200_000)
     assert pretrained.architecture["conv_norm"] == "group"
     assert pretrained.metadata["branches"] == {"both": ["contrastive", "masked"]}.get(mode, [mode])
@@ -127,8 +128,8 @@ def test_our_finetuned_nnunet_checkpoint(stored):
     assert_same_maps(encoder, network.encoder)
 
 
-def test_nnunets_own_residual_encoder(others, stored):
-    network = others.resenc_unet()
+def test_nnunets_own_residual_encoder(stored):
+    network = foreign.resenc_unet()
     content = nnunet_checkpoint(network, {"strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]]})
     pretrained, encoder = rebuilt(stored(content))
     assert (pretrained.origin, pretrained.architecture["features"]) == ("nnunet", [4, 8, 12])
@@ -140,18 +141,18 @@ def test_nnunets_own_residual_encoder(others, stored):
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_nnssl_checkpoint_with_wrappers(others, stored, wrapper):
-    network = others.resenc_unet()
-    content = others.nnssl_checkpoint(network)
+def test_nnssl_checkpoint_with_wrappers(stored, wrapper):
+    network = foreign.resenc_unet()
+    content = foreign.nnssl_checkpoint(network)
     content["network_weights"] = {wrapper + name: value for name, value in content["network_weights"].items()}
     pretrained, _ = rebuilt(stored(content))
     assert pretrained.origin == "nnssl"
     assert pretrained.preprocessing["spacing"] == [1.0, 1.0, 1.0]
 
 
-def test_nnssl_encoder_lies_where_the_plan_says(others, stored):
-    network = others.resenc_unet()
-    content = others.nnssl_checkpoint(network, key_to_encoder="online_encoder.stages")
+def test_nnssl_encoder_lies_where_the_plan_says(stored):
+    network = foreign.resenc_unet()
+    content = foreign.nnssl_checkpoint(network, key_to_encoder="online_encoder.stages")
     weights = network.encoder.state_dict()
     content["network_weights"] = {f"online_encoder.{name}": value for name, value in weights.items()} | {
         f"target_encoder.{name}": torch.zeros_like(value) for name, value in weights.items()
@@ -160,8 +161,8 @@ def test_nnssl_encoder_lies_where_the_plan_says(others, stored):
     assert pretrained.left_out == {"target_encoder": len(weights)}
 
 
-def test_several_encoders_are_not_guessed_between(others, stored):
-    weights = others.resenc_unet().encoder.state_dict()
+def test_several_encoders_are_not_guessed_between(stored):
+    weights = foreign.resenc_unet().encoder.state_dict()
     state = {f"{name}.{key}": value for name in ("first", "second") for key, value in weights.items()}
     with pytest.raises(UserError, match=r"several encoders, at first\., second\."):
         read_checkpoint(stored(state))
@@ -176,14 +177,14 @@ def test_primus_is_refused_by_name(stored):
         read_checkpoint(stored(content))
 
 
-def test_other_strides_are_refused(others, stored):
-    content = nnunet_checkpoint(others.resenc_unet(), {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]})
+def test_other_strides_are_refused(stored):
+    content = nnunet_checkpoint(foreign.resenc_unet(), {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]})
     with pytest.raises(UserError, match=r"strides \[\[1, 1, 1\], \[1, 2, 2\]"):
         read_checkpoint(stored(content))
 
 
-def test_normalised_patch_embedding_is_refused(others, stored):
-    state = others.monai_encoder(**SIZES).state_dict() | {"patch_embed.norm.weight": torch.ones(12)}
+def test_normalised_patch_embedding_is_refused(stored):
+    state = foreign.monai_encoder(**SIZES).state_dict() | {"patch_embed.norm.weight": torch.ones(12)}
     with pytest.raises(UserError, match="patch_norm"):
         read_checkpoint(stored(state))
 
@@ -193,15 +194,17 @@ def test_foreign_network_is_refused_with_its_names(stored):
         read_checkpoint(stored({"state_dict": {"fc.weight": torch.zeros(2)}}))
 
 
-def test_wrong_origin_is_refused(others, stored):
-    path = stored(others.monai_encoder(**SIZES).state_dict())
+def test_wrong_origin_is_refused(stored):
+    path = stored(foreign.monai_encoder(**SIZES).state_dict())
     with pytest.raises(UserError, match="no encoder of a kind known here"):
         read_checkpoint(path, "nnssl")
     with pytest.raises(UserError, match="no origin 'timm'; there are: nnunet_ssl, umbra, monai, nnunet, nnssl"):
         read_checkpoint(path, "timm")
 
 
-def test_a_missing_stage_is_noticed(others, stored):
-    state = {name: value for name, value in others.monai_encoder(**SIZES).state_dict().items() if "layers2" not in name}
+def test_a_missing_stage_is_noticed(stored):
+    state = {
+        name: value for name, value in foreign.monai_encoder(**SIZES).state_dict().items() if "layers2" not in name
+    }
     with pytest.raises(UserError, match="not complete"):
         read_checkpoint(stored(state))

@@ -1,5 +1,6 @@
 """SwinEncoder against MONAI's SwinTransformer, and what MONAI's does not promise."""
 
+import foreign
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -50,15 +51,15 @@ SIZES = st.tuples(*[st.integers(2, 40)] * 3).filter(lambda size: max(size) > 32)
 @example(size=(64, 32, 32), window=4, batch=2, channels=1, use_v2=True)  # every grid divides by the window
 @example(size=(33, 47, 29), window=4, batch=2, channels=1, use_v2=True)  # neither windows nor patches fit
 @example(size=(34, 6, 18), window=7, batch=1, channels=1, use_v2=False)  # thinner than a window
-def test_maps_and_gradients_equal_monai(others, size, window, batch, channels, use_v2):
-    ours, theirs = others.twin_encoders(**TINY, window_size=window, in_channels=channels, use_v2=use_v2)
+def test_maps_and_gradients_equal_monai(size, window, batch, channels, use_v2):
+    ours, theirs = foreign.twin_encoders(**TINY, window_size=window, in_channels=channels, use_v2=use_v2)
     assert_equal_monai(ours, theirs, torch.randn(batch, channels, *size, dtype=torch.float64))
 
 
 @pytest.mark.slow
-def test_the_papers_encoder_equals_monai(others):
+def test_the_papers_encoder_equals_monai():
     sizes = {"embed_dim": 48, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7}
-    ours, theirs = others.twin_encoders(**sizes)
+    ours, theirs = foreign.twin_encoders(**sizes)
     assert_equal_monai(ours, theirs, torch.randn(1, 1, 64, 48, 36, dtype=torch.float64))
 
 

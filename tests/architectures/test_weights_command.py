@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign
 import pytest
 import torch
 
@@ -37,8 +38,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def umbra(others, stored) -> Path:
-    return stored(others.umbra_checkpoint(others.umbra_encoder(), "both"), "umbra.ckpt")
+def umbra(stored) -> Path:
+    return stored(foreign.umbra_checkpoint(foreign.umbra_encoder(), "both"), "umbra.ckpt")
 
 
 def test_inspect_says_what_is_in_a_file(run, umbra):
@@ -58,16 +59,16 @@ def test_command_line_of_its_own_process(umbra, tmp_path):
     assert bad.stderr == f"error: There is no checkpoint at {tmp_path}/nothing.pth.\n"
 
 
-def test_import_then_export_gives_monai_what_umbra_had(run, umbra, others, tmp_path):
+def test_import_then_export_gives_monai_what_umbra_had(run, umbra, tmp_path):
     assert "100.0% of the encoder loaded" in run("import", umbra, "-o", "encoder.safetensors")
     text = run("export", "encoder.safetensors", "-o", "swin.pt", "--format", "monai")
     assert "GroupNorm(8, channels)" in text and "mask token is left out" in text
-    theirs = others.umbra_encoder()
+    theirs = foreign.umbra_encoder()
     for parameter in theirs.parameters():
         parameter.data.zero_()
     theirs.patch_embed = theirs.patch_embed.patch_embed
     theirs.load_state_dict(torch.load(tmp_path / "swin.pt", weights_only=True), strict=True)
-    reference = others.umbra_encoder()
+    reference = foreign.umbra_encoder()
     x = torch.randn(1, 1, 32, 32, 32)
     with torch.no_grad():
         for own, expected in zip(theirs(x), reference(x), strict=True):
@@ -86,8 +87,10 @@ def test_fetch_puts_the_encoder_where_the_trainer_finds_it(run, umbra, tmp_path,
     assert "already" in run("fetch", umbra.parent, umbra.name, "--recipe", "mcl_mim", fails=True)
 
 
-def test_a_half_matching_file_is_an_error_unless_allowed(run, others, stored, tmp_path):
-    state = {name: value for name, value in others.umbra_encoder().state_dict().items() if "layers4.0.down" not in name}
+def test_a_half_matching_file_is_an_error_unless_allowed(run, stored, tmp_path):
+    state = {
+        name: value for name, value in foreign.umbra_encoder().state_dict().items() if "layers4.0.down" not in name
+    }
     half = stored(state, "half.pt")
     assert "less than the 90%" in run("import", half, "-o", "encoder.safetensors", fails=True)
     assert not (tmp_path / "encoder.safetensors").exists()

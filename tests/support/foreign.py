@@ -1,0 +1,149 @@
+"""Other people's encoders, and their checkpoints as those people write them."""
+
+import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from monai.networks.nets.swin_unetr import SwinTransformer
+from torch import nn
+
+from nnunet_ssl.architectures.monai_names import from_monai
+from nnunet_ssl.architectures.swin import SwinEncoder
+
+SMALL = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4}
+
+
+def monai_encoder(*, embed_dim, depths, num_heads, window_size, in_channels=1, use_v2=True) -> SwinTransformer:
+    """Build MONAI's encoder from SwinEncoder's keywords."""
+    return SwinTransformer(
+        in_chans=in_channels,
+        embed_dim=embed_dim,
+        window_size=(window_size,) * 3,
+        patch_size=(2, 2, 2),
+        depths=depths,
+        num_heads=num_heads,
+        use_v2=use_v2,
+    )
+
+
+def twin_encoders(*, use_v2=True, **sizes) -> tuple[SwinEncoder, SwinTransformer]:
+    """Build ours and MONAI's with the same weights, in float64."""
+    torch.manual_seed(0)
+    theirs = monai_encoder(**sizes, use_v2=use_v2)
+    ours = SwinEncoder(**sizes, conv_norm="instance" if use_v2 else None, mask_token=False)
+    state = theirs.state_dict()
+    ours.load_state_dict({from_monai(name): state[name] for name in state if "relative_position_index" not in name})
+    return ours.double(), theirs.double()
+
+
+class MaskablePatchEmbedding(nn.Module):
+    """What UMBRA puts in the place of MONAI's patch embedding, by its parameters' names."""
+
+    def __init__(self, inner: nn.Module, channels: int):
+        super().__init__()
+        self.patch_embed = inner
+        self.mask_token_injector = nn.Module()
+        self.mask_token_injector.mask_token = nn.Parameter(torch.randn(1, 1, channels))
+
+    def forward(self, x):
+        return self.patch_embed(x)
+
+
+def umbra_encoder(*, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), window_size=4) -> nn.Module:
+    """Build UMBRA's encoder from MONAI's: GroupNorm(8) in the conv blocks, and a mask token."""
+    torch.manual_seed(1)
+    encoder = monai_encoder(embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size)
+    for module in list(encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.InstanceNorm3d):
+                norm = nn.GroupNorm(8, child.num_features)
+                nn.init.normal_(norm.weight, 1, 0.1)
+                nn.init.normal_(norm.bias, 0, 0.1)
+                setattr(module, name, norm)
+    encoder.patch_embed = MaskablePatchEmbedding(encoder.patch_embed, embed_dim)
+    return encoder
+
+
+def umbra_checkpoint(encoder: nn.Module, mode: str) -> dict:
+    """Build the Lightning checkpoint of one of UMBRA's pre-trainings: "contrastive", "masked" or "both"."""
+    state = {f"model.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    if mode != "contrastive":
+        state |= {
+            "model.feats_decoder.lat1.weight": torch.randn(32, 16, 1, 1, 1),
+            "model.feats_decoder.smooth1.norm.weight": torch.ones(32),
+            "model.head.proj.weight": torch.randn(8, 32, 1, 1, 1),
+        }
+    if mode != "masked":
+        state |= {f"encoder_m.{name}": tensor + 1 for name, tensor in encoder.state_dict().items()}
+        state |= {"projection.0.weight": torch.randn(512, 256), "projection_m.0.weight": torch.randn(512, 256)}
+        state |= {"queue": torch.randn(128, 64), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return {
+        "epoch": 3,
+        "global_step": 200_000,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state,
+        "optimizer_states": [{"state": {}, "param_groups": []}],
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5), "best_model_path": "x.ckpt"}},
+        "hyper_parameters": {"lr": 1e-4, "mode": mode},
+    }
+
+
+RESENC = {"features": (4, 8, 12), "blocks": (1, 2, 1)}
+
+
+def resenc_unet(features=RESENC["features"], blocks=RESENC["blocks"], in_channels=1) -> ResidualEncoderUNet:
+    """Build nnU-Net's ResEnc U-Net as its planner does."""
+    torch.manual_seed(2)
+    network = ResidualEncoderUNet(
+        input_channels=in_channels,
+        n_stages=len(features),
+        features_per_stage=features,
+        conv_op=nn.Conv3d,
+        kernel_sizes=[[3, 3, 3]] * len(features),
+        strides=[[1, 1, 1]] + [[2, 2, 2]] * (len(features) - 1),
+        n_blocks_per_stage=blocks,
+        num_classes=1,
+        n_conv_per_stage_decoder=[1] * (len(features) - 1),
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=False,
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def nnssl_checkpoint(network: nn.Module, **plan) -> dict:
+    """Build what nnssl publishes: weights under all aliases, and the adaptation plan."""
+    return {
+        "network_weights": network.state_dict(),
+        "trainer_name": "BaseMAETrainer",
+        "citations": [{"type": "Pretraining", "name": "OpenMind", "apa_citations": ["..."]}],
+        "nnssl_adaptation_plan": {
+            "architecture_plans": {
+                "arch_class_name": "ResEncL",
+                "arch_kwargs": None,
+                "arch_kwargs_requiring_import": None,
+            },
+            "pretrain_plan": {
+                "dataset_name": "Dataset745_OpenMind",
+                "image_reader_writer": "SimpleITKIO",
+                "transpose_forward": [0, 1, 2],
+                "configurations": {
+                    "onemmiso": {
+                        "spacing": [1.0, 1.0, 1.0],
+                        "normalization_schemes": ["ZScoreNormalization"],
+                        "patch_size": [160, 160, 160],
+                    }
+                },
+            },
+            "pretrain_num_input_channels": 1,
+            "recommended_downstream_patchsize": (160, 160, 160),
+            "key_to_encoder": "encoder.stages",
+            "key_to_stem": "encoder.stem",
+            "keys_to_in_proj": ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"),
+            "key_to_lpe": None,
+            **plan,
+        },
+    }
