@@ -77,19 +77,31 @@ class Workplace:
         for key, value in (self.env | variables).items():
             monkeypatch.setenv(key, str(value))
 
-    def run(self, *command, fails: bool = False, **variables) -> str:
-        """Run a command of this environment; return what it printed. None as a variable's value unsets it."""
+    def start(self, *command, **variables) -> subprocess.Popen:
+        """Start a command of this environment, with its output and errors in one stream.
+
+        None as a variable's value unsets it.
+        """
         env = {key: value for key, value in os.environ.items() if key not in ("nnssl_checkpoint", "nnssl_settings")}
         # nnU-Net takes a thread for each core; waiting threads shall not burn what another process could use.
         env |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"} | self.env
         env |= {key: str(value) for key, value in variables.items()}
         env = {key: value for key, value in env.items() if value != "None"}
         script, *arguments = map(str, command)
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name(script)), *arguments], capture_output=True, text=True, env=env
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name(script)), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
         )
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stdout + done.stderr
+
+    def run(self, *command, fails: bool = False, **variables) -> str:
+        """Run a command to its end; return what it printed."""
+        process = self.start(*command, **variables)
+        shown, _ = process.communicate()
+        assert (process.returncode != 0) == fails, shown
+        return shown
 
     def save_model(self, trainer, name: str = "checkpoint_latest.pth") -> None:
         """Write what a training leaves for --c and for prediction."""

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
+import foreign
 import nibabel
 import numpy as np
 import pytest
-
-from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM
+import torch
 
 pytestmark = pytest.mark.slow
 TRAINER = "nnUNetTrainerMCLMIM"
@@ -16,9 +16,9 @@ PLANS = "nnUNetPlans_steps2_epoch1_freeze0.5_lr0.01"
 LIGHT = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta", "--save_probabilities")
 
 
-def predict(place, folder, *, trainer=TRAINER, plans=PLANS, **variables) -> np.ndarray:
+def predict(place, folder, *, trainer=TRAINER, plans=PLANS, configuration="3d_fullres", **variables) -> np.ndarray:
     """Predict the test case by the trained model; return its probabilities."""
-    which = ("-d", place.number, "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-p", plans)
+    which = ("-d", place.number, "-c", configuration, "-f", "0", "-tr", trainer, "-p", plans)
     place.run("nnUNetv2_predict", "-i", place.test_images, "-o", folder, *which, *LIGHT, **variables)
     return probabilities(folder)
 
@@ -63,26 +63,23 @@ def test_training_leaves_what_nnunet_leaves(trained):
     assert [path.name for path in trained.results.iterdir()] == [f"{TRAINER}__{PLANS}__3d_fullres"]
 
 
-def test_validation_and_continuation_need_neither_the_checkpoint_nor_the_settings(
-    trained, swin_checkpoint, monkeypatch
-):
-    command = ("nnUNetv2_train", trained.number, "3d_fullres")
+def test_validation_needs_neither_the_checkpoint_nor_the_settings(trained):
     options = ("-tr", TRAINER, "-p", PLANS, "-device", "cpu")
-    assert "Validation complete" in trained.run(*command, 0, *options, "--val")
+    assert "Validation complete" in trained.run("nnUNetv2_train", trained.number, "3d_fullres", 0, *options, "--val")
 
-    with monkeypatch.context() as patch:
-        trained.enter(patch, nnssl_checkpoint=swin_checkpoint, nnssl_settings=SETTINGS)
-        stopped = trained.trainer(nnUNetTrainerMCLMIM, fold=1)
-        stopped.initialize()
-        stopped._best_ema = 0.0
-        for key in ("epoch_start_timestamps", "epoch_end_timestamps", "train_losses", "val_losses", "lrs"):
-            stopped.logger.log(key, 1.0, 0)
-        stopped.logger.log("mean_fg_dice", 0.0, 0)
-        stopped.logger.log("dice_per_class_or_region", [0.0], 0)
-        trained.save_model(stopped)
-    shown = trained.run(*command, 1, *options, "--c")
-    assert "Epoch 1" in shown and "Epoch 0" not in shown
-    assert "Step 1: encoder" not in shown, "it goes on unfrozen"
+
+def test_a_killed_training_goes_on_without_the_checkpoint_and_the_settings(workplace, swin_checkpoint):
+    command = ("nnUNetv2_train", workplace.number, "3d_fullres", 1, "-tr", TRAINER, "-device", "cpu")
+    settings = "steps=7,epoch_steps=1,freeze_share=0.3"
+    process = workplace.start(*command, nnssl_settings=settings, nnssl_checkpoint=swin_checkpoint, PYTHONUNBUFFERED="1")
+    shown = iter(process.stdout.readline, "")
+    assert any("Step 2: encoder unfrozen" in line for line in shown)
+    assert any("Epoch 4" in line for line in shown)
+    process.kill()
+    process.communicate()
+    shown = workplace.run(*command, "-p", "nnUNetPlans_steps7_epoch1_freeze0.3", "--c")
+    assert "Epoch 3" not in shown and "Epoch 4" in shown and "Epoch 6" in shown
+    assert "encoder frozen" not in shown, "it goes on unfrozen"
     assert "Training done" in shown and "Validation complete" in shown
 
 
@@ -108,6 +105,48 @@ def test_an_exported_model_predicts_the_same_elsewhere(trained, prediction, tmp_
     elsewhere["nnUNet_results"].mkdir()
     trained.run("nnUNetv2_install_pretrained_model_from_zip", archive, **elsewhere)
     np.testing.assert_array_equal(predict(trained, tmp_path / "out", **elsewhere), prediction)
+
+
+def test_3d_lowres_trains_too_and_nnunet_compares_and_ensembles_both(trained, swin_checkpoint, tmp_path):
+    trained.run(
+        "nnUNetv2_train", trained.number, "3d_lowres", 0, "-tr", TRAINER, "-device", "cpu", "--npz",
+        nnssl_settings=SETTINGS, nnssl_checkpoint=swin_checkpoint,
+    )  # fmt: skip
+    shown = trained.run(
+        "nnUNetv2_find_best_configuration", trained.number, "-p", PLANS, "-c", "3d_fullres", "3d_lowres",
+        "-tr", TRAINER, "-f", 0, "-np", 1,
+    )  # fmt: skip
+    names = [f"{TRAINER}__{PLANS}__{configuration}" for configuration in ("3d_fullres", "3d_lowres")]
+    assert f"ensemble___{names[0]}___{names[1]}___0" in shown
+    full = predict(trained, tmp_path / "full")
+    low = predict(trained, tmp_path / "low", configuration="3d_lowres")
+    trained.run(
+        "nnUNetv2_ensemble", "-i", tmp_path / "full", tmp_path / "low", "-o", tmp_path / "both", "-np", 1, "--save_npz"
+    )
+    np.testing.assert_allclose(probabilities(tmp_path / "both"), (full + low) / 2, atol=1e-3)
+
+
+PUBLISHED = {
+    "umbra": lambda: foreign.umbra_checkpoint(foreign.umbra_encoder(), "both"),
+    "monai": lambda: foreign.monai_encoder(**foreign.SMALL).state_dict(),
+    "nnssl": lambda: foreign.nnssl_checkpoint(foreign.resenc_unet(features=(4, 8, 8), blocks=(1, 2, 2))),
+}
+
+
+@pytest.mark.parametrize("origin", PUBLISHED)
+def test_weights_of_others_are_taken_as_they_were_published(workplace, tmp_path, results, origin):
+    file = tmp_path / "published.ckpt"
+    torch.save(PUBLISHED[origin](), file)
+    plans = "nnUNetResEncUNetLPlans" if origin == "nnssl" else "nnUNetPlans"
+    shown = workplace.run(
+        "nnUNetv2_train", workplace.number, "3d_fullres", 0, "-tr", "nnUNetTrainerSSL", "-p", plans, "-device", "cpu",
+        nnssl_settings="steps=1,epoch_steps=1", nnssl_checkpoint=file, nnUNet_results=results,
+    )  # fmt: skip
+    assert f"Pre-trained encoder: {file}" in shown and f"origin {origin}" in shown
+    assert "100.0% of the encoder loaded" in shown
+    file.unlink()
+    what = {"trainer": "nnUNetTrainerSSL", "plans": f"{plans}_steps1_epoch1"}
+    predict(workplace, tmp_path / "out", **what, nnUNet_results=results)
 
 
 def test_a_residual_network_trains_and_predicts_with_three_channels_and_regions(
