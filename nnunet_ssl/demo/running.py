@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_steps(steps: Sequence[Step], folder: Path, variables: Mapping[str, str]) -> None:
-    """Run what is not done yet. A step that is run again takes the marks of all later ones.
+    """Run what is not done yet with these commands and variables. A step run again takes the marks of all later ones.
 
     Args:
         steps: in order.
@@ -37,14 +37,14 @@ def run_steps(steps: Sequence[Step], folder: Path, variables: Mapping[str, str])
     for number, step in enumerate(steps):
         mark = folder / f"{step.name}.done.json"
         done = _read(mark)
-        if done and done["command"] == list(step.command):
+        if done and (done["command"], done.get("variables")) == (list(step.command), dict(variables)):
             logger.info("\n%s\n  done before, in %.0f s", step.title, done["seconds"])
             continue
         for later in steps[number:]:
             (folder / f"{later.name}.done.json").unlink(missing_ok=True)
         seconds = _run(step, folder / f"{step.name}.log", variables)
         with written_beside(mark) as temporary:
-            temporary.write_text(json.dumps({"command": step.command, "seconds": seconds}))
+            temporary.write_text(json.dumps({"command": step.command, "variables": dict(variables), "seconds": seconds}))
 
 
 def _run(step: Step, log: Path, variables: Mapping[str, str]) -> float:

@@ -75,6 +75,14 @@ def test_a_failed_step_is_shown_and_taken_up_again_with_what_follows(tmp_path, c
     assert calls.read_text() == "12c3new2c3"
 
 
+def test_a_step_done_with_other_variables_is_done_again(tmp_path):
+    calls = tmp_path / "calls"
+    notes = step("1", f"import os; open({str(calls)!r}, 'a').write(os.environ['nnssl_settings'])")
+    for settings in ("short", "short", "long"):
+        running.run_steps([notes], tmp_path, {"nnssl_settings": settings})
+    assert calls.read_text() == "shortlong"
+
+
 def test_leftovers_of_an_interrupted_step_are_removed(tmp_path):
     leftover = tmp_path / "half"
     leftover.mkdir()
