@@ -18,6 +18,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
 from nnunet_ssl.trainers import checkpoints
+from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import VARIABLE, Settings
 
@@ -70,8 +71,9 @@ def results_of(run: Run | AlignmentRun, folder: Path) -> Path:
 def _alignment(run: AlignmentRun, study: Study, folder: Path, device: str) -> list[Stage]:
     dataset_folder(run.corpus, "nnUNet_preprocessed")
     out = results_of(run, folder)
+    checkpoint = _checkpoint(study.arms[run.arm], residual=_trains_residual(study))
     command = (
-        *("nnssl_evaluate", "alignment", "--checkpoint", str(_checkpoint(study.arms[run.arm]))),
+        *("nnssl_evaluate", "alignment", "--checkpoint", str(checkpoint)),
         *("-d", str(run.corpus), "--subjects", run.subjects, "-device", device, "-o", str(out)),
     )
     return [Stage(name="measure", command=command, outputs=(out / "alignment.json",))]
@@ -92,7 +94,7 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
     train = ("nnUNetv2_train", str(dataset.id), study.configuration, str(run.fold), "-tr", arm.trainer)
     resume = ("--c",) if any(fold.glob("checkpoint_*.pth")) else ()
     if not resume and _needs_checkpoint(arm):
-        _checkpoint(arm)
+        _checkpoint(arm, residual=plans_residual_unet(plans))
     stages = [
         Stage(
             name="train",
@@ -136,7 +138,7 @@ def _variables(run: Run, arm: Arm, folder: Path) -> dict[str, str]:
     if arm.checkpoint is None:
         return settings
     models = folder / "models" / run.arm
-    return settings | {checkpoints.VARIABLE: str(_checkpoint(arm)), "nnUNet_results": str(models)}
+    return settings | {checkpoints.VARIABLE: str(_named_checkpoint(arm)), "nnUNet_results": str(models)}
 
 
 def _plans(preprocessed: Path, study: Study) -> dict:
@@ -169,24 +171,40 @@ def _plans_name(plans: Mapping, run: Run, arm: Arm) -> str:
     return plans_with_settings(plans, Settings.of_plans(plans).updated(run.settings))["plans_name"]
 
 
-def _checkpoint(arm: Arm) -> Path:
-    """The file that an arm starts from.
+def _checkpoint(arm: Arm, *, residual: bool) -> Path:
+    """The file that an arm starts from, found as its trainer finds it (see :func:`checkpoints.find_checkpoint`).
 
     Raises:
         UserError: there is none.
     """
     if arm.checkpoint is not None:
-        path = Path(os.path.expandvars(arm.checkpoint)).expanduser()
-        path = path / checkpoints.FILE if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"The arm {arm.label} names the checkpoint {arm.checkpoint}, which is not there.")
-        return path
+        return _named_checkpoint(arm)
     recipe = getattr(_own_trainers().get(arm.trainer), "recipe", None)
     try:
-        return checkpoints.find_checkpoint(recipe, arm.trainer)
+        return checkpoints.find_checkpoint(recipe, arm.trainer, residual=residual)
     except UserError:
         advice = f"pre-train one (nnssl_pretrain -c {recipe}), or name" if recipe else "name"
         raise UserError(f"The arm {arm.label} has no checkpoint: {advice} one as its `checkpoint`.") from None
+
+
+def _named_checkpoint(arm: Arm) -> Path:
+    """The file that the study's YAML names for an arm."""
+    path = Path(os.path.expandvars(arm.checkpoint)).expanduser()
+    path = path / checkpoints.FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"The arm {arm.label} names the checkpoint {arm.checkpoint}, which is not there.")
+    return path
+
+
+def _trains_residual(study: Study) -> bool:
+    """Tell whether the study's trainings, as far as their data are planned, take residual encoders."""
+    preprocessed = folder_of("nnUNet_preprocessed")
+    planned = (
+        path
+        for dataset in study.datasets.values()
+        for path in preprocessed.glob(f"Dataset{dataset.id:03d}_*/{study.plans}.json")
+    )
+    return any(plans_residual_unet(json.loads(path.read_text())) for path in planned)
 
 
 def _needs_checkpoint(arm: Arm) -> bool:

@@ -15,8 +15,10 @@ import yaml
 
 from nnunet_ssl.evaluation import running
 from nnunet_ssl.evaluation.running import execute, execute_all, log_of, read_record, state_of
+from nnunet_ssl.evaluation.stages import stages_of
 from nnunet_ssl.evaluation.study import study_from
 from nnunet_ssl.evaluation.study_cli import study as command
+from nnunet_ssl.nnunet_folders import folder_of
 
 STUDY = """
 name: small
@@ -114,6 +116,24 @@ def test_a_run_is_trained_evaluated_predicted_and_evaluated_with_nnunets_own_com
     assert "-f 0 -tr nnUNetTrainerSwinFPNScratch -p nnsslPlans_fraction50 -device cpu" in predict
     assert f"-pred {model}/fold_0/test --preset atlas" in test
     assert "--chill" not in test
+
+
+def test_with_residual_plans_alignment_is_measured_where_trainings_start(prepared, folder):
+    alignment = {"alignment": {"kind": "alignment", "corpus": 500, "arms": ["mcl_mim"]}}
+    study = small(experiments=yaml.safe_load(STUDY)["experiments"] | alignment)
+    [run] = study.runs_of(study.experiments["alignment"])
+    runs = {"PlainConvUNet": "mcl_mim", "ResidualEncoderUNet": "mcl_mim_resenc"}
+    for name in ("mcl_mim", "mcl_mim_resenc"):
+        (prepared / "Dataset500_FOMO60K" / name).mkdir(exist_ok=True)
+        (prepared / "Dataset500_FOMO60K" / name / "encoder.safetensors").touch()
+    (folder_of("nnUNet_preprocessed") / "Dataset500_FOMO60K").mkdir()
+    [plans] = folder_of("nnUNet_preprocessed").glob("Dataset501_*/nnsslPlans.json")
+    for network, name in runs.items():
+        content = json.loads(plans.read_text())
+        content["configurations"]["3d_fullres"]["architecture"] = {"network_class_name": f"networks.{network}"}
+        plans.write_text(json.dumps(content))
+        [measure] = stages_of(run, study, folder, "cpu")
+        assert str(prepared / "Dataset500_FOMO60K" / name / "encoder.safetensors") in measure.command
 
 
 def test_what_is_finished_is_never_repeated(folder, calls):
