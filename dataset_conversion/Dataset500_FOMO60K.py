@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnunet_ssl.errors import command
+from nnunet_ssl.console import command
 from nnunet_ssl.pretraining.corpus import describe, summarize
 from nnunet_ssl.pretraining.indexing import index_corpus, read_exclusions
 from nnunet_ssl.pretraining.layouts import LAYOUTS

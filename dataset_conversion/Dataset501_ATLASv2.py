@@ -11,7 +11,7 @@ from conversion import Case, Prepared
 from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found
 from script import DatasetInfo, make_parser, parse, run
 
-from nnunet_ssl.errors import command
+from nnunet_ssl.console import command
 
 INFO = DatasetInfo(
     name="ATLASv2",

@@ -11,7 +11,8 @@ from conversion import Case, Prepared
 from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found
 from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import command
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.imaging.geometry import Volume
 from nnunet_ssl.imaging.registration import foreground
 

@@ -10,7 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import add_subcommand, command
+from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunet_ssl.architectures.pretrained import PretrainedEncoder
@@ -66,14 +67,6 @@ def weights() -> None:
     arguments.run(arguments)
 
 
-def _subcommand(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=help, description=help, epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_origin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--origin", metavar="NAME", help="nnunet_ssl, umbra, monai, nnunet or nnssl (default: found out)"
@@ -92,7 +85,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(commands) -> None:
-    parser = _subcommand(commands, "inspect", _inspect, "Say what is in a checkpoint.")
+    parser = add_subcommand(commands, "inspect", _inspect, "Say what is in a checkpoint.", _EXAMPLES["inspect"])
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--tensors", action="store_true", help="list every tensor of the encoder")
     _add_origin(parser)
@@ -108,7 +101,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _add_import(commands) -> None:
-    parser = _subcommand(commands, "import", _import, "Write the encoder of any checkpoint as a file of our own.")
+    parser = add_subcommand(
+        commands, "import", _import, "Write the encoder of any checkpoint as a file of our own.", _EXAMPLES["import"]
+    )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT.safetensors")
     _add_reading(parser)
@@ -120,7 +115,9 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = _subcommand(commands, "export", _export, "Write the encoder of any checkpoint for other software.")
+    parser = add_subcommand(
+        commands, "export", _export, "Write the encoder of any checkpoint for other software.", _EXAMPLES["export"]
+    )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT")
     parser.add_argument(
@@ -160,7 +157,9 @@ def _say_what_monai_needs(pretrained: PretrainedEncoder) -> None:
 
 
 def _add_fetch(commands) -> None:
-    parser = _subcommand(commands, "fetch", _fetch, "Put a published encoder where the trainers look for it.")
+    parser = add_subcommand(
+        commands, "fetch", _fetch, "Put a published encoder where the trainers look for it.", _EXAMPLES["fetch"]
+    )
     parser.add_argument("source", metavar="REPO_OR_PATH", help="of Hugging Face, or a local folder or file")
     parser.add_argument("filename", nargs="?", metavar="FILENAME", help="inside the repository or folder")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository")

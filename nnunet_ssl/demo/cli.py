@@ -11,7 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import command
+from nnunet_ssl.errors import UserError
 
 NEEDED_GB = 1.0
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import add_subcommand, command
+from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,6 @@ def evaluate() -> None:
     if getattr(arguments, "json", None) == "-":
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     arguments.run(arguments)
-
-
-def _subcommand(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=help, description=help, epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -142,11 +135,12 @@ def _finish(result: dict[str, Any], text: str, arguments: argparse.Namespace, wr
 
 
 def _add_alignment(commands) -> None:
-    parser = _subcommand(
+    parser = add_subcommand(
         commands,
         "alignment",
         _alignment,
         "How close a subject's modalities lie in a representation, and subjects apart.",
+        _EXAMPLES["alignment"],
     )
     _add_embedding_source(parser, max_subjects=500)
     parser.add_argument(
@@ -174,7 +168,13 @@ def _alignment(arguments: argparse.Namespace) -> None:
 
 
 def _add_lesions(commands) -> None:
-    parser = _subcommand(commands, "lesions", _lesions, "How well predicted lesion masks agree with their references.")
+    parser = add_subcommand(
+        commands,
+        "lesions",
+        _lesions,
+        "How well predicted lesion masks agree with their references.",
+        _EXAMPLES["lesions"],
+    )
     parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
     parser.add_argument("-pred", type=Path, required=True, metavar="FOLDER", help="predicted masks of the same names")
     parser.add_argument(
@@ -211,8 +211,12 @@ def _lesions(arguments: argparse.Namespace) -> None:
 
 
 def _add_probe(commands) -> None:
-    parser = _subcommand(
-        commands, "probe", _probe, "What a frozen representation knows of a scan: linear probes, split by subject."
+    parser = add_subcommand(
+        commands,
+        "probe",
+        _probe,
+        "What a frozen representation knows of a scan: linear probes, split by subject.",
+        _EXAMPLES["probe"],
     )
     _add_embedding_source(parser, max_subjects=10_000)
     parser.add_argument(
@@ -250,8 +254,12 @@ def _probe(arguments: argparse.Namespace) -> None:
 
 
 def _add_gradients(commands) -> None:
-    parser = _subcommand(
-        commands, "gradients", _gradients, "Which branch of a pre-training moves the encoder, over its steps."
+    parser = add_subcommand(
+        commands,
+        "gradients",
+        _gradients,
+        "Which branch of a pre-training moves the encoder, over its steps.",
+        _EXAMPLES["gradients"],
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a pre-training, or a progress.csv")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="write gradients.json and gradients.png here")

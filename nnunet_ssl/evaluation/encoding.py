@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import blosc2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from nnunet_ssl.architectures.networks import build_encoder
@@ -108,8 +107,10 @@ def encode_scans(
     sums, counts = None, np.zeros(len(rows))
     for batch in _batched(places, config.batch_size):
         owners = np.array([place for place, _ in batch])
-        patches = torch.stack([read_patch(corpus, rows[place], start, patch_size) for place, start in batch])
-        pooled = encoder(patches.to(device))[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
+        patches = np.stack([corpus.read_patch(rows[place], start, patch_size) for place, start in batch])
+        pooled = (
+            encoder(torch.from_numpy(patches).to(device).float())[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
+        )
         sums = np.zeros((len(rows), pooled.shape[1])) if sums is None else sums
         np.add.at(sums, owners, pooled)
         np.add.at(counts, owners, 1)
@@ -122,27 +123,14 @@ def patch_starts(
     corpus: Corpus, row: int, patch_size: tuple[int, int, int], config: EncodingConfig
 ) -> list[tuple[int, int, int]]:
     """Return the first voxel of each patch of a scan; it may lie outside the volume."""
-    scan = corpus.scans.loc[row]
     axes = []
-    for axis, size in zip("xyz", patch_size):
-        first, last = int(scan[f"{axis}0"]), int(scan[f"{axis}1"])
+    for (first, last), size in zip(corpus.foreground_box(row).tolist(), patch_size):
         count = 1 if config.view == "centre" else -(-(last - first) // size)
         if count == 1:
             axes.append([(first + last - size) // 2])
         else:
             axes.append(np.linspace(first, last - size, count).round().astype(int).tolist())
     return list(itertools.product(*axes))
-
-
-def read_patch(corpus: Corpus, row: int, start: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
-    """Return (1, *patch_size) float32 from a stored scan; beyond the volume its edge repeats."""
-    array = blosc2.open(str(corpus.path(row)), mode="r")
-    box, missing = [slice(None)], [(0, 0)]
-    for begin, size, length in zip(start, patch_size, array.shape[1:]):
-        first, last = np.clip([begin, begin + size], 0, length)
-        box.append(slice(int(first), int(last)))
-        missing.append((int(first - begin), int(begin + size - last)))
-    return torch.from_numpy(np.pad(array[tuple(box)].astype(np.float32), missing, mode="edge"))
 
 
 def find_device(name: str) -> torch.device:

@@ -10,7 +10,8 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import command
+from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import command
+from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import command
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import pandas as pd
 
@@ -140,6 +141,23 @@ class Corpus:
     def path(self, row: int) -> Path:
         """The .b2nd file of a scan."""
         return self.folder / f"{self.scans['scan_id'].iat[row]}.b2nd"
+
+    def foreground_box(self, row: int) -> np.ndarray:
+        """The bounds (3, 2) of a scan's foreground in voxels, half open."""
+        return self.scans[["x0", "x1", "y0", "y1", "z0", "z1"]].iloc[row].to_numpy(int).reshape(3, 2)
+
+    def read_patch(self, row: int, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """Read (1, *size) voxels from `start` on; beyond the volume its edge repeats."""
+        array = blosc2.open(str(self.path(row)), mode="r")
+        start, length = np.array(start), np.array(array.shape[1:])
+        first, last = start.clip(0, length), (start + size).clip(0, length)
+        missing = np.stack([first - start, start + size - last], axis=1)
+        voxels = array[(slice(0, 1), *map(slice, first.tolist(), last.tolist()))]
+        return np.pad(voxels, [(0, 0), *missing], mode="edge")
+
+    def read_central_patch(self, row: int, size: Sequence[int]) -> np.ndarray:
+        """Read (1, *size) voxels around the centre of a scan's foreground; beyond the volume its edge repeats."""
+        return self.read_patch(row, (self.foreground_box(row).sum(axis=1) - size) // 2, size)
 
     def split(self, validation_fraction: float = 0.02, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Split by subject into training and validation, at least one subject on each side.

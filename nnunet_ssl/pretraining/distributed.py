@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from nnunet_ssl.errors import UserError, command
+from nnunet_ssl.console import command
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.interruption import SIGNALS
 
 

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import blosc2
 import numpy as np
 import torch
 from torch import Tensor
@@ -99,9 +98,9 @@ def read_held_out(corpus: Corpus, config: PretrainingConfig) -> HeldOut:
     scans = scans.sort_values(["several", "visit", "session_index"], ascending=[False, True, True], kind="stable")
     chosen = scans["session_index"].drop_duplicates().head(config.validation.sessions)
     scans = scans[scans["session_index"].isin(chosen)]
-    patches = [_central_patch(corpus, row, config.patch_size) for row in scans.index]
+    patches = [corpus.read_central_patch(row, config.patch_size).astype(np.float16) for row in scans.index]
     return HeldOut(
-        patches=torch.stack(patches) if patches else torch.zeros(0, 1, *config.patch_size),
+        patches=torch.from_numpy(np.stack(patches)) if patches else torch.zeros(0, 1, *config.patch_size),
         subject=scans["subject_index"].to_numpy(),
         modality=scans["modality"].to_numpy(str),
     )
@@ -153,20 +152,6 @@ def queue_figures(queue: Queue | None) -> dict[str, float]:
         return {}
     keys = keys[:: math.ceil(len(keys) / QUEUE_SAMPLE)].cpu().numpy()
     return {"queue/effective_rank": effective_rank(keys), "queue/uniformity": uniformity(keys)}
-
-
-def _central_patch(corpus: Corpus, row: int, patch_size: tuple[int, int, int]) -> Tensor:
-    """The patch (1, *patch_size) around the centre of the foreground's box; beyond the volume its edge repeats."""
-    scan = corpus.scans.loc[row]
-    array = blosc2.open(str(corpus.path(row)), mode="r")
-    box, missing = [slice(None)], [(0, 0)]
-    for axis, size in zip("xyz", patch_size):
-        start = (scan[f"{axis}0"] + scan[f"{axis}1"] - size) // 2
-        length = scan[f"size_{axis}"]
-        first, last = np.clip([start, start + size], 0, length)
-        box.append(slice(int(first), int(last)))
-        missing.append((int(first - start), int(start + size - last)))
-    return torch.from_numpy(np.pad(array[tuple(box)], missing, mode="edge").astype(np.float16))
 
 
 def _example(modality: str, patch: Tensor, hidden: Tensor, prediction: Tensor) -> Reconstruction:

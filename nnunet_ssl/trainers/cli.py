@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_ssl.errors import command
+from nnunet_ssl.console import command
 
 _DESCRIPTION = """\
 Plan and preprocess a data set as pre-training saw its scans: RAS, 1 mm, patches of 96^3, z-score where not zero.

@@ -13,7 +13,8 @@ from torch import nn
 
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
-from nnunet_ssl.errors import UserError, exit_on_user_error
+from nnunet_ssl.console import exit_on_user_error
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint

@@ -1,0 +1,68 @@
+"""What the console commands have in common: how they log, how they end, and how subcommands are declared."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+PIPE_CLOSED = 141
+"""The exit status that a shell gives to a program whose reader went away: 128 + SIGPIPE."""
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a console entry point: log to the terminal, print a :class:`UserError` as one line and exit with 1.
+
+    A full disk and an unwritable folder are the user's to mend as well, so ``OSError`` is reported the same way.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Terminal(sys.stdout)], force=True)
+        logging.getLogger("numexpr").setLevel(logging.WARNING)  # pandas' helper tells how many threads it takes
+        try:
+            main(*args, **kwargs)
+        except (UserError, OSError) as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+
+    return run
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with one line and status 1 on a :class:`UserError`, inside a command that is not ours."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def add_subcommand(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, epilog: str
+) -> argparse.ArgumentParser:
+    """Add to what ``add_subparsers`` returned a parser whose arguments are for `run`."""
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+class _Terminal(logging.StreamHandler):
+    """Ends the command quietly when nobody reads it any more (``| head``), where logging would report every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+            return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # Python's own flush at the end would fail
+        sys.exit(PIPE_CLOSED)
