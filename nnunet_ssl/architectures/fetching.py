@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nnunet_ssl.architectures.pretrained import ENCODER
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
-
-ENCODER = "encoder.safetensors"
 
 
 def locate(source: str, filename: str | None, revision: str | None) -> Path:

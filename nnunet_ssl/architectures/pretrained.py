@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENCODER = "encoder.safetensors"
+"""The file of a finished encoder in the folder of its run: pre-training and `nnssl_weights fetch` write it, fine-tuning
+and evaluation look for it."""
 
 FORMAT = "nnunet_ssl"
 """How this package's own files call themselves, and the name of their origin."""

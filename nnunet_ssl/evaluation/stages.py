@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from nnunet_ssl.architectures.pretrained import ENCODER
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
@@ -190,7 +191,7 @@ def _checkpoint(arm: Arm, *, residual: bool) -> Path:
 def _named_checkpoint(arm: Arm) -> Path:
     """The file that the study's YAML names for an arm."""
     path = Path(os.path.expandvars(arm.checkpoint)).expanduser()
-    path = path / checkpoints.FILE if path.is_dir() else path
+    path = path / ENCODER if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"The arm {arm.label} names the checkpoint {arm.checkpoint}, which is not there.")
     return path

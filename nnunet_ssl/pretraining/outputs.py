@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nnunet_ssl.architectures.pretrained import ENCODER
 from nnunet_ssl.architectures.weights import write_encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
@@ -20,7 +21,7 @@ from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.model import Learner
 
-ENCODER, CONFIG = "encoder.safetensors", "config.yaml"
+CONFIG = "config.yaml"
 
 CITATIONS = (
     "Large-scale modality-invariant foundation models for brain MRI analysis: application to lesion segmentation. "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nnunet_ssl.architectures.pretrained import ENCODER
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 
 VARIABLE = "nnssl_checkpoint"
-FILE = "encoder.safetensors"
 
 
 def explicit_checkpoint() -> Path | None:
@@ -24,7 +24,7 @@ def explicit_checkpoint() -> Path | None:
     if not value:
         return None
     path = Path(value).expanduser()
-    path = path / FILE if path.is_dir() else path
+    path = path / ENCODER if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{VARIABLE}={value}: there is no file {path}. Correct the path, or unset {VARIABLE}.")
     return path
@@ -50,11 +50,11 @@ def find_checkpoint(recipe: str | None, trainer: str, *, residual: bool = False)
         )
     results = folder_of("nnUNet_results")
     for run in ([f"{recipe}_resenc"] if residual else []) + [recipe]:
-        if found := list(results.glob(f"Dataset*/{run}/{FILE}")):
+        if found := list(results.glob(f"Dataset*/{run}/{ENCODER}")):
             return max(found, key=lambda path: path.stat().st_mtime)
     raise UserError(
         f"{trainer} needs a finished pre-training of the recipe {recipe}, and there is no file "
-        f"{results}/Dataset*/{recipe}/{FILE}. Three ways out: (1) pre-train one: nnssl_pretrain -c {recipe}; "
+        f"{results}/Dataset*/{recipe}/{ENCODER}. Three ways out: (1) pre-train one: nnssl_pretrain -c {recipe}; "
         f"(2) point to a checkpoint you have: export {VARIABLE}=/path/to/checkpoint; "
         f"(3) train the same network from scratch: -tr nnUNetTrainerSwinFPNScratch"
     )
