@@ -1,8 +1,8 @@
 """From the store to the training device: workers read the boxes that the drawn views need, and nothing else.
 
 An example's random numbers derive from (seed, stream, step, place in the global batch), never from the worker that
-happens to make it. So the k-th batch is the same for any number of workers and after a resume, and two ranks with half
-the batch size see together what one process sees.
+happens to make it. So the k-th batch is the same for any number of workers and after a resume, and two ranks, or two
+parts of a step, with half the batch each see together what one process sees at once.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def make_loader(
     only_unpaired: bool = False,
     stream: int = 0,
     rank: int = 0,
+    parts: int = 1,
     start_step: int = 0,
     stop_step: int | None = None,
     workers: int = 0,
@@ -70,7 +71,7 @@ def make_loader(
         corpus: the prepared scans to draw from.
         kind: "mcl": patches at the same place of two modalities of a session; "cl": two patches at the same place of
             one scan, from the scans that mcl draws; "mim": one patch of any scan.
-        batch_size: examples per step on this rank.
+        batch_size: examples per step on this rank, a multiple of `parts`.
         patch_size: voxels of a view along each axis.
         sampling: weights, jitter and the tolerated share of unreadable scans.
         augmentation: ranges and probabilities.
@@ -78,8 +79,9 @@ def make_loader(
         only_unpaired: mim draws only the scans that cannot enter a pair: the second stream of a combined recipe.
         stream: distinguishes the loaders of one run: other random numbers for the same seed.
         rank: of this process.
-        start_step: the first batch's number; a resumed run passes the number of steps it has done.
-        stop_step: the first batch not to be made; None goes on for ever.
+        parts: batches in which a step's examples come.
+        start_step: the first step; a resumed run passes the number of steps it has done.
+        stop_step: the first step not to be read for; None goes on for ever.
         workers: processes that read; 0 reads in this process.
 
     Raises:
@@ -90,16 +92,18 @@ def make_loader(
         corpus,
         kind=kind,
         places=range(rank * batch_size, (rank + 1) * batch_size),
+        parts=parts,
         patch_size=patch_size,
         sampling=sampling,
         augmentation=augmentation,
         seed=(seed, stream),
         only_unpaired=only_unpaired,
     )
+    first = start_step * parts
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=itertools.count(start_step) if stop_step is None else range(start_step, stop_step),
+        sampler=itertools.count(first) if stop_step is None else range(first, stop_step * parts),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
@@ -176,6 +180,7 @@ class ExampleReader(Dataset):
 
     What it knows of the scans lies in a few flat arrays, which forked workers share however many scans there are.
     Arguments as of :func:`make_loader`; `places` are this rank's places in the global batch, `seed` is (seed, stream).
+    Part k of step s is number ``s * parts + k``.
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class ExampleReader(Dataset):
         *,
         kind: Kind,
         places: range,
+        parts: int,
         patch_size: Sequence[int],
         sampling: SamplingConfig,
         augmentation: AugmentationConfig,
@@ -191,7 +197,8 @@ class ExampleReader(Dataset):
         only_unpaired: bool,
     ) -> None:
         self.table = example_table(corpus, kind, sampling, only_unpaired=only_unpaired)
-        self.places = places
+        size = len(places) // parts
+        self.places = [places[part * size : (part + 1) * size] for part in range(parts)]
         self.patch_size = tuple(patch_size)
         self.jitter_mm = sampling.jitter_mm
         self.augmentation = augmentation
@@ -208,9 +215,10 @@ class ExampleReader(Dataset):
         self.boxes = scans[["x0", "x1", "y0", "y1", "z0", "z1"]].to_numpy(np.int32).reshape(-1, 3, 2)
         self._check_patch()
 
-    def __getitem__(self, step: int) -> Read:
+    def __getitem__(self, number: int) -> Read:
+        step, part = divmod(number, len(self.places))
         examples, failures, drawn = [], [], 0
-        for place in self.places:
+        for place in self.places[part]:
             for attempt in range(ATTEMPTS):
                 views = self._draw(np.random.default_rng([*self.seed, step, place, attempt]))
                 crops = []

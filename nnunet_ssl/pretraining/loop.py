@@ -53,7 +53,7 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
         return
     if distributed.is_main():
         outputs.write_settings(folder, config)
-    stream = Stream(training, config, device=device, start=first * config.accumulation, workers=config.workers)
+    stream = Stream(training, config, device=device, start=first, workers=config.workers)
     validation = Validation(held_out, config, device)
     suspects: list[dict] = []  # the last steps in a row that were not finite
 

@@ -91,14 +91,14 @@ def collect_gradients(
 @torch.no_grad()
 def remember(learner: Learner, parts: list[tuple[Examples, Keys, list[Branch]]]) -> None:
     """Put the keys of all ranks into the queue, and the teacher's mean scores into their running mean."""
-    for part, keys, _ in parts:
-        if learner.queue is not None:
-            views = len(part.batch.views)
-            learner.queue.enqueue(
-                distributed.gather(keys.projections, dim=1).flatten(0, 1),
-                distributed.gather(part.batch.subject).repeat(views),
-                distributed.gather(part.batch.session).repeat(views),
-            )
+    if learner.queue is not None:
+        batches = [part.batch for part, *_ in parts]
+        views = len(batches[0].views)
+        learner.queue.enqueue(
+            distributed.gather(torch.cat([keys.projections for _, keys, _ in parts], dim=1), dim=1).flatten(0, 1),
+            distributed.gather(torch.cat([batch.subject for batch in batches])).repeat(views),
+            distributed.gather(torch.cat([batch.session for batch in batches])).repeat(views),
+        )
     centres = [branch.token_centre for *_, branches in parts for branch in branches if branch.token_centre is not None]
     if centres:
         centre = torch.stack(centres).mean(dim=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -23,13 +24,15 @@ PAIRS, UNPAIRED, MASKS = range(3)
 
 
 class Stream:
-    """An endless iterator over this rank's :class:`Examples`, the k-th always the same for one seed.
+    """An endless iterator over this rank's :class:`Examples`, step by step, each step in `accumulation` parts.
+
+    What a step sees is the same for one seed, in however many parts and processes it comes.
 
     Args:
         corpus: the scans to draw from.
         config: the recipe.
         device: where views are augmented.
-        start: number of the first examples: a resumed run passes what it has seen.
+        start: the first step: a resumed run passes the number of steps it has done.
         workers: processes that read.
 
     Raises:
@@ -41,6 +44,7 @@ class Stream:
     ) -> None:
         self.config = config
         self.device = device
+        self._parts = itertools.cycle(range(config.accumulation))
         self.waited = 0.0  # seconds in which there was nothing to do but wait for the workers
         common = {
             "patch_size": config.patch_size,
@@ -48,6 +52,7 @@ class Stream:
             "augmentation": config.augmentation,
             "seed": config.seed,
             "rank": distributed.rank(),
+            "parts": config.accumulation,
             "start_step": start,
         }
         self._batches = iter(
@@ -83,20 +88,20 @@ class Stream:
         self.waited += time.perf_counter() - started
         batch, *rest = [augment(one, self.device) for one in raw]
         unpaired = rest[0] if rest else None
-        mask = None
+        part, mask = next(self._parts), None
         if self.config.has_masked:
-            mask = torch.cat([self._masks(stream, one) for stream, one in enumerate([batch, *rest])])
+            mask = torch.cat([self._masks(stream, one, part) for stream, one in enumerate([batch, *rest])])
         return Examples(batch=batch, unpaired=unpaired, mask=mask)
 
-    def _masks(self, stream: int, batch: Batch) -> Tensor:
-        """The masks of a batch's views, (V * B, *grid): this rank's share of those of the whole step."""
+    def _masks(self, stream: int, batch: Batch, part: int) -> Tensor:
+        """The masks of a batch's views, (V * B, *grid): this part's share of those of the whole step."""
         views, count = batch.views.shape[:2]
-        everyone = count * distributed.world_size()
+        everyone = count * self.config.accumulation * distributed.world_size()
         seed = np.random.SeedSequence([self.config.seed, MASKS, stream, batch.step]).generate_state(1)[0]
         grid = bottleneck_grid(self.config.patch_size, self.config.stride)
         generator = torch.Generator().manual_seed(int(seed))
         masks = draw_masks(views * everyone, grid, self.config.masked.ratio, generator)
-        first = distributed.rank() * count
+        first = (distributed.rank() * self.config.accumulation + part) * count
         own = masks.unflatten(0, (views, everyone))[:, first : first + count]
         return own.flatten(0, 1).to(self.device, non_blocking=True)
 
@@ -108,7 +113,7 @@ def has_unpaired_stream(corpus: Corpus, config: PretrainingConfig) -> bool:
 
 
 def share_of(batch_size: int, config: PretrainingConfig, name: str) -> int:
-    """A rank's examples in one part of a step.
+    """A rank's examples in a step.
 
     Raises:
         UserError: processes and parts do not divide the batch.
@@ -119,4 +124,4 @@ def share_of(batch_size: int, config: PretrainingConfig, name: str) -> int:
             f"{name}={batch_size} cannot be shared by {distributed.world_size()} processes in {config.accumulation} "
             f"parts: choose a multiple of {parts}."
         )
-    return batch_size // parts
+    return batch_size // distributed.world_size()

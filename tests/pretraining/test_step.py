@@ -158,6 +158,8 @@ def test_a_step_in_parts_equals_the_step_at_once(recipe):
     parameters = dict(parted.query.named_parameters())
     for name, parameter in whole.query.named_parameters():
         torch.testing.assert_close(parameters[name], parameter, rtol=1e-3, atol=1e-4)
+    if whole.queue is not None:
+        torch.testing.assert_close(parted.queue.state_dict(), whole.queue.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 def test_measuring_the_gradients_changes_nothing():

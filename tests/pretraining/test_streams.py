@@ -69,6 +69,26 @@ def test_two_ranks_see_together_what_one_process_sees(open_stream, monkeypatch):
     assert torch.equal(torch.cat([one.mask[4:] for one in ranks]), alone.mask[8:])
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_parts_of_a_step_see_together_what_it_sees_at_once(open_stream, monkeypatch, world_size):
+    settings = ("batch_size=8", "masked.unpaired_batch_size=4", "patch_size=64,64,32")
+    alone = list(itertools.islice(open_stream("mcl_mim", *settings), 3))[1:]
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    ranks = []
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        stream = open_stream("mcl_mim", *settings, "accumulation=2", start=1)
+        ranks.append(list(itertools.islice(stream, 4)))
+    for step, whole in enumerate(alone):
+        parts = [part for rank in ranks for part in rank[2 * step : 2 * step + 2]]
+        count = 8 // len(parts)
+        torch.testing.assert_close(torch.cat([one.batch.views for one in parts], dim=1), whole.batch.views)
+        torch.testing.assert_close(torch.cat([one.unpaired.views for one in parts], dim=1), whole.unpaired.views)
+        paired = torch.cat([one.mask[: 2 * count].unflatten(0, (2, count)) for one in parts], dim=1).flatten(0, 1)
+        assert torch.equal(paired, whole.mask[:16])
+        assert torch.equal(torch.cat([one.mask[2 * count :] for one in parts]), whole.mask[16:])
+
+
 def test_a_batch_must_divide_among_processes_and_parts(open_stream, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(UserError, match="batch_size=2 cannot be shared by 4 processes in 1 parts"):
