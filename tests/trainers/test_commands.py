@@ -70,14 +70,14 @@ def test_validation_needs_neither_the_checkpoint_nor_the_settings(trained):
 
 def test_a_killed_training_goes_on_without_the_checkpoint_and_the_settings(workplace, swin_checkpoint):
     command = ("nnUNetv2_train", workplace.number, "3d_fullres", 1, "-tr", TRAINER, "-device", "cpu")
-    settings = "steps=7,epoch_steps=1,freeze_share=0.3"
+    settings = "steps=7,epoch_steps=1"
     process = workplace.start(*command, nnssl_settings=settings, nnssl_checkpoint=swin_checkpoint, PYTHONUNBUFFERED="1")
     shown = iter(process.stdout.readline, "")
     assert any("Step 2: encoder unfrozen" in line for line in shown)
     assert any("Epoch 4" in line for line in shown)
     process.kill()
     process.communicate()
-    shown = workplace.run(*command, "-p", "nnUNetPlans_steps7_epoch1_freeze0.3", "--c")
+    shown = workplace.run(*command, "-p", "nnUNetPlans_steps7_epoch1", "--c")
     assert "Epoch 3" not in shown and "Epoch 4" in shown and "Epoch 6" in shown
     assert "encoder frozen" not in shown, "it goes on unfrozen"
     assert "Training done" in shown and "Validation complete" in shown
