@@ -69,18 +69,17 @@ def _build_plan(grid: Grid, window: int, shifted: bool, batch: int, device: torc
         for cut in itertools.product(*[(False, True) if shift else (False,) for shift in shifts])
     ]
 
-    token = torch.cat(kinds)[:, None, :]  # (windows, 1, length); `tokens` stands for padding
-    sample = torch.arange(batch, device=device)[None, :, None]
-    is_token = token < tokens
-    token = torch.where(is_token, token + sample * tokens, batch * tokens).reshape(-1)
-    rows = torch.argsort(token, stable=True)  # rows of tokens in token order, then the rows of padding
+    token = torch.cat(kinds)[:, None]  # (windows, 1, length) of one sample; `tokens` stands for padding
+    row = torch.argsort(token.reshape(-1), stable=True)  # rows of tokens in token order, then the rows of padding
+    sample = torch.arange(batch, device=device)[:, None]
+    rows = (row // length * batch + sample) * length + row % length  # (batch, windows * length) in the whole table
     return WindowPlan(
         length=length,
         windows_of_kind=tuple(len(kind) * batch for kind in kinds),
         penalties=tuple(penalties),
-        token_of_row=torch.where(token < batch * tokens, token, 0),
-        row_of_token=rows[: batch * tokens],
-        padding_rows=rows[batch * tokens :],
+        token_of_row=torch.where(token < tokens, token + sample * tokens, 0).reshape(-1),
+        row_of_token=rows[:, :tokens].reshape(-1),
+        padding_rows=rows[:, tokens:].reshape(-1),
     )
 
 

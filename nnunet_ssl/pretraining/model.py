@@ -18,10 +18,16 @@ from nnunet_ssl.pretraining.objectives.contrastive import ProjectionHead
 from nnunet_ssl.pretraining.objectives.tokens import TokenHead
 
 COMPILED_VERSIONS = 64
-"""Of an encoder's graph that torch.compile may keep: with and without gradients, mask and autocast, for the batches of
-training and of validation. Past its default of 8 it would run uncompiled."""
+"""Of an encoder's graph that torch.compile may keep: with and without gradients, mask and autocast, for each size of
+batch of training and of validation (about a dozen). Past its default of 8 it would run uncompiled."""
 
 Result = TypeVar("Result")
+
+
+@functools.cache
+def gpu_has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16. V100 and T4 only emulate it, which takes longer than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def in_bf16(method: Callable[..., Result]) -> Callable[..., Result]:
@@ -30,7 +36,7 @@ def in_bf16(method: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(method)
     def run(network: Network, *inputs) -> Result:
         device = next(network.parameters()).device
-        usable = network.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        usable = network.bf16 and device.type == "cuda" and gpu_has_bf16()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable):
             return method(network, *inputs)
 
@@ -98,6 +104,14 @@ class Learner(nn.Module):
         if config.masked.target == "tokens":
             self.register_buffer("centre", torch.zeros(config.masked.tokens.prototypes))
         if config.compile:
-            torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
-            for network in filter(None, (self.query, self.key)):
-                network.encoder.compile()
+            self._compile()
+
+    def _compile(self) -> None:
+        """Let torch.compile have the encoders, which it compiles when they are first called."""
+        torch._dynamo.config.cache_size_limit = COMPILED_VERSIONS  # since 2.7 an alias of recompile_limit
+        if self.config.shared_pass:
+            # A measured step goes backward twice through one graph, so the first time must not reuse its memory.
+            torch._functorch.config.donated_buffer = False
+        for network in filter(None, (self.query, self.key)):
+            # Batches come in few sizes. By default the second size would bring symbolic shapes, also for the windows.
+            network.encoder.compile(dynamic=False)

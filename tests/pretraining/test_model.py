@@ -1,9 +1,15 @@
 """The networks of each recipe."""
 
+import functools
+
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from nnunet_ssl.pretraining import model
 from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.gradients import backward
 from nnunet_ssl.pretraining.model import Learner
 
 
@@ -69,3 +75,51 @@ def test_activation_checkpointing_changes_no_gradient(tiny):
         gradients.append({name: parameter.grad for name, parameter in query.encoder.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_bf16_that_a_gpu_emulates_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert model.gpu_has_bf16.__wrapped__() is False
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """A function that lets encoders compile with another backend than Inductor, which takes minutes."""
+    torch._dynamo.reset()
+    compile_module = nn.Module.compile
+
+    def use(backend):
+        monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(compile_module, backend=backend))
+
+    with torch._functorch.config.patch(donated_buffer=True):  # PyTorch's default, whatever other tests left
+        yield use
+    torch._dynamo.reset()
+
+
+COMPILED = ["compile=true", "backbone=resenc", "resenc.features=4,8", "resenc.blocks=1,1", "patch_size=8"]
+
+
+def test_a_compiled_shared_pass_can_be_measured(tiny, compiling):
+    """The first step, not measured, compiles; measuring goes backward twice through one graph."""
+    compiling("aot_eager")
+    network = Learner(load_config("mcl_mim", [*tiny, *COMPILED, "shared_pass=true"])).query
+    views, mask = torch.randn(2, 1, 8, 8, 8), torch.rand(2, 4, 4, 4) < 0.5
+    for apart in (None, {}):
+        maps = network.encode(views, mask)
+        losses = {
+            "contrastive": network.project(maps)[:, 0].sum(),
+            "masked": network.reconstruct(maps, views.shape[2:]).square().mean(),
+        }
+        backward(losses, list(network.encoder.parameters()), apart)
+    assert set(apart) == {"contrastive", "masked"}
+
+
+def test_batches_of_several_sizes_compile_without_symbolic_shapes(tiny, compiling):
+    counter = CompileCounterWithBackend("eager")
+    compiling(counter)
+    network = Learner(load_config("mim", [*tiny, *COMPILED])).query
+    for size in (2, 3, 4):
+        network.encode(torch.randn(size, 1, 8, 8, 8))
+    assert len(counter.graphs) == 3
+    inputs = [node for graph in counter.graphs for node in graph.graph.find_nodes(op="placeholder")]
+    assert not any(isinstance(node.meta["example_value"], torch.SymInt) for node in inputs)
