@@ -38,11 +38,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def gather(tensor: Tensor, dim: int = 0) -> Tensor:
     """Concatenate the tensors of all ranks, in their order; they have one shape. Without gradient."""
     if world_size() == 1:
@@ -63,13 +58,18 @@ def average_(tensors: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on some rank: all ranks get the same answer, so that they stop at the same step."""
+def any_rank(*flags: bool | Tensor, device: torch.device) -> list[bool]:
+    """Which of `flags` are true on some rank, in one exchange: all ranks get the same answers and act at the same step.
+
+    Args:
+        flags: numbers or scalar tensors that are true or false.
+        device: of this process.
+    """
     if world_size() == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    dist.all_reduce(count)
-    return bool(count)
+        return [bool(flag) for flag in flags]
+    counts = torch.stack([torch.as_tensor(flag, device=device).int() for flag in flags])
+    dist.all_reduce(counts)
+    return [count > 0 for count in counts.tolist()]
 
 
 def launch(work: Callable[..., None], arguments: tuple[Any, ...], *, processes: int, device: str) -> None:

@@ -69,7 +69,14 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
             schedule = schedules(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = schedule["learning_rate"]
-            update = training_step(learner, optimizer, stream, schedule, measured=step % config.gradients_every == 0)
+            update = training_step(
+                learner,
+                optimizer,
+                stream,
+                schedule,
+                measured=step % config.gradients_every == 0,
+                stop_requested=stop_requested,
+            )
             stopwatch.step()
 
             if update.finite:
@@ -83,7 +90,6 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
                     give_up(folder, suspects)
 
             done, last = step + 1, step + 1 == config.steps
-            stopping = distributed.any_rank(stop_requested(), device)
             validating = last or done % config.validation.every == 0
             if validating or done % config.log_every == 0:
                 figures = {f"schedule/{name}": value for name, value in schedule.items()}
@@ -91,12 +97,14 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
                 with stopwatch.paused():
                     if validating:
                         figures |= validation.measure(learner, schedule, records, step=done)
-                    records.write(done, figures | queue_figures(learner.queue))
-            if last or stopping or done % config.save_every == 0:
+                    if distributed.is_main():
+                        figures |= queue_figures(learner.queue)
+                    records.write(done, figures)
+            if last or update.stopping or done % config.save_every == 0:
                 with stopwatch.paused():
                     save(folder, learner, optimizer, corpus, step=done, skipped=skipped)
                     records.plot()
-            if stopping and not last:
+            if update.stopping and not last:
                 logger.info("Asked to stop: step %d is saved. Go on with the same command and --c.", done)
                 return
     finish(folder, learner, corpus, step=config.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ class Update:
     """What a step did."""
 
     finite: bool  # otherwise nothing was updated
+    stopping: bool  # a process was asked to stop
     figures: list[dict[str, Tensor]]  # for the records, one dictionary per part of the step
     scans: list[str]  # identifiers, for a report about losses that are not finite
 
@@ -31,6 +32,7 @@ def training_step(
     schedule: Mapping[str, float],
     *,
     measured: bool,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Update:
     """Learn from the next examples of every rank.
 
@@ -40,6 +42,7 @@ def training_step(
         examples: one is taken for each of the step's `accumulation` parts.
         schedule: see :func:`nnunet_ssl.pretraining.optimization.schedules`.
         measured: take each branch's gradient on the encoder apart and measure it.
+        stop_requested: whether this process was asked to stop; the ranks tell each other.
     """
     config = learner.config
     shared = list(learner.query.encoder.parameters())
@@ -59,14 +62,15 @@ def training_step(
     figures["gradient/total"] = nn.utils.clip_grad_norm_(learner.query.parameters(), config.gradient_clip)
     branches = [branch for *_, branches in parts for branch in branches]
     finite = torch.stack([figures["gradient/total"], *(branch.loss for branch in branches)]).isfinite().all()
-    finite = not distributed.any_rank(not finite, finite.device)
-    if finite:
+    spoilt, stopping = distributed.any_rank(~finite, stop_requested(), device=finite.device)
+    if not spoilt:
         optimizer.step()
         if learner.key is not None:
             move_towards(learner.key, learner.query, schedule["momentum"])
         remember(learner, parts)
     return Update(
-        finite=finite,
+        finite=not spoilt,
+        stopping=stopping,
         figures=[figures, *(branch.figures for branch in branches)],
         scans=[scan for part, *_ in parts for batch in part.batches for view in batch.scan_ids for scan in view],
     )

@@ -212,6 +212,15 @@ def test_tokens_of_the_other_view_are_the_target():
     assert learner.key.decoder is learner.query.decoder is None
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_step_tells_whether_a_process_was_asked_to_stop(asked):
+    learner = learner_of("mim")
+    optimizer = build_optimizer(learner.query, learner.config)
+    given = (learner, optimizer, iter([examples_of(learner.config, 0)]), schedules(0, learner.config))
+    update = training_step(*given, measured=False, stop_requested=lambda: asked)
+    assert (update.finite, update.stopping) == (True, asked)
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     learner = learner_of("mcl_mim")
     before = copy.deepcopy(learner.state_dict())
@@ -237,6 +246,7 @@ def one_of_two(rank, port, folder):
         config = learner.config
         figures = run(learner, lambda step: [share(examples_of(config, step), rank, 2)], measured=True)  # noqa: B023
         torch.save({"learner": learner.state_dict(), "figures": figures}, folder / f"{recipe}_{rank}.pt")
+    assert distributed.any_rank(rank == 1, torch.tensor(False), device=torch.device("cpu")) == [True, False]
     torch.distributed.destroy_process_group()
 
 
