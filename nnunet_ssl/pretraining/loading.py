@@ -11,6 +11,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import blosc2
@@ -45,6 +46,12 @@ ATTEMPTS = 20
 DRAWS_BEFORE_JUDGEMENT = 200
 """One unreadable scan among the first few drawn is no large share yet."""
 
+WORKER_DIED = (
+    "A process that reads scans died, as happens when memory, or the shared memory in /dev/shm, runs out: give the job "
+    "more memory, a container more shared memory (--shm-size 8g), or ask for fewer workers; --c goes on from the last "
+    "checkpoint."
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +71,7 @@ def make_loader(
     start_step: int = 0,
     stop_step: int | None = None,
     workers: int = 0,
+    pin_memory: bool = False,
 ) -> Batches:
     """Return the batches of one rank, from `start_step` on; workers start, and read ahead, once they are iterated.
 
@@ -83,6 +91,7 @@ def make_loader(
         start_step: the first step; a resumed run passes the number of steps it has done.
         stop_step: the first step not to be read for; None goes on for ever.
         workers: processes that read; 0 reads in this process.
+        pin_memory: hand batches over in page-locked memory, for a training on a GPU.
 
     Raises:
         UserError: there is nothing to draw, or every scan is smaller than the patch. While iterating: too large a share
@@ -105,12 +114,29 @@ def make_loader(
         batch_size=None,
         sampler=itertools.count(first) if stop_step is None else range(first, stop_step * parts),
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         # Processes that torch.multiprocessing spawned would spawn workers too: seconds for each, and nothing shared.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     return Batches(loader, sampling.max_failed_share)
+
+
+@contextmanager
+def lost_workers_explained() -> Iterator[None]:
+    """Say in one sentence what torch says when a reading process has died.
+
+    Its handler of SIGCHLD raises wherever the training happens to be, so this belongs around all of it.
+
+    Raises:
+        UserError: in place of the error about a worker or the thread that pins memory; others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited")):
+            raise
+        raise UserError(WORKER_DIED) from error
 
 
 class Batches:
@@ -132,13 +158,11 @@ class Batches:
 
     @staticmethod
     def _received(reads: Iterator[Read]) -> Iterator[Read]:
-        try:
-            yield from reads
-        except ConnectionError as error:  # the memory of a batch is handed over by the worker that filled it
-            raise UserError(
-                "A process that reads scans died, as happens when memory runs out: ask for fewer workers, or give the "
-                "job more memory."
-            ) from error
+        with lost_workers_explained():
+            try:
+                yield from reads
+            except ConnectionError as error:  # the memory of a batch is handed over by the worker that filled it
+                raise UserError(WORKER_DIED) from error
 
     def _judged(self, reads: Iterator[Read]) -> Iterator[RawBatch]:
         drawn = failed = 0

@@ -54,6 +54,7 @@ class Stream:
             "rank": distributed.rank(),
             "parts": config.accumulation,
             "start_step": start,
+            "pin_memory": device.type == "cuda",
         }
         self._batches = iter(
             make_loader(

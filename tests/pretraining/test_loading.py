@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.augmentation import AugmentationConfig, augment
 from nnunet_ssl.pretraining.corpus import Corpus, number_rows
-from nnunet_ssl.pretraining.loading import make_loader
+from nnunet_ssl.pretraining.loading import lost_workers_explained, make_loader
 from nnunet_ssl.pretraining.sampling import SamplingConfig
 
 SHAPE = (40, 48, 44)
@@ -339,6 +339,37 @@ def test_workers_heed_no_request_to_stop_but_the_parents(corpus):
         for worker in workers:  # one that stayed would keep the tests from ending
             worker.kill()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_a_worker_that_was_killed_is_explained(corpus):
+    before = set(multiprocessing.active_children())
+    running = iter(loader(corpus, workers=1))
+    next(running)
+    (worker,) = set(multiprocessing.active_children()) - before
+    with pytest.raises(UserError, match=r"A process that reads scans died.*/dev/shm"), lost_workers_explained():
+        worker.kill()
+        worker.join()
+        for _ in running:
+            pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "DataLoader worker (pid(s) 7) exited unexpectedly",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. ",
+        "Pin memory thread exited unexpectedly",
+    ],
+)
+def test_whatever_torch_says_of_a_dead_worker_is_explained(error):
+    with pytest.raises(UserError, match="A process that reads scans died"), lost_workers_explained():
+        raise RuntimeError(error)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="a bug") as one, lost_workers_explained():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0: a bug")
+    assert not isinstance(one.value, UserError)
 
 
 @pytest.mark.slow

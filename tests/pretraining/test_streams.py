@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining import distributed
+from nnunet_ssl.pretraining import distributed, streams
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.corpus import open_corpus
+from nnunet_ssl.pretraining.loading import make_loader
 from nnunet_ssl.pretraining.streams import Stream
 
 
@@ -44,6 +45,16 @@ def test_a_single_branch_sees_no_second_stream(open_stream):
     assert examples.unpaired is None
     assert examples.batch.views.shape[:2] == (1, 2)
     assert next(open_stream("mcl_mim", "masked.unpaired_batch_size=0")).unpaired is None
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_pinned_for_a_training_on_a_gpu_alone(corpus, tiny, monkeypatch, device, pinned):
+    """A training on the CPU leaves the machine's GPUs to others."""
+    loaders = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(streams, "make_loader", lambda *_, **options: loaders.append(make_loader(*_, **options)) or [])
+    Stream(corpus, load_config("mcl_mim", tiny), device=torch.device(device), start=0, workers=0)
+    assert [one.loader.pin_memory for one in loaders] == [pinned, pinned]
 
 
 def test_a_later_start_continues_the_same_sequence(open_stream):
