@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from nnunet_ssl.pretraining import checkpointing, distributed, outputs
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus, describe, open_corpus
 from nnunet_ssl.pretraining.interruption import stop_requests
+from nnunet_ssl.pretraining.loading import lost_workers_explained
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.monitoring import Validation, queue_figures
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
@@ -37,31 +39,39 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
 
     Raises:
         UserError: the corpus does not serve the recipe, the results folder cannot be used, its checkpoint is of
-            another architecture, or the loss was not finite for `max_nonfinite` steps in a row.
+            another architecture, the GPU's memory is too small, a reading process died, or the loss was not finite for
+            `max_nonfinite` steps in a row.
     """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes, so one choice of kernels serves all
     corpus = open_corpus(dataset)
     folder = outputs.results_folder(corpus.folder.parent.name, config.recipe)
     if not resume:
         outputs.refuse_to_overwrite(folder)
     training, held_out = corpus.split(config.validation.fraction, config.seed)
-    learner = Learner(config).to(device)
-    optimizer = build_optimizer(learner.query, config)
-    first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
-    if first >= config.steps:
-        logger.info("%s is finished: %d of %d steps are done.", folder, first, config.steps)
-        finish(folder, learner, corpus, step=first)
-        return
-    if distributed.is_main():
-        outputs.write_settings(folder, config)
-    stream = Stream(training, config, device=device, start=first, workers=config.workers)
-    validation = Validation(held_out, config, device)
-    suspects: list[dict] = []  # the last steps in a row that were not finite
-
     with ExitStack() as stack:
+        stack.enter_context(lost_workers_explained())
+        stack.enter_context(shortage_explained(config, device))
+        learner = Learner(config).to(device)
+        optimizer = build_optimizer(learner.query, config)
+        first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
+        if first >= config.steps:
+            logger.info("%s is finished: %d of %d steps are done.", folder, first, config.steps)
+            if not (folder / outputs.ENCODER).is_file():
+                finish(folder, learner, corpus, step=first)
+            return
+        if distributed.is_main():
+            outputs.write_settings(folder, config)
+        stream = Stream(training, config, device=device, start=first, workers=config.workers)
+        validation = Validation(held_out, config, device)
+        suspects: list[dict] = []  # the last steps in a row that were not finite
+
         records = stack.enter_context(Records(folder, step=first, config=config, device=device))
         stop_requested = stack.enter_context(stop_requests())
         stopwatch = Stopwatch(stream)
         announce(folder, corpus, config, learner, first)
+        if distributed.is_main():
+            outputs.reopen(folder)
         if first == 0:
             records.write(0, validation.measure(learner, schedules(0, config), records, step=0))
 
@@ -107,7 +117,24 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
             if update.stopping and not last:
                 logger.info("Asked to stop: step %d is saved. Go on with the same command and --c.", done)
                 return
-    finish(folder, learner, corpus, step=config.steps)
+        finish(folder, learner, corpus, step=config.steps)
+
+
+@contextmanager
+def shortage_explained(config: PretrainingConfig, device: torch.device) -> Iterator[None]:
+    """Say what to do when the GPU's memory does not suffice.
+
+    Raises:
+        UserError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        raise UserError(
+            f"The training does not fit the {memory:.0f} GiB of this device (nvidia-smi tells whether others use it): "
+            f"add -o accumulation={2 * config.accumulation}, or more, or checkpointing=true, or a smaller patch_size."
+        ) from error
 
 
 def announce(folder: Path, corpus: Corpus, config: PretrainingConfig, learner: Learner, first: int) -> None:
@@ -134,8 +161,8 @@ def save(
 
 
 def finish(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None:
-    """Leave the final checkpoint and the encoder, unless they are there: a finished run is continued to no effect."""
-    if distributed.is_main() and not (folder / outputs.ENCODER).is_file():
+    """Leave the final checkpoint and the encoder, on the main process."""
+    if distributed.is_main():
         outputs.finish(folder, learner, corpus, step=step)
         logger.info("Finished. The encoder is in %s", folder / outputs.ENCODER)
 

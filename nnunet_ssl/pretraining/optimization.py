@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,6 +18,18 @@ def build_optimizer(network: nn.Module, config: PretrainingConfig) -> torch.opti
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     groups = decay_groups(trained, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=next(network.parameters()).is_cuda)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a checkpoint's moments and step counts; weight decay and the kind of update stay as `optimizer` was built.
+
+    They enter the state before it is loaded, because where the step counts lie depends on `fused`.
+    """
+    groups = [
+        {**saved, "weight_decay": fresh["weight_decay"], "fused": fresh["fused"]}
+        for saved, fresh in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def schedules(step: int, config: PretrainingConfig) -> dict[str, float]:

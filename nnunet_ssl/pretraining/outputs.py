@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,8 @@ from nnunet_ssl.pretraining import checkpointing
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.objectives.contrastive import EMPTY
+from nnunet_ssl.pretraining.optimization import restore_optimizer
 
 CONFIG = "config.yaml"
 
@@ -65,13 +69,27 @@ def refuse_to_overwrite(folder: Path) -> None:
     """Refuse to begin a run where there is one.
 
     Raises:
-        UserError: `folder` holds checkpoints.
+        UserError: `folder` holds checkpoints, or what a run ends with.
     """
     if checkpointing.numbered(folder):
         raise UserError(
             f"{folder} holds a run of this recipe already. Continue it with --c, give this one another name with "
             "-o recipe=..., or remove the folder."
         )
+    for name in (ENCODER, checkpointing.FINAL):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} holds {name} and no run that could be continued; this one would overwrite the file. Give it "
+                "another name with -o recipe=..., or move the file."
+            )
+
+
+def reopen(folder: Path) -> None:
+    """Remove what says that the run is finished, because it goes on."""
+    if (folder / ENCODER).exists():
+        logger.info("The run goes on: %s, of its earlier end, is removed until the new end.", folder / ENCODER)
+    for name in (ENCODER, checkpointing.FINAL):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_settings(folder: Path, config: PretrainingConfig) -> None:
@@ -116,9 +134,16 @@ def checkpoint_state(
         "architecture": config.architecture(),
         "preprocessing": corpus.preprocessing,
         "metadata": description(corpus, config),
+        "roster": roster(corpus),
         "learner": learner.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+
+
+def roster(corpus: Corpus) -> str:
+    """A digest of the names of all subjects and sessions: while it stays, so do their numbers, which are ranks."""
+    names = [sorted(corpus.scans[column].unique()) for column in ("subject", "session")]
+    return hashlib.blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
 
 
 def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, corpus: Corpus) -> tuple[int, int] | None:
@@ -128,10 +153,12 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
         The number of steps done and of steps skipped; None when there is no checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another architecture or recipe, or cannot be read.
+        UserError: the checkpoint is of another architecture or recipe, or cannot be read; there is none, and
+            :func:`refuse_to_overwrite` finds something.
     """
     state = checkpointing.load(folder)
     if state is None:
+        refuse_to_overwrite(folder)
         logger.warning("There is no checkpoint in %s to continue from: the run begins at step 0.", folder)
         return None
     changes = list(_changes(state["metadata"]["config"], learner.config.as_dict()))
@@ -146,8 +173,22 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
     if state["metadata"]["corpus"] != corpus.summary():
         logger.warning("The corpus has changed since the checkpoint was written: other scans will be drawn.")
     learner.load_state_dict(state["learner"])
-    optimizer.load_state_dict(state["optimizer"])
+    restore_optimizer(optimizer, state["optimizer"])
+    if state.get("roster", roster(corpus)) != roster(corpus):
+        _welcome_others(learner)
     return state["step"], state["skipped"]
+
+
+def _welcome_others(learner: Learner) -> None:
+    """Forget whose keys are in the queue: subjects have other numbers now, and would meet their own as negatives."""
+    logger.warning(
+        "The subjects or sessions of the corpus are not those that the checkpoint was written with: %sthe subjects "
+        "held out for validation may have changed, so its figures do not compare with earlier ones.",
+        "" if learner.queue is None else "the queue begins empty, and ",
+    )
+    if learner.queue is not None:
+        learner.queue.subjects.fill_(EMPTY)
+        learner.queue.sessions.fill_(EMPTY)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Whole trainings, tiny, in this process."""
 
 import json
+from types import SimpleNamespace
 
 import blosc2
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining import loop, outputs
 from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.corpus import open_corpus
 from nnunet_ssl.pretraining.loop import pretrain
 from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.optimization import build_optimizer
 from nnunet_ssl.pretraining.records import Records
+from nnunet_ssl.pretraining.step import training_step
 
 RECIPES = ["cl", "mcl", "mim", "cl_mim", "mcl_mim", "mcl_mim_balanced", "mcl_ibot"]
 
@@ -151,6 +156,36 @@ def test_a_run_is_never_overwritten(write_prepared, train):
         train("mim", "steps=2")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_encoder_without_its_run_is_never_overwritten(write_prepared, train, nnunet_folders, resume):
+    write_prepared()
+    fetched = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mim" / "encoder.safetensors"
+    fetched.parent.mkdir(parents=True)
+    fetched.write_bytes(b"from elsewhere")
+    with pytest.raises(UserError, match=r"holds encoder.safetensors and no run .* -o recipe=..., or move the file"):
+        train("mim", "steps=2", resume=resume)
+    assert [path.name for path in fetched.parent.iterdir()] == [fetched.name]
+
+
+def test_a_finished_run_that_is_extended_ends_anew(write_prepared, train, monkeypatch):
+    write_prepared()
+    folder = train("mim", "steps=2")
+    ends = [folder / name for name in ("encoder.safetensors", "checkpoint_final.pth")]
+    unfinished = []
+
+    def step(*given, **options):
+        unfinished.append(not any(path.exists() for path in ends))
+        return training_step(*given, **options)
+
+    monkeypatch.setattr(loop, "training_step", step)
+    train("mim", "steps=4", resume=True)
+    assert unfinished == [True, True]
+    encoder, final = read_checkpoint(ends[0]), checkpoint(folder, ends[1].name)
+    assert encoder.step == final["step"] == 4
+    for name, tensor in encoder.tensors.items():
+        assert torch.equal(tensor, final["learner"][f"query.encoder.{name}"])
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(write_prepared, train):
     write_prepared()
     folder = train("mim", "steps=2")
@@ -165,6 +200,62 @@ def test_a_changed_setting_is_said_aloud_and_taken(write_prepared, train, caplog
     folder = train("mim", "steps=4", "learning_rate=0.0003", resume=True)
     assert "learning_rate was 0.0001, is 0.0003" in caplog.text
     assert checkpoint(folder)["step"] == 4
+
+
+def test_another_weight_decay_is_taken(write_prepared, train):
+    write_prepared()
+    train("mim", "steps=2")
+    folder = train("mim", "steps=4", "weight_decay=0.3", resume=True)
+    groups = checkpoint(folder)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+def restored(folder):
+    """A learner with the newest checkpoint of a run, on the corpus as it is now."""
+    learner = Learner(load_config(folder / "config.yaml"))
+    outputs.restore(folder, learner, build_optimizer(learner.query, learner.config), open_corpus(500))
+    return learner
+
+
+def test_a_corpus_of_others_empties_the_queue(write_prepared, train, caplog):
+    """A subject's number is its rank among the names, so a name that goes before the others shifts them all."""
+    manifest = write_prepared() / "manifest.tsv"
+    folder = train("mcl", "steps=2")
+    assert len(restored(folder).queue.filled()) == 8
+    assert "are not those" not in caplog.text
+
+    scans = pd.read_csv(manifest, sep="\t", dtype=str, keep_default_na=False)
+    scans.replace({"A/sub_7": "A/sub_0a", "A/sub_7/ses_1": "A/sub_0a/ses_1"}).to_csv(manifest, sep="\t", index=False)
+    assert len(restored(folder).queue.filled()) == 0
+    assert "are not those that the checkpoint was written with: the queue begins empty" in caplog.text
+    assert "held out for validation may have changed" in caplog.text
+
+    old = checkpoint(folder)
+    del old["roster"]
+    torch.save(old, folder / "checkpoint_latest.pth")
+    assert len(restored(folder).queue.filled()) == 8, "checkpoints from before say nothing about names"
+
+
+def test_memory_that_does_not_suffice_is_explained(write_prepared, train, monkeypatch):
+    def step(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(loop, "training_step", step)
+    gpu = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    write_prepared()
+    with pytest.raises(UserError, match=r"not fit the 24 GiB .* accumulation=4, .*checkpointing=true, .*patch_size"):
+        train("mim", "accumulation=2")
+
+
+def test_a_worker_that_dies_during_a_step_is_explained(write_prepared, train, monkeypatch):
+    def step(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(loop, "training_step", step)
+    write_prepared()
+    with pytest.raises(UserError, match="A process that reads scans died"):
+        train("mim")
 
 
 def spoil(folder):

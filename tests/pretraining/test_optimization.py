@@ -1,10 +1,12 @@
 """Decay groups and schedules."""
 
 import pytest
+import torch
 
+from nnunet_ssl.decay import decay_groups
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
+from nnunet_ssl.pretraining.optimization import build_optimizer, restore_optimizer, schedules
 
 
 def test_biases_norms_position_biases_and_the_mask_token_do_not_decay(tiny):
@@ -18,6 +20,28 @@ def test_biases_norms_position_biases_and_the_mask_token_do_not_decay(tiny):
     assert any("relative_position_bias_table" in name for name in free)
     assert not any(name.endswith(".bias") or "norm" in name for name in decayed)
     assert "projection.layers.0.weight" in decayed
+
+
+def test_a_resumed_optimizer_keeps_its_own_weight_decay_and_kind_of_update():
+    network = torch.nn.Linear(3, 2)
+
+    def optimizer(**options):
+        groups = decay_groups(network.named_parameters(), options.pop("weight_decay"))
+        return torch.optim.AdamW(groups, lr=0.1, **options)
+
+    before = optimizer(weight_decay=0.01, fused=False)
+    network(torch.ones(1, 3)).sum().backward()
+    before.step()
+    saved = before.state_dict()
+    after = optimizer(weight_decay=0.5, fused=True)
+    restore_optimizer(after, saved)
+    assert [group["weight_decay"] for group in after.param_groups] == [0.5, 0.0]
+    assert [group["fused"] for group in after.param_groups] == [True, True]
+    for parameter in network.parameters():
+        assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
+        assert after.state[parameter]["step"] == 1
+    after.step()
+    assert saved["param_groups"][0]["weight_decay"] == 0.01
 
 
 def test_the_numbers_of_the_papers_schedule():
