@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nnunet_ssl.architectures import attention as module
-from nnunet_ssl.architectures.attention import attention
+from nnunet_ssl.architectures.attention import _attention_in_parts, attention
 
 
 def draw(windows, heads, length, width, dtype=torch.float64):
@@ -63,3 +63,21 @@ def test_nothing_as_large_as_the_scores_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
         F.scaled_dot_product_attention(*inputs[:3], attn_mask=inputs[3][None])
     assert sum(kept) > 6 * 2 * 64 * 64  # PyTorch's own does, on the CPU
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100], ids=["one window", "an uneven number", "all"])
+def test_windows_in_parts_attend_as_all_at_once(at_once):
+    """What GPUs do to a bias that is trained."""
+    inputs = draw(7, 2, 11, 4)
+    out, expected = _attention_in_parts(*inputs, at_once), reference(*inputs)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weight).sum(), inputs)
+    for own, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+
+
+def test_windows_in_parts_compile_into_one_graph():
+    inputs = draw(7, 2, 11, 4)
+    compiled = torch.compile(_attention_in_parts, fullgraph=True, backend="eager", dynamic=False)
+    assert torch.equal(compiled(*inputs, 3), _attention_in_parts(*inputs, 3))
