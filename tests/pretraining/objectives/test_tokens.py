@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nnunet_ssl.pretraining.objectives.tokens import TokenHead, distillation
 
@@ -50,3 +51,13 @@ def test_scores_are_cosines_with_the_prototypes():
     assert scores.shape == (2, 12, 5)
     assert scores.abs().max() <= 1 + 1e-6
     torch.testing.assert_close(head.prototypes.weight.norm(dim=1), torch.ones(5))
+
+
+def test_scores_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    head, level = TokenHead(6, 8, 4, 5), torch.randn(2, 6, 2, 3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head(level)
+        tokens = head.layers(level.flatten(2).transpose(1, 2))
+    assert tokens.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, F.normalize(tokens.float(), dim=-1) @ head.prototypes.weight.T)
