@@ -125,8 +125,8 @@ class ResEncEncoder(ResidualEncoder):
         return [_finished(level, size, stride) for level, stride in zip(maps[1:], self.strides, strict=True)]
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, x, use_reentrant=False)
+        if self.checkpointing and torch.is_grad_enabled():  # nothing in a module is random
+            return checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)
         return module(x)
 
 

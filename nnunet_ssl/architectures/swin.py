@@ -4,8 +4,10 @@ Tang et al. 2022 (Swin UNETR, arXiv 2111.14791), He et al. 2023 (Swin UNETR-V2: 
 stage) and the GroupNorm and mask token of arXiv 2511.11311. Given the same weights the maps equal those of MONAI's
 ``SwinTransformer(use_v2=True)(x, normalize=True)``; the tests hold it to 1e-10 in float64.
 
-Tokens stay channels-last from the patch embedding to the outputs, so linear layers, norms and windows need no copies,
-and the convolutions run in PyTorch's ``channels_last_3d`` layout.
+Tokens stay channels-last from the patch embedding to the outputs, so linear layers, LayerNorms and windows need no
+copies. The conv blocks take them as they lie, which is PyTorch's ``channels_last_3d``. Whether everything in a block
+keeps that layout is up to PyTorch's kernels: the group and instance norms of a GPU may return another one. That has not
+been measured.
 """
 
 from __future__ import annotations
@@ -164,8 +166,8 @@ class SwinStage(nn.Module):
         tokens = x.reshape(-1, channels)
         for number, block in enumerate(self.blocks):
             plan = plan_windows(tuple(grid), self.window, shifted=number % 2 == 1, batch=batch, device=x.device)
-            if checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, plan, use_reentrant=False)
+            if checkpointing and torch.is_grad_enabled():  # nothing in a block is random
+                tokens = checkpoint(block, tokens, plan, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, plan)
         return self.merging(tokens.reshape(batch, *grid, channels))
