@@ -100,7 +100,7 @@ class ContrastiveConfig:
     temperature: float = 0.2
     hidden: int = 512  # width of the projection head's hidden layer
     dim: int = 128  # of queries and keys
-    weight: Ramp = Ramp(low=0.1, high=1.0, begin=0.05, until=0.10)  # alpha; matters beside a masked branch only
+    weight: Ramp = Ramp(low=0.1, high=1.0, begin=0.05, until=0.10)  # alpha; 1 without a masked branch
     max_gradient_ratio: float | None = None  # scale this branch's gradient on the encoder down to at most so many times
     # the masked branch's norm
 

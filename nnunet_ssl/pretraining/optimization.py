@@ -44,7 +44,7 @@ def schedules(step: int, config: PretrainingConfig) -> dict[str, float]:
     )
     ramps = {
         "momentum": config.momentum if config.needs_keys else None,
-        "contrastive_weight": config.contrastive.weight if config.has_contrastive else None,
+        "contrastive_weight": config.contrastive.weight if config.has_contrastive and config.has_masked else None,
         "teacher_temperature": config.masked.tokens.teacher_temperature if config.masked.target == "tokens" else None,
     }
     used = {name: one.at(step, config.steps) for name, one in ramps.items() if one is not None}

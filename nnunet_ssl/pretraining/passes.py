@@ -128,7 +128,8 @@ def contrastive_branch(
         "contrastive/accuracy": result.accuracy,
         "contrastive/negatives": result.negatives,
     }
-    return Branch(loss=schedule["contrastive_weight"] * result.loss, figures=figures)
+    weight = schedule.get("contrastive_weight", 1.0)  # a branch by itself has none: it would only scale the gradient
+    return Branch(loss=weight * result.loss, figures=figures)
 
 
 def masked_branch(

@@ -55,7 +55,6 @@ def test_the_recipes_differ_in_what_their_names_say():
         "mim": ("none", "voxels"),
     }
     assert load_config("mcl_mim_balanced").contrastive.max_gradient_ratio == 1.0
-    assert load_config("mcl").contrastive.weight.at(0, 100) == 1.0
 
 
 def test_overrides_reach_nested_keys_in_every_form():

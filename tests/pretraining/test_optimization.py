@@ -59,4 +59,5 @@ def test_the_numbers_of_the_papers_schedule():
 
 def test_a_schedule_has_no_numbers_that_its_recipe_does_not_use():
     assert set(schedules(0, load_config("mim"))) == {"learning_rate"}
-    assert set(schedules(0, load_config("cl"))) == {"learning_rate", "momentum", "contrastive_weight"}
+    assert set(schedules(0, load_config("cl"))) == {"learning_rate", "momentum"}
+    assert set(schedules(0, load_config("cl_mim"))) == {"learning_rate", "momentum", "contrastive_weight"}

@@ -150,6 +150,14 @@ def test_a_step_is_the_plain_computation():
     assert_same(plain, learner, rtol=1e-4, atol=1e-5)
 
 
+def test_a_contrastive_branch_by_itself_is_not_weighed():
+    shipped = learner_of("mcl")
+    own = learner_of("mcl_mim", "masked.target=none", "contrastive.weight={low: 0.1, high: 0.1}")
+    for learner in (shipped, own):
+        run(learner, lambda step: [examples_of(shipped.config, step)], steps=1)
+    assert_same(shipped, own, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("recipe", ["mcl_mim", "mcl_mim_balanced", "cl", "mim"])
 def test_a_step_in_parts_equals_the_step_at_once(recipe):
     whole, parted = learner_of(recipe), learner_of(recipe, "accumulation=2")
