@@ -8,7 +8,7 @@ from pathlib import Path
 
 from channels import Facts, read_image
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found
+from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found, refuse_two_homes
 from script import DatasetInfo, make_parser, parse, run
 
 from nnunet_ssl.console import command
@@ -46,7 +46,7 @@ def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]
     Among new images, one whose name says nothing is taken for a T1.
 
     Raises:
-        UserError: it isn't ATLAS.
+        UserError: it isn't ATLAS, or two folders hold images of one name.
     """
     images, skipped = find_images(root)
     wanted = ("t1", "unnamed") if images_only else ("t1", "mask")
@@ -71,6 +71,7 @@ def _case(scan_id: str, files: dict[str, list[ImageFile]], images_only: bool, sk
     candidates = files["t1"] or files["unnamed"]
     if not candidates:
         return Skipped(scan_id, "a mask without T1 image")
+    refuse_two_homes(scan_id, candidates, KINDS)
     image, others = choose_one(candidates, masks[0] if masks else None)
     others += files["unnamed"] if files["t1"] else []
     skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from channels import Facts, note, onto_grid, read_image, registered_onto
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found
+from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found, refuse_two_homes
 from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.console import command
@@ -54,7 +54,7 @@ def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tupl
     """Find the sessions below `root` that have the wanted channels, DWI (it gives the grid) and a mask.
 
     Raises:
-        UserError: it isn't ISLES 2022.
+        UserError: it isn't ISLES 2022, or two folders hold images of one name.
     """
     images, skipped = find_images(root)
     sessions = defaultdict(lambda: defaultdict(list))
@@ -87,6 +87,7 @@ def _case(
         return Skipped(scan_id, f"no {' and no '.join(missing)} image")
     if not masks and not images_only:
         return Skipped(scan_id, "no lesion mask; images without one are prepared with --images-only")
+    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
     images = {}
     for kind in needed:
         image, others = choose_one(files[kind], like=None)

@@ -8,7 +8,16 @@ from pathlib import Path
 import pandas as pd
 from channels import Facts, read_image, registered_onto
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, describe_contents, find_images, lesion_masks, nothing_found
+from discovery import (
+    ImageFile,
+    Skipped,
+    choose_one,
+    describe_contents,
+    find_images,
+    lesion_masks,
+    nothing_found,
+    refuse_two_homes,
+)
 from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.console import command
@@ -42,7 +51,7 @@ def find_cases(
     """Find the subjects below `root` that have the wanted channels and FLAIR, which gives the grid.
 
     Raises:
-        UserError: it isn't the Bonn data set.
+        UserError: it isn't the Bonn data set, or two folders hold images of one name.
     """
     images, skipped = find_images(root)
     scans = defaultdict(lambda: defaultdict(list))
@@ -115,6 +124,7 @@ def _case(
         return Skipped(scan_id, f"no readable {' and no '.join(missing)} image")
     if person and person["group"] == "fcd" and not rois:
         return Skipped(scan_id, "a patient (group fcd) without readable ROI")
+    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
     images = {}
     for kind in needed:
         image, others = choose_one(files[kind], like=rois[0] if rois and kind == "flair" else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,10 @@ RECORDS = ("conversion", "cases")
 
 _ANNEX_HINT = "git-annex link without content; fetch it with `datalad get` or `git annex get`"
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_CONTENT_FOLDERS = frozenset(
+    ("anat", "dwi", "perf", "rawdata", "sourcedata", "derivatives", "images", "labels", "masks", "labels_derivatives")
+)
+"""Folders that say what lies in them, not whose it is: one patient's files may lie in several of them."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,38 @@ class ImageFile:
         return next((words[word] for word in reversed(self.words) if word in words), None)
 
     def scan_id(self, words: Mapping[str, str]) -> str:
-        """Return the name of the case: subject and session, or what is left of a free name without its kind."""
+        """Return the name of the case: subject and session, or else its folders and what a free name says but its kind.
+
+        All folders belong to a free name, for patients' files may be called alike: ``A/scan_dwi`` -> ``A_scan``. One
+        that the name repeats is not said twice: ``Smith/Smith_dwi`` -> ``Smith``.
+        """
         subject, session = self.entity("sub"), self.entity("ses")
         if subject:
             return f"{subject}_{session}" if session else subject
         pieces = [piece for piece in re.split(r"[_\s]+", self.stem) if piece.lower() not in words]
         if pieces and re.fullmatch(r"\d{4}", pieces[-1]) and len(pieces) > 1:  # nnU-Net's channel number
             pieces.pop()
-        return re.sub(r"[^\w-]+", "-", "_".join(pieces) or self.folders[-1])
+        name = _plain("_".join(pieces))
+        for folder in map(_plain, reversed(self.home(words))):
+            if f"_{folder}_" not in f"_{name}_":
+                name = f"{folder}_{name}" if name else folder
+        return name or _plain(self.folders[0])
+
+    def home(self, words: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the folders below the searched one that may tell whose the image is, but for BIDS' own.
+
+        Left out are those that name what they hold (``anat``, or ``flair`` above a FLAIR) and, of an image of a
+        ``sub-X``, the folders ``sub-X`` and ``ses-Y`` themselves.
+        """
+        subject, kind = self.entity("sub"), self.kind(words)
+        said = (subject, self.entity("ses")) if subject else ()
+        return tuple(
+            name
+            for name in self.folders[1:]
+            if name not in said
+            and name.lower() not in _CONTENT_FOLDERS
+            and (kind is None or words.get(name.lower()) != kind)
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,27 @@ def choose_one(files: list[ImageFile], like: ImageFile | None) -> tuple[ImageFil
     return ranked[0], ranked[1:]
 
 
+def refuse_two_homes(scan_id: str, files: Iterable[ImageFile], words: Mapping[str, str]) -> None:
+    """Make sure that a case's images come from one place, lest two patients become one case.
+
+    Args:
+        scan_id: the case that all of `files` are named for.
+        files: its images of all kinds.
+        words: what the words of a name mean.
+
+    Raises:
+        UserError: they lie below different folders, which may be those of two patients.
+    """
+    homes = {file.home(words): file for file in files}
+    if len(homes) > 1:
+        first, second = (file.relative for file in list(homes.values())[:2])
+        raise UserError(
+            f"{first} and {second} would both belong to the case {scan_id}, but lie in different folders: are they two "
+            "patients, or two visits? Give them names of their own (sub-X, ses-Y), or hide what shall not be used in a "
+            "folder whose name starts with a dot."
+        )
+
+
 def lesion_masks(files: list[ImageFile]) -> list[ImageFile]:
     """Return the masks that aren't brain masks."""
     return [file for file in files if "brain" not in file.stem.lower()]
@@ -166,6 +215,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(files))
+
+
+def _plain(name: str) -> str:
+    """Return a name with nothing in it but letters, digits, hyphens and underscores."""
+    return re.sub(r"[^\w-]+", "-", re.sub(r"\s+", "_", name))
 
 
 def _why_unusable(path: Path) -> str | None:

@@ -201,6 +201,20 @@ def test_new_images_are_taken_by_any_name_but_other_contrasts_are_not(tools, tmp
     assert {item.what for item in skipped} == {"sub-01/anat/sub-01_FLAIR.nii.gz", "sub-02_T2w.nii.gz"}
 
 
+def test_new_images_named_alike_are_all_taken(tools, tmp_path):
+    for name in ("sub_1/ses_1/t1", "sub_1/ses_2/t1", "sub_2/ses_1/t1"):
+        tools.write_nifti(tmp_path / f"{name}.nii.gz", np.ones(SHAPE, np.float32), AFFINE)
+    cases, skipped = find_cases(tmp_path, images_only=True)
+    assert [case.id for case in cases] == ["sub_1_ses_1", "sub_1_ses_2", "sub_2_ses_1"] and skipped == []
+
+
+def test_one_subjects_name_in_two_folders_is_refused(tools, tmp_path):
+    for site in ("siteA", "siteB"):
+        tools.write_nifti(tmp_path / site / "sub-01" / "sub-01_T1w.nii.gz", np.ones(SHAPE, np.float32), AFFINE)
+    with pytest.raises(UserError, match=r"siteA/sub-01/sub-01_T1w\.nii\.gz and siteB/sub-01/.*two patients"):
+        find_cases(tmp_path, images_only=True)
+
+
 def test_another_data_set_gets_told_what_was_expected_and_found(tools, tmp_path):
     tools.write_nifti(tmp_path / "sub-00001" / "anat" / "sub-00001_T1w.nii.gz", np.ones(SHAPE, np.float32))
     with pytest.raises(UserError, match=r"doesn't hold ATLAS.*Training/R001.*found: 1 NIfTI images such as sub-00001"):

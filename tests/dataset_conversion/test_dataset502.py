@@ -196,6 +196,20 @@ def test_every_layout_is_found_by_looking(files, tools, tmp_path):
         assert (*case.images.values(), *case.masks) == files(tmp_path, number)
 
 
+@pytest.mark.parametrize("name", ["{}/scan_{}", "sub_{}/ses_1/{}", "{}/anat/{}"])
+def test_patients_whose_files_are_named_alike_are_never_mixed(name, tools, tmp_path):
+    kinds = ("dwi", "adc", "flair")
+    files = {patient: {kind: tmp_path / f"{name.format(patient, kind)}.nii.gz" for kind in kinds} for patient in "ABC"}
+    for paths in files.values():
+        for path in paths.values():
+            tools.write_nifti(path, np.ones((4, 4, 4), np.float32))
+    files["A"]["adc"].unlink()
+    cases, skipped = find_cases(tmp_path, ("dwi", "adc", "flair"), images_only=True)
+    assert [case.images for case in cases] == [files["B"], files["C"]]
+    assert len({case.id for case in cases}) == 2
+    assert [item.reason for item in skipped] == ["no adc image"]
+
+
 def test_each_choice_of_channels_has_its_own_number():
     assert INFO.numbers[("dwi", "adc", "flair")] == 502
     assert len(INFO.numbers) == len(set(INFO.numbers.values())) == 7

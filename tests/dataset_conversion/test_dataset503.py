@@ -205,6 +205,20 @@ def test_flair_alone_needs_no_t1_and_new_patients_no_table(tools, tmp_path):
     assert INFO.numbers == {("flair", "t1"): 503, ("flair",): 516, ("t1",): 517}
 
 
+@pytest.mark.parametrize("name", ["{}/scan_{}", "sub_{}/ses_1/{}", "{}/anat/{}"])
+def test_patients_whose_files_are_named_alike_are_never_mixed(name, tools, tmp_path):
+    kinds = ("flair", "t1")
+    files = {patient: {kind: tmp_path / f"{name.format(patient, kind)}.nii.gz" for kind in kinds} for patient in "ABC"}
+    for paths in files.values():
+        for path in paths.values():
+            tools.write_nifti(path, np.ones((4, 4, 4), np.float32))
+    files["A"]["t1"].unlink()
+    cases, skipped = find_cases(tmp_path, ("flair", "t1"), images_only=True, controls=True)
+    assert [case.images for case in cases] == [files["B"], files["C"]]
+    assert len({case.id for case in cases}) == 2
+    assert [item.reason for item in skipped] == ["no readable t1 image"]
+
+
 def test_a_clone_without_its_data_is_told_to_fetch_them(tools, tmp_path):
     write_table(tmp_path)
     for subject in PEOPLE:

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from discovery import ImageFile, choose_one, find_images, lesion_masks
+from discovery import ImageFile, choose_one, find_images, lesion_masks, refuse_two_homes
 
 from nnunet_ssl.errors import UserError
 
@@ -21,11 +21,46 @@ def image(*parts):
         (("new", "Mr X dwi.nii"), "dwi", "Mr_X"),
         (("new", "p.12_0000.nii.gz"), None, "p-12"),
         (("patient7", "T1w.nii.gz"), "t1", "patient7"),
+        (("new", "A", "scan_dwi.nii.gz"), "dwi", "A_scan"),
+        (("new", "sub_1", "ses_1", "flair.nii.gz"), "flair", "sub_1_ses_1"),
+        (("new", "Dr. Who", "ses_1", "anat", "Dr Who_ses_1_T1w.nii.gz"), "t1", "Dr-_Who_Dr_Who_ses_1"),
+        (("new", "Smith", "Smith_T1w.nii.gz"), "t1", "Smith"),
+        (("new", "DWI", "Smith_dwi.nii.gz"), "dwi", "Smith"),
+        (("new", "FLAIR", "Smith_dwi.nii.gz"), "dwi", "FLAIR_Smith"),
+        (("new", "anat", "T1w.nii.gz"), "t1", "new"),
     ],
 )
 def test_kind_and_case_are_read_off_names_and_folders(parts, kind, scan_id):
     assert image(*parts).kind(KINDS) == kind
     assert image(*parts).scan_id(KINDS) == scan_id
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("new", "siteA", "sub-1", "dwi", "sub-1_dwi.nii.gz"), ("new", "siteB", "sub-1", "anat", "sub-1_FLAIR.nii.gz")),
+        (("new", "2019", "sub-1_dwi.nii.gz"), ("new", "2020", "sub-1_FLAIR.nii.gz")),
+        (("new", "A", "B_dwi.nii.gz"), ("new", "A_B", "flair.nii.gz")),
+        (("new", "Smith_dwi.nii.gz"), ("new", "Smith", "flair.nii.gz")),
+    ],
+)
+def test_one_name_in_two_folders_is_refused_naming_both(first, second):
+    files = [image(*first), image(*second)]
+    assert len({file.scan_id(KINDS) for file in files}) == 1
+    with pytest.raises(UserError, match="two patients") as caught:
+        refuse_two_homes("x", files, KINDS)
+    assert all(file.relative in str(caught.value) for file in files)
+
+
+def test_the_folders_of_one_session_are_one_home():
+    files = [
+        image("ds", "sub-1", "ses-2", "dwi", "sub-1_ses-2_dwi.nii.gz"),
+        image("ds", "sub-1", "ses-2", "anat", "sub-1_ses-2_FLAIR.nii.gz"),
+        image("ds", "rawdata", "sub-1", "ses-2", "sub-1_ses-2_T1w.nii.gz"),
+        image("ds", "T1w", "sub-1_ses-2_T1w.nii.gz"),
+    ]
+    assert {file.scan_id(KINDS) for file in files} == {"sub-1_ses-2"}
+    refuse_two_homes("sub-1_ses-2", files, KINDS)
 
 
 def test_usable_images_are_listed_sorted_and_the_rest_has_reasons(tmp_path):
