@@ -20,6 +20,7 @@ from torch import Tensor
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import intensity
 from nnunet_ssl.pretraining.spatial import affine_matrix, resample
+from nnunet_ssl.pretraining.transfer import send
 
 _LIMITS = {
     "scale": (0, 0.9),
@@ -152,7 +153,6 @@ class Batch:
     targets: Tensor  # (V, B, 1, X, Y, Z) float32, before them
     subject: Tensor  # (B,) long
     session: Tensor  # (B,) long
-    modality: Tensor  # (V, B) long
     scan_ids: list[list[str]]  # V x B
     step: int
 
@@ -165,12 +165,12 @@ def augment(raw: RawBatch, device: torch.device | str) -> Batch:
         targets = _warped(raw, device)
         views = _degraded(targets, raw.intensities)
     shape = (*raw.modality.shape, 1, *raw.patch_size)
+    subject, session = send(torch.from_numpy(np.stack([raw.subject, raw.session])), device)
     return Batch(
         views=views.view(shape),
         targets=targets.view(shape),
-        subject=torch.from_numpy(raw.subject).to(device),
-        session=torch.from_numpy(raw.session).to(device),
-        modality=torch.from_numpy(raw.modality).to(device),
+        subject=subject,
+        session=session,
         scan_ids=raw.scan_ids,
         step=raw.step,
     )
@@ -192,7 +192,7 @@ def _degraded(targets: Tensor, intensities: Sequence[Intensities]) -> Tensor:
     def apply(name: str, transform: Callable[[Tensor, list], Tensor]) -> None:
         drawn = {n: value for n, one in enumerate(intensities) if (value := getattr(one, name)) is not None}
         if drawn:
-            chosen = torch.tensor(list(drawn), device=views.device)
+            chosen = send(torch.tensor(list(drawn)), views.device)
             views[chosen] = transform(views[chosen], list(drawn.values()))
 
     apply("contrast", intensity.scale_around_mean)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_ssl.pretraining.transfer import send
+
 BIAS_DEGREE = 3
 BIAS_TERMS = tuple(
     (i, j, k)
@@ -62,9 +64,9 @@ def bias_field(views: Tensor, coefficients: Sequence[Sequence[float]]) -> Tensor
     """
     weights = np.zeros((len(views), *(BIAS_DEGREE + 1,) * 3), np.float32)
     weights[(slice(None), *np.transpose(BIAS_TERMS))] = coefficients
-    field = torch.from_numpy(weights).to(views.device)
+    field = send(torch.from_numpy(weights), views.device)
     for size in views.shape[1:]:
-        field = torch.tensordot(field, _legendre(size).to(views.device), dims=([1], [0]))
+        field = torch.tensordot(field, send(_legendre(size), views.device), dims=([1], [0]))
     return views * field.exp()
 
 
@@ -89,7 +91,7 @@ def gamma(views: Tensor, exponents: Sequence[float]) -> Tensor:
 
 
 def _per_view(values: Sequence[float], views: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=views.dtype, device=views.device).view(-1, 1, 1, 1)
+    return send(torch.tensor(values, dtype=views.dtype), views.device).view(-1, 1, 1, 1)
 
 
 def _filter(views: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -98,7 +100,7 @@ def _filter(views: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     Filters are built as matrices because these hold the edge rule too, and their products are fast on every device;
     grouped 3-D convolutions with a kernel per view are not.
     """
-    x, y, z = (matrix.to(views.device) for matrix in matrices)
+    x, y, z = (send(matrix, views.device) for matrix in matrices)
     n, *size = views.shape
     views = (x @ views.reshape(n, size[0], -1)).view(n, *size)
     views = y[:, None] @ views

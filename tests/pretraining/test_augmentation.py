@@ -203,7 +203,6 @@ def test_view_0_of_every_example_comes_first(raw_batch):
     batch = augment(raw, "cpu")
     assert batch.views.shape == (2, 2, 1, *PATCH)
     assert batch.subject.tolist() == [5, 6] and batch.session.tolist() == [7, 8]
-    assert batch.modality.tolist() == [[0, 2], [1, 3]]
     assert batch.scan_ids == [["a", "b"], ["c", "d"]] and batch.step == 3
 
 

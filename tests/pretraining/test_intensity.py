@@ -6,6 +6,8 @@ import torch
 from monai.transforms import AdjustContrast, GibbsNoise, RandBiasField, RandSimulateLowResolution
 from scipy import stats
 from scipy.ndimage import gaussian_filter
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nnunet_ssl.pretraining import intensity
 
@@ -44,6 +46,25 @@ def test_a_batch_is_treated_as_its_views_alone(views, name):
     assert together.dtype == torch.float32 and together.shape == views.shape
     assert torch.equal(views, before)
     assert not torch.equal(together, views)
+
+
+class NoWaiting(TorchFunctionMode):
+    """Refuses the ways to a device that make the CPU wait until the device has caught up."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        assert function is not torch.tensor or "device" not in named
+        assert function is not Tensor.to or named.get("non_blocking")
+        return function(*arguments, **named)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "add_noise"])
+def test_parameters_travel_to_another_device_without_waiting(views, name):
+    """The device "meta" stands for a GPU; it has no generator, so noise is left out."""
+    transform, parameters = TRANSFORMS[name]
+    far = views.to("meta")
+    with NoWaiting():
+        assert transform(far, *parameters).device.type == "meta"
 
 
 def test_contrast_is_stretched_around_the_mean(views):

@@ -57,7 +57,6 @@ def examples_of(config, step, count=4, unpaired=2):
             targets=torch.randn(shape, generator=generator),
             subject=torch.arange(count) + step,
             session=torch.arange(count),
-            modality=torch.zeros(views, count, dtype=torch.long),
             scan_ids=[[f"scan_{view}_{one}" for one in range(count)] for view in range(views)],
             step=step,
         )
@@ -80,7 +79,6 @@ def share(examples, part, parts):
             targets=batch.targets[:, own],
             subject=batch.subject[own],
             session=batch.session[own],
-            modality=batch.modality[:, own],
             scan_ids=[view[own] for view in batch.scan_ids],
             step=batch.step,
         )
