@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,49 +62,6 @@ def number_rows(scans: pd.DataFrame) -> pd.DataFrame:
         modality=pd.Categorical(scans["modality"], categories=MODALITIES),
         **columns,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairedSession:
-    """A session that can give cross-modality pairs: the row numbers of its scans, by (known) modality."""
-
-    session_index: int
-    subject_index: int
-    rows: dict[str, tuple[int, ...]]
-
-
-class PairedSessions(Sequence[PairedSession]):
-    """The sessions with at least two different known modalities; a sequence kept in three flat arrays.
-
-    Args:
-        scans: a numbered manifest (see :func:`number_rows`).
-    """
-
-    def __init__(self, scans: pd.DataFrame) -> None:
-        known = scans[scans["modality"] != UNKNOWN]
-        modalities = known.groupby("session_index")["modality"].nunique()
-        paired = known[known["session_index"].isin(modalities.index[modalities >= 2])]
-        paired = paired.sort_values(["session_index", "modality", "repeat"], kind="stable")
-        sessions = paired["session_index"].to_numpy()
-        self.rows = paired.index.to_numpy(np.int64)
-        """Row numbers of every scan that can enter a cross-modality pair, session by session."""
-        self._modality = paired["modality"].cat.codes.to_numpy(np.int8)
-        self._starts = np.concatenate([np.flatnonzero(np.diff(sessions, prepend=-1)), [len(sessions)]])
-        self._sessions = sessions[self._starts[:-1]]
-        self._subjects = paired["subject_index"].to_numpy()[self._starts[:-1]]
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __getitem__(self, index: int) -> PairedSession:
-        index = range(len(self))[index]
-        rows: dict[str, tuple[int, ...]] = {}
-        for place in range(self._starts[index], self._starts[index + 1]):
-            modality = MODALITIES[self._modality[place]]
-            rows[modality] = (*rows.get(modality, ()), int(self.rows[place]))
-        return PairedSession(
-            session_index=int(self._sessions[index]), subject_index=int(self._subjects[index]), rows=rows
-        )
 
 
 class Corpus:
@@ -177,13 +133,17 @@ class Corpus:
     def _subset(self, rows: pd.Series) -> Corpus:
         return Corpus(self.folder, self.scans[rows], self.preprocessing)
 
-    def paired_sessions(self) -> PairedSessions:
-        """The sessions with at least two different known modalities, each with its scans by modality."""
-        return PairedSessions(self.scans)
+    def paired_scans(self) -> np.ndarray:
+        """Row numbers of the scans that can enter a cross-modality pair, session by session: those of known modality in
+        the sessions with at least two such modalities."""
+        known = self.scans[self.scans["modality"] != UNKNOWN]
+        modalities = known.groupby("session_index")["modality"].nunique()
+        paired = known[known["session_index"].isin(modalities.index[modalities >= 2])]
+        return paired.sort_values(["session_index", "modality", "repeat"], kind="stable").index.to_numpy(np.int64)
 
     def unpaired_scans(self) -> np.ndarray:
         """Row numbers of the scans that can enter no cross-modality pair: they serve masked image modelling alone."""
-        return np.setdiff1d(np.arange(len(self.scans)), self.paired_sessions().rows)
+        return np.setdiff1d(np.arange(len(self.scans)), self.paired_scans())
 
     def summary(self) -> dict[str, Any]:
         """Counts of subjects, sessions and scans; see :func:`summarize`."""

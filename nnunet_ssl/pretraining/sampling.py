@@ -69,7 +69,7 @@ def example_table(corpus: Corpus, kind: Kind, config: SamplingConfig, *, only_un
     Raises:
         UserError: there is nothing to draw.
     """
-    paired, unpaired = corpus.paired_sessions().rows, corpus.unpaired_scans()
+    paired, unpaired = corpus.paired_scans(), corpus.unpaired_scans()
     if kind == "mim":
         entries = _single_scans(_columns(corpus.scans.loc[unpaired] if only_unpaired else corpus.scans))
     else:
