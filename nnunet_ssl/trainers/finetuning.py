@@ -14,13 +14,13 @@ from torch import nn
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
 from nnunet_ssl.console import exit_on_user_error
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
-from nnunet_ssl.trainers.freezing import unwrapped, with_trainable_encoder
+from nnunet_ssl.trainers.freezing import unwrapped, with_own_buffers, with_trainable_encoder
 from nnunet_ssl.trainers.networks import (
+    check_patch,
     has_deep_supervision,
     is_residual_unet,
     network_entry,
@@ -29,6 +29,7 @@ from nnunet_ssl.trainers.networks import (
 )
 from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
+from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
 from nnunet_ssl.trainers.settings import Settings
 
 GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
@@ -86,34 +87,48 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def initialize(self) -> None:
         with exit_on_user_error():
-            pretrained = None if self.resuming else self._read_checkpoint()
             if self.resuming:
-                saved = saved_plans(self.output_folder_base)
-                self.plans_manager.plans[SECTION] = saved[SECTION]
-                entry = saved["configurations"][self.configuration_name]["architecture"]
-            else:
-                entry = self._choose_network(pretrained.architecture if pretrained else PAPER_ENCODER)
-            self._write_network_into_plans(entry)
-            self.enable_deep_supervision = has_deep_supervision(entry)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.settings.seed)
-                super().initialize()
-            if pretrained is not None and not self.from_scratch:
-                self._load_encoder(pretrained, entry)
+                self._build(self._saved_network())
+                return
+            path = self._find_checkpoint(self.plans_manager.plans)
+            pretrained = self._read_checkpoint(path) if path else None
+            source = source_of(path) if path and not self.from_scratch else {}
+            entry = self._choose_network(pretrained.architecture if pretrained else PAPER_ENCODER)
+            refuse_to_mix(Path(self.output_folder_base), self.fold, self.configuration_name, entry, source)
+            self._build(entry)
+            if source:
+                self._load_encoder(pretrained, source, entry)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         self.resuming = not self.was_initialized
         super().load_checkpoint(filename_or_checkpoint)
+        # nnU-Net writes a checkpoint before it compares the epoch with the best one, so the stored figure is too old.
+        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
+
+    def _build(self, entry: dict[str, Any]) -> None:
+        """Build the network of a plans' entry, with optimiser, loss and what else a training takes."""
+        self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
+        self.configuration_manager.configuration["architecture"] = entry
+        self.enable_deep_supervision = has_deep_supervision(entry)
+        if self.is_ddp:
+            torch._dynamo.config.optimize_ddp = False  # older PyTorch can't split graphs with autograd functions
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            super().initialize()
+        self.network = with_own_buffers(self.network)
+
+    def _saved_network(self) -> dict[str, Any]:
+        """Take over what the interrupted training recorded, and return the entry of its network."""
+        saved = saved_plans(self.output_folder_base)
+        self.plans_manager.plans[SECTION] = saved[SECTION]
+        return saved["configurations"][self.configuration_name]["architecture"]
 
     def _find_checkpoint(self, plans: dict[str, Any]) -> Path | None:
         if self.from_scratch:
             return explicit_checkpoint()
         return find_checkpoint(self.recipe, type(self).__name__, residual=plans_residual_unet(plans))
 
-    def _read_checkpoint(self) -> PretrainedEncoder | None:
-        path = self._find_checkpoint(self.plans_manager.plans)
-        if path is None:
-            return None
+    def _read_checkpoint(self, path: Path) -> PretrainedEncoder:
         use = "Taking the network's sizes, not its weights, from" if self.from_scratch else "Pre-trained encoder:"
         self.print_to_log_file(f"{use} {path}")
         return read_checkpoint(path)
@@ -127,11 +142,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                 f"The network follows the checkpoint's backbone, {architecture['backbone']}: "
                 f"{_class_name(entry)} instead of the plans' {_class_name(planned)}. Patch, batch and spacing stay."
             )
-        self._refuse_to_mix_networks(entry)
+        if is_residual_unet(entry):
+            check_patch(self.configuration_manager.patch_size, entry)
         return entry
 
-    def _load_encoder(self, pretrained: PretrainedEncoder, entry: dict[str, Any]) -> None:
+    def _load_encoder(self, pretrained: PretrainedEncoder, source: dict[str, str], entry: dict[str, Any]) -> None:
         self.print_to_log_file(f"origin {pretrained.origin}, method {pretrained.method}, step {pretrained.step}")
+        if self.recipe and pretrained.method not in (None, self.recipe, f"{self.recipe}_resenc"):
+            self.print_to_log_file(f"WARNING: {type(self).__name__} starts from a pre-training by {pretrained.method}.")
         minimum = MINIMUM_FRACTION[pretrained.architecture["backbone"]]
         report = load_encoder(unwrapped(self.network).encoder, pretrained, minimum_fraction=minimum)
         self.print_to_log_file(str(report))
@@ -140,26 +158,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                 self.print_to_log_file(line)
         if spacing := (pretrained.preprocessing or {}).get("spacing"):
             self.print_to_log_file(f"Spacing in pre-training {spacing}, here {self.configuration_manager.spacing} (mm)")
-        self.plans_manager.plans[SECTION]["pretrained"] = {
+        self.plans_manager.plans[SECTION]["pretrained"] = source | {
             "origin": pretrained.origin,
             "method": pretrained.method,
             "step": pretrained.step,
             "loaded_fraction": report.fraction,
         }
-
-    def _write_network_into_plans(self, entry: dict[str, Any]) -> None:
-        self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
-        self.configuration_manager.configuration["architecture"] = entry
-
-    def _refuse_to_mix_networks(self, entry: dict[str, Any]) -> None:
-        """All folds of a model share one plans file: a fold of another network would break the others' prediction."""
-        others = {path.parent.name for path in Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth")}
-        others -= {f"fold_{self.fold}"}
-        if others and _saved_network(self.output_folder_base, self.configuration_name) != entry:
-            raise UserError(
-                f"{self.output_folder_base} holds {', '.join(sorted(others))} of another network than the "
-                "checkpoint chosen now. Name the checkpoint of those folds (nnssl_checkpoint), or move them away."
-            )
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 
@@ -236,10 +240,6 @@ def _on_device(target: torch.Tensor | list[torch.Tensor], device: torch.device) 
 def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path:
     name = convert_trainer_plans_config_to_identifier(trainer, plans["plans_name"], configuration)
     return folder_of("nnUNet_results") / plans["dataset_name"] / name
-
-
-def _saved_network(model_folder: str, configuration: str) -> dict[str, Any]:
-    return saved_plans(model_folder)["configurations"][configuration]["architecture"]
 
 
 def _class_name(entry: dict[str, Any]) -> str:

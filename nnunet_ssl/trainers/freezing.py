@@ -27,5 +27,16 @@ def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
     encoder.requires_grad_(trainable)
     encoder.train(trainable and network.training)
     if isinstance(network, DistributedDataParallel):
-        return DistributedDataParallel(network.module, device_ids=network.device_ids)
+        return with_own_buffers(DistributedDataParallel(network.module, device_ids=network.device_ids))
+    return network
+
+
+def with_own_buffers(network: nn.Module) -> nn.Module:
+    """Stop DDP from sending the buffers of rank 0 to the others at each forward pass; return the network.
+
+    They are constants. And nnU-Net validates through DDP with another number of forward passes on each rank: an
+    exchange in each of them would wait for a partner that has none left.
+    """
+    if isinstance(network, DistributedDataParallel):
+        network.broadcast_buffers = False
     return network

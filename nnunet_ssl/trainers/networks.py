@@ -6,8 +6,11 @@ residual encoder becomes nnU-Net's own ResidualEncoderUNet with the topology tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from nnunet_ssl.errors import UserError
 
 SWIN_FPN = "nnunet_ssl.architectures.networks.SwinFPN"
 RESIDUAL_UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
@@ -35,6 +38,21 @@ def plans_residual_unet(plans: Mapping[str, Any]) -> bool:
     """Tell whether nnU-Net planned a residual encoder for the data set."""
     configurations = plans["configurations"].values()
     return any(is_residual_unet(each["architecture"]) for each in configurations if "architecture" in each)
+
+
+def check_patch(patch_size: Sequence[int], entry: Mapping[str, Any]) -> None:
+    """Refuse a patch that a residual network's strides do not divide: its decoder could not join the scales.
+
+    Raises:
+        UserError: an edge of `patch_size` is no multiple of the product of the strides along its axis.
+    """
+    strides = [math.prod(axis) for axis in zip(*entry["arch_kwargs"]["strides"])]
+    if any(edge % stride for edge, stride in zip(patch_size, strides)):
+        nearest = [max(round(edge / stride), 1) * stride for edge, stride in zip(patch_size, strides)]
+        raise UserError(
+            f"A patch of {'x'.join(map(str, patch_size))} does not suit the residual network, whose edges must be "
+            f"multiples of {'x'.join(map(str, strides))}; the nearest is patch_size={'x'.join(map(str, nearest))}."
+        )
 
 
 def has_deep_supervision(entry: Mapping[str, Any]) -> bool:

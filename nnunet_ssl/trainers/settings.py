@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Settings:
         batch_size: patches per step. ``None``: the plans'.
         fraction: per cent of the fold's training subjects to train on; smaller fractions are subsets of larger ones.
         seed: draws the order of subjects for `fraction`, and the initial weights of what is not pre-trained.
+        name: keeps apart what no other setting does, such as models that start from different checkpoints.
     """
 
     steps: int = 5000
@@ -40,6 +42,7 @@ class Settings:
     batch_size: int | None = None
     fraction: int = 100
     seed: int = 0
+    name: str = ""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1 and self.epoch_steps >= 1, "steps and epoch_steps must be at least 1")
@@ -59,6 +62,7 @@ class Settings:
             f"patch_size={self.patch_size} must be three positive numbers, such as 96x96x96",
         )
         _require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        _require(re.fullmatch("[A-Za-z0-9]*", self.name) is not None, f"name={self.name} may hold letters and digits")
 
     @classmethod
     def of_plans(cls, plans: Mapping[str, Any]) -> Settings:
@@ -105,6 +109,7 @@ class Settings:
 
 
 _READERS = {
+    "str": str,
     "int": int,
     "int | None": int,
     "float": float,
@@ -117,6 +122,7 @@ _SHORT = {
     "encoder_lr": "encoderlr",
     "patch_size": "patch",
     "batch_size": "batch",
+    "name": "name-",
 }
 
 

@@ -11,9 +11,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
-from nnunet_ssl.architectures.weights import read_checkpoint
+from nnunet_ssl.architectures.weights import read_checkpoint, write_encoder
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
+from nnunet_ssl.trainers.provenance import source_of
 
 STEPS = "steps=6,epoch_steps=2,freeze_share=0.5,lr=0.01"  # the encoder moves from the second step of the second epoch
 
@@ -219,7 +220,7 @@ def test_prediction_needs_neither_the_checkpoint_nor_the_settings(workplace, mon
     np.testing.assert_allclose(predictor.predict_sliding_window_return_logits(x), expected, atol=1e-2)
 
 
-def test_settings_are_recorded_in_the_plans_the_name_and_the_checkpoint(workplace):
+def test_settings_are_recorded_in_the_plans_the_name_and_the_checkpoint(workplace, swin_checkpoint):
     trainer = workplace.trainer(nnUNetTrainerMCLMIM)
     trainer.initialize()
     workplace.save_model(trainer)
@@ -232,8 +233,12 @@ def test_settings_are_recorded_in_the_plans_the_name_and_the_checkpoint(workplac
     recorded = checkpoint["init_args"]["plans"]["nnunet_ssl"]
     assert recorded["settings"]["freeze_share"] == 0.5
     assert recorded["pretrained"] == {
-        "origin": "nnunet_ssl", "method": "mcl_mim", "step": 7, "loaded_fraction": 1.0
-    }  # fmt: skip
+        **source_of(swin_checkpoint),
+        "origin": "nnunet_ssl",
+        "method": "mcl_mim",
+        "step": 7,
+        "loaded_fraction": 1.0,
+    }
 
 
 def test_nnunets_prediction_looks_for_default_settings_where_the_training_puts_them(workplace, monkeypatch):
@@ -254,13 +259,68 @@ def test_a_fraction_changes_the_training_cases_and_not_the_validation(workplace,
 
 
 def test_a_fold_of_another_network_is_not_put_beside_the_others(workplace, resenc_checkpoint, monkeypatch):
-    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer = workplace.trainer(nnUNetTrainerSwinFPNScratch)
     trainer.initialize()
     workplace.save_model(trainer, "checkpoint_final.pth")
     monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
-    other = workplace.trainer(nnUNetTrainerMCLMIM, fold=1)
+    other = workplace.trainer(nnUNetTrainerSwinFPNScratch, fold=1)
     with pytest.raises(SystemExit, match="holds fold_0 of another network"):
         other.initialize()
+
+
+def test_another_checkpoint_needs_a_name_of_its_own(workplace, swin_checkpoint, monkeypatch, tmp_path):
+    trainer = workplace.trainer(nnUNetTrainerSSL)
+    trainer.initialize()
+    workplace.save_model(trainer, "checkpoint_final.pth")
+    moved = shutil.copy(swin_checkpoint, tmp_path / "moved.safetensors")
+    monkeypatch.setenv("nnssl_checkpoint", str(moved))
+    for fold in (0, 1):  # the same bytes elsewhere are the same checkpoint, and a fold may begin anew, as in nnU-Net
+        workplace.trainer(nnUNetTrainerSSL, fold=fold).initialize()
+
+    pretrained = read_checkpoint(swin_checkpoint)
+    other = tmp_path / "other.safetensors"
+    rest = {"architecture": pretrained.architecture, "preprocessing": {}, "metadata": {}}
+    write_encoder(other, pretrained.tensors, method="cl", step=8, **rest)
+    monkeypatch.setenv("nnssl_checkpoint", str(other))
+    for fold in (0, 1):
+        with pytest.raises(SystemExit, match=r"holds fold_0 from another checkpoint .*nnssl_settings=name=") as refused:
+            workplace.trainer(nnUNetTrainerSSL, fold=fold).initialize()
+        assert str(swin_checkpoint) in refused.value.code and str(other) in refused.value.code
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},name=other")
+    named = workplace.trainer(nnUNetTrainerSSL)
+    named.initialize()
+    assert named.plans_manager.plans["nnunet_ssl"]["pretrained"]["file"] == str(other)
+    assert "_name-other__" in named.output_folder_base
+
+
+def test_an_arm_says_when_its_checkpoint_is_of_another_recipe(workplace):
+    for arm, warned in ((nnUNetTrainerMCLMIM, False), (nnUNetTrainerMIM, True)):
+        trainer = workplace.trainer(arm)
+        trainer.initialize()
+        assert ("starts from a pre-training by mcl_mim" in log_of(trainer)) == warned
+
+
+def test_a_continued_training_knows_the_best_epoch_so_far(workplace):
+    """nnU-Net writes the checkpoint of an epoch before it finds out that the epoch was the best."""
+    first = workplace.trainer(nnUNetTrainerMCLMIM)
+    first.initialize()
+    first._best_ema = 0.25
+    for epoch, dice in enumerate((0.25, 0.75)):
+        first.logger.log("mean_fg_dice", dice, epoch)
+    workplace.save_model(first)
+    second = workplace.trainer(nnUNetTrainerMCLMIM)
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_latest.pth")
+    assert second._best_ema == max(first.logger.get_value("ema_fg_dice", step=None)) > 0.25
+
+
+def test_a_patch_that_residual_strides_do_not_divide_is_refused_with_the_nearest(
+    workplace, resenc_checkpoint, monkeypatch
+):
+    monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},patch_size=18x20x24")
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnUNetResEncUNetLPlans")
+    with pytest.raises(SystemExit, match="the nearest is patch_size=16x20x24"):
+        trainer.initialize()
 
 
 def test_weights_that_fill_too_little_of_the_encoder_are_refused(workplace, tmp_path, monkeypatch, write_checkpoint):

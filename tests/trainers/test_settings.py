@@ -22,6 +22,7 @@ all_settings = st.builds(
     batch_size=st.none() | st.integers(1, 64),
     fraction=st.integers(1, 100),
     seed=st.integers(0, 10**6),
+    name=st.text("abcXYZ019", max_size=5) | st.sampled_from(["seed1", "lr", "steps500"]),
 )
 
 
@@ -78,6 +79,7 @@ def test_later_settings_take_the_place_of_earlier_ones_and_keep_the_rest():
         ("encoder_lr=-1", "between 0 and 1"),
         ("batch_size=0", "at least 1"),
         ("seed=-1", "not be negative"),
+        ("name=a__b", "letters and digits"),
     ],
 )
 def test_a_mistake_is_named(text, message):
