@@ -165,21 +165,22 @@ def _add_fetch(commands) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository")
     parser.add_argument("--recipe", metavar="NAME", help="whose trainer shall find it (default: the file's method)")
     parser.add_argument(
-        "-d", default="Dataset500_FOMO60K", metavar="DATASET", help="folder of the results (default: %(default)s)"
+        "-d", default="Dataset500_FOMO60K", metavar="DATASET", help="name or id, for the folder (default: %(default)s)"
     )
     _add_reading(parser)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.architectures.fetching import destination, locate
+    from nnunet_ssl.architectures.fetching import destination, full_name, locate
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error at the end says enough
+    dataset = full_name(arguments.d)
     file = locate(arguments.source, arguments.filename, arguments.revision)
     pretrained, report = _read(file, arguments.origin, arguments.minimum_fraction)
     recipe = arguments.recipe or (pretrained.method if pretrained.origin == "nnunet_ssl" else None)
     if recipe is None:
         raise UserError(f"{file} does not say by which recipe it was trained. Say it: --recipe mcl_mim")
-    _write_own(destination(recipe, arguments.d), file, pretrained, report)
+    _write_own(destination(recipe, dataset), file, pretrained, report)
 
 
 def _read(file: Path, origin: str | None, minimum_fraction: float) -> tuple[PretrainedEncoder, LoadReport]:

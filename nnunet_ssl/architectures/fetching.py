@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import get_args
 
 from nnunet_ssl.architectures.pretrained import ENCODER
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.nnunet_folders import Variable, folder_of
 
 
 def locate(source: str, filename: str | None, revision: str | None) -> Path:
@@ -39,8 +41,33 @@ def locate(source: str, filename: str | None, revision: str | None) -> Path:
         ) from error
 
 
+def full_name(dataset: str) -> str:
+    """Return the name of a data set, which need not exist, or of the one with an id (500) in any of nnU-Net's folders.
+
+    Raises:
+        UserError: `dataset` is neither, or no data set or more than one has the id.
+    """
+    if dataset.startswith("Dataset"):
+        return dataset
+    if not dataset.isdecimal():
+        raise UserError(f"'{dataset}' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K).")
+    roots = [Path(os.environ[variable]) for variable in get_args(Variable) if os.environ.get(variable)]
+    places = [path for root in roots for path in root.glob(f"Dataset{int(dataset):03d}_*") if path.is_dir()]
+    names = sorted({path.name for path in places})
+    if len(names) != 1:
+        raise UserError(
+            f"Data sets with the id {dataset} in nnU-Net's folders: {', '.join(names) or 'none'}. "
+            "Give the full name, for example: -d Dataset500_FOMO60K"
+        )
+    return names[0]
+
+
 def destination(recipe: str, dataset: str) -> Path:
     """Return where a trainer of `recipe` will find the encoder: ``$nnUNet_results/<dataset>/<recipe>/``.
+
+    Args:
+        recipe: such as ``mcl_mim``.
+        dataset: its full name.
 
     Raises:
         UserError: an encoder is there already.

@@ -87,6 +87,26 @@ def test_fetch_puts_the_encoder_where_the_trainer_finds_it(run, umbra, tmp_path,
     assert "already" in run("fetch", umbra.parent, umbra.name, "--recipe", "mcl_mim", fails=True)
 
 
+def test_fetch_takes_the_id_of_a_data_set_that_one_of_nnunets_folders_holds(run, umbra, nnunet_folders, monkeypatch):
+    fetch = ("fetch", umbra.parent, umbra.name, "--recipe", "mcl_mim", "-d")
+    assert "Data sets with the id 7 in nnU-Net's folders: none. Give the full name" in run(*fetch, 7, fails=True)
+    (nnunet_folders["nnUNet_raw"] / "Dataset007_Brains").mkdir()
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset007_Brains").mkdir()
+    run(*fetch, 7)
+    monkeypatch.delenv("nnssl_checkpoint", raising=False)
+    found = find_checkpoint("mcl_mim", "nnUNetTrainerMCLMIM")
+    assert found == nnunet_folders["nnUNet_results"] / "Dataset007_Brains" / "mcl_mim" / "encoder.safetensors"
+    (nnunet_folders["nnUNet_raw"] / "Dataset007_Other").mkdir()
+    text = run(*fetch, 7, fails=True)
+    assert "the id 7 in nnU-Net's folders: Dataset007_Brains, Dataset007_Other." in text
+
+
+def test_fetch_refuses_a_folder_where_no_trainer_looks(run, umbra, tmp_path):
+    text = run("fetch", umbra.parent, umbra.name, "--recipe", "mcl_mim", "-d", "FOMO60K", fails=True)
+    assert text == "error: 'FOMO60K' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K)."
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_half_matching_file_is_an_error_unless_allowed(run, stored, tmp_path):
     state = {
         name: value for name, value in foreign.umbra_encoder().state_dict().items() if "layers4.0.down" not in name
