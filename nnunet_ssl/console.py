@@ -6,9 +6,11 @@ import argparse
 import functools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
@@ -55,6 +57,13 @@ def add_subcommand(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def find_program(name: str) -> str:
+    """Return the program of this Python's own environment, which need not be activated."""
+    if name == "python":
+        return sys.executable
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name
 
 
 class _Terminal(logging.StreamHandler):

@@ -1,7 +1,8 @@
 """Execute what is missing of a study, one run after another: locked, logged, resumable; a failed run stops no other.
 
 A run's lock is held by its commands too: it stays as long as one of them lives, even when the runner was killed. So
-several runners, on one machine or on many, share a study without doing anything twice.
+several runners, on one machine or on many, share a study without doing anything twice. Models lie where nnU-Net puts
+them, outside the study, so a fold has a lock of its own there, which other studies respect.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunet_ssl.console import find_program
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.stages import Stage, program, stages_of
+from nnunet_ssl.evaluation.stages import Stage, stages_of
 from nnunet_ssl.evaluation.study import AlignmentRun, Run, Study
 from nnunet_ssl.files import written_beside
 
@@ -55,7 +57,7 @@ def state_of(
         return State("waiting", str(error))
     if all(stage.is_done() for stage in stages):
         return State("finished")
-    if _is_locked(folder, run):
+    if any(map(_is_locked, _locks_of(run, folder, stages))):
         return State("running")
     record = read_record(folder, run)
     if record.get("job") in queue:
@@ -88,16 +90,21 @@ def execute(
     Raises:
         UserError: the run cannot begin yet (see :func:`stages_of`).
     """
-    with _locked(folder, run, tries=5) as lock:
-        if lock is None:
+    paths = _locks_of(run, folder, stages_of(run, study, folder, device))
+    with contextlib.ExitStack() as held:
+        locks = [held.enter_context(_locked(path, tries=5)) for path in paths]
+        if None in locks:
+            logger.info("    left to the runner that works on it")
             return "left to another runner"
         seconds = read_record(folder, run).get("seconds", {})
-        for stage in stages_of(run, study, folder, device):
+        stages = stages_of(run, study, folder, device)  # as the runner left it that held a lock until now
+        for place, stage in enumerate(stages):
             if stage.is_done():
                 continue
             logger.info("    %s", stage.name)
+            _remove_outdated(stage, stages[place + 1 :])
             began = time.monotonic()
-            reason = _run_stage(stage, log_of(folder, run), lock)
+            reason = _run_stage(stage, log_of(folder, run), locks)
             seconds[stage.name] = seconds.get(stage.name, 0) + round(time.monotonic() - began)
             if reason:
                 logger.warning("    failed: %s; its output is in %s", reason, log_of(folder, run))
@@ -125,7 +132,16 @@ def write_record(folder: Path, run: Run | AlignmentRun, record: dict[str, Any]) 
         temporary.write_text(json.dumps(record, indent=2))
 
 
-def _run_stage(stage: Stage, log: Path, lock: int) -> str | None:
+def _remove_outdated(stage: Stage, later: Sequence[Stage]) -> None:
+    """Remove what was made, at first or second hand, of what a stage is about to make anew."""
+    made = set(stage.outputs)
+    for one in later:
+        if made.intersection(one.inputs):
+            one.remove_outputs()
+            made.update(one.outputs)
+
+
+def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
     """Run one command with its output in `log`; return why it failed, or None."""
     if stage.unfinished is not None:
         shutil.rmtree(stage.unfinished, ignore_errors=True)
@@ -133,20 +149,21 @@ def _run_stage(stage: Stage, log: Path, lock: int) -> str | None:
     with log.open("a") as output:
         output.write(f"\n$ {shlex.join(stage.command)}\n")
         output.flush()
-        status = _call([program(stage.command[0]), *stage.command[1:]], stage.environment(), output, lock)
+        status = _call([find_program(stage.command[0]), *stage.command[1:]], stage.environment(), output, locks)
     if status:
         return f"status {status}: {_last_line(log)}"
     if stage.unfinished is not None:
+        stage.remove_outputs()
         stage.unfinished.rename(stage.outputs[0])
     missing = [str(path) for path in stage.outputs if not path.exists()]
     return f"it ended well and left no {missing[0]}" if missing else None
 
 
-def _call(command: list[str], environment: dict[str, str], output, lock: int) -> int:
+def _call(command: list[str], environment: dict[str, str], output, locks: Sequence[int]) -> int:
     """Run a command in a process group of its own, which ends with it: a dead training leaves no workers behind."""
     try:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[lock]
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks
         )
     except OSError as error:
         output.write(f"{error}\n")
@@ -173,10 +190,14 @@ def _last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
+def _locks_of(run: Run | AlignmentRun, folder: Path, stages: Sequence[Stage]) -> list[Path]:
+    """The lock of the run in its study, and that of its fold, which other studies may have a run for as well."""
+    return [folder / "runs" / f"{run.id}.lock", *{stage.lock for stage in stages if stage.lock is not None}]
+
+
 @contextlib.contextmanager
-def _locked(folder: Path, run: Run | AlignmentRun, tries: int = 1) -> Iterator[int | None]:
-    """Yield the open lock of a run, or None when someone else holds it."""
-    path = folder / "runs" / f"{run.id}.lock"
+def _locked(path: Path, tries: int = 1) -> Iterator[int | None]:
+    """Yield the open lock, or None when someone else holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -197,8 +218,8 @@ def _lock(descriptor: int, tries: int) -> bool:
     return False
 
 
-def _is_locked(folder: Path, run: Run | AlignmentRun) -> bool:
-    if not (folder / "runs" / f"{run.id}.lock").is_file():
+def _is_locked(path: Path) -> bool:
+    if not path.is_file():
         return False
-    with _locked(folder, run) as lock:
+    with _locked(path) as lock:
         return lock is None

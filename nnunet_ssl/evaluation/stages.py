@@ -1,6 +1,7 @@
 """What a run of a study is made of: commands of nnU-Net and of this package, and the files that prove they are done.
 
 Nothing is remembered elsewhere: a fold that was trained by hand counts, and one whose files are gone is trained again.
+What was made from a file that has changed since is made again: a retrained fold is predicted and evaluated anew.
 """
 
 from __future__ import annotations
@@ -8,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from nnunet_ssl.architectures.pretrained import ENCODER
@@ -32,18 +32,34 @@ class Stage:
         name: train, predict, evaluate or measure.
         command: program and arguments.
         outputs: the files or folders that are there when it is done.
+        inputs: what they are made from, as far as it can change: what an earlier stage writes, or a checkpoint.
         variables: added to the environment.
         unfinished: where the command writes what is renamed to the first output when it has succeeded.
+        lock: beside the folder of a fold, which studies share; None for what lies in this study alone.
     """
 
     name: str
     command: tuple[str, ...]
     outputs: tuple[Path, ...]
+    inputs: tuple[Path, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     unfinished: Path | None = None
+    lock: Path | None = None
 
     def is_done(self) -> bool:
-        return all(path.exists() for path in self.outputs)
+        """Tell whether the outputs are there, and none is older than an input."""
+        try:
+            made = min(path.stat().st_mtime_ns for path in self.outputs)
+            return all(path.stat().st_mtime_ns <= made for path in self.inputs)
+        except FileNotFoundError:
+            return False
+
+    def remove_outputs(self) -> None:
+        for path in self.outputs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, **self.variables, "PYTHONUNBUFFERED": "1"}
@@ -77,7 +93,7 @@ def _alignment(run: AlignmentRun, study: Study, folder: Path, device: str) -> li
         *("nnssl_evaluate", "alignment", "--checkpoint", str(checkpoint)),
         *("-d", str(run.corpus), "--subjects", run.subjects, "-device", device, "-o", str(out)),
     )
-    return [Stage(name="measure", command=command, outputs=(out / "alignment.json",))]
+    return [Stage(name="measure", command=command, outputs=(out / "alignment.json",), inputs=(checkpoint,))]
 
 
 def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Stage]:
@@ -96,14 +112,18 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
     resume = ("--c",) if any(fold.glob("checkpoint_*.pth")) else ()
     if not resume and _needs_checkpoint(arm):
         _checkpoint(arm, residual=plans_residual_unet(plans))
+    final_weights, validated = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
+    shared = {"variables": variables, "lock": fold.with_name(f".{fold.name}.lock")}
+    evaluation = partial(_evaluation, out=results_of(run, folder), preset=dataset.preset)
     stages = [
         Stage(
             name="train",
             command=(*train, "-p", study.plans, "-device", device, *resume),
-            outputs=(fold / "checkpoint_final.pth", fold / "validation" / "summary.json"),
-            variables=variables,
+            outputs=(final_weights, validated),
+            inputs=(final_weights,),  # of the validation with which a training ends
+            **shared,
         ),
-        _evaluation(run, "validation", preprocessed / "gt_segmentations", fold / "validation", dataset.preset, folder),
+        evaluation("validation", reference=preprocessed / "gt_segmentations", predicted=fold / "validation"),
     ]
     if any((raw / "labelsTs").glob("[!.]*")):
         model = ("-d", str(dataset.id), "-c", study.configuration, "-f", str(run.fold), "-tr", arm.trainer, "-p", final)
@@ -114,20 +134,28 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
                 name="predict",
                 command=("nnUNetv2_predict", *files, *model, "-device", device),
                 outputs=(fold / "test",),
-                variables=variables,
+                inputs=(final_weights,),
                 unfinished=unfinished,
+                **shared,
             ),
-            _evaluation(run, "test", raw / "labelsTs", fold / "test", dataset.preset, folder),
+            evaluation("test", reference=raw / "labelsTs", predicted=fold / "test"),
         ]
     return stages
 
 
-def _evaluation(run: Run, part: str, reference: Path, predicted: Path, preset: str, folder: Path) -> Stage:
-    """Of the validation, a fold's cases are compared, which are some of the references."""
-    out = results_of(run, folder) / part
-    some = ("--chill",) if part == "validation" else ()
+def _evaluation(part: str, *, reference: Path, predicted: Path, preset: str, out: Path) -> Stage:
+    """Of the validation, a fold's cases are compared, which are some of the references.
+
+    A validation writes its masks over those of an earlier one, which leaves their folder's time: its summary tells.
+    """
+    validation = part == "validation"
     command = ("nnssl_evaluate", "lesions", "-ref", str(reference), "-pred", str(predicted), "--preset", preset)
-    return Stage(name="evaluate", command=(*command, "-o", str(out), *some), outputs=(out / "lesions.json",))
+    return Stage(
+        name="evaluate",
+        command=(*command, "-o", str(out / part), *(("--chill",) if validation else ())),
+        outputs=(out / part / "lesions.json",),
+        inputs=(predicted / "summary.json" if validation else predicted,),
+    )
 
 
 def _variables(run: Run, arm: Arm, folder: Path) -> dict[str, str]:
@@ -220,8 +248,3 @@ def _own_trainers() -> dict[str, type]:
 
     classes = [one for one in (*vars(arms).values(), finetuning.nnUNetTrainerSSL) if isinstance(one, type)]
     return {one.__name__: one for one in classes if issubclass(one, finetuning.nnUNetTrainerSSL)}
-
-
-def program(name: str) -> str:
-    """Return the program of this Python's own environment, which need not be activated."""
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name

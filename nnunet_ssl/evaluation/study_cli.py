@@ -25,7 +25,7 @@ examples:
   nnssl_study collect paper                       tables beside the published ones, tests, figures
 
 It may be interrupted at any time; the same call goes on where it stopped, and tries failed runs again.
-Exit status of run: 0 nothing is missing any more (slurm: all submitted); 1 some runs failed or wait for data.
+Exit status of run: 0 nothing is missing that nobody works on (slurm: all submitted); 1 runs failed or wait for data.
 """
 
 MARKS = {"running": "r", "queued": "q", "failed": "F", "waiting": "w"}

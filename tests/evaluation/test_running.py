@@ -42,7 +42,7 @@ def programs(tmp_path, monkeypatch):
     for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnssl_evaluate"):
         shutil.copy(PROGRAMS, folder / name)
         (folder / name).chmod(0o755)
-    monkeypatch.setattr(running, "program", lambda name: str(folder / name))
+    monkeypatch.setattr(running, "find_program", lambda name: str(folder / name))
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     return folder
 
@@ -144,12 +144,95 @@ def test_what_is_finished_is_never_repeated(folder, calls):
     assert calls() == []
 
 
+def finish_an_hour_ago(study, folder, results):
+    """Execute the study's first run; return its fold."""
+    execute(study.runs()[0], study, folder, "cpu")
+    hour_ago = time.time() - 3600
+    for path in results.rglob("*"):
+        os.utime(path, (hour_ago, hour_ago))
+    assert kinds(study, folder)[0] == "finished"
+    return results / "Dataset501_ATLASv2" / "nnUNetTrainerSwinFPNScratch__nnsslPlans__3d_fullres" / "fold_0"
+
+
+def redone(study, folder, calls):
+    """The programs that a further execution of the study's first run calls."""
+    assert state_of(study.runs()[0], study, folder, "cpu").kind != "finished"
+    calls()
+    assert execute(study.runs()[0], study, folder, "cpu") == "finished"
+    assert state_of(study.runs()[0], study, folder, "cpu").kind == "finished"
+    return [line.split()[0].removeprefix("nnUNetv2_").removeprefix("nnssl_") for line in calls()]
+
+
+def test_a_fold_that_was_deleted_and_trained_again_is_evaluated_again(prepared, folder, calls):
+    study = small()
+    shutil.rmtree(finish_an_hour_ago(study, folder, prepared))
+    assert redone(study, folder, calls) == ["train", "evaluate", "predict", "evaluate"]
+
+
+def test_a_fold_that_was_trained_again_in_its_place_is_predicted_and_evaluated_again(prepared, folder, calls):
+    study = small()
+    fold = finish_an_hour_ago(study, folder, prepared)
+    (fold / "checkpoint_final.pth").touch()
+    (fold / "validation" / "summary.json").touch()
+    assert redone(study, folder, calls) == ["evaluate", "predict", "evaluate"]
+
+
+def test_a_training_that_ended_before_its_validation_is_validated(prepared, folder, calls):
+    study = small()
+    fold = finish_an_hour_ago(study, folder, prepared)
+    (fold / "checkpoint_final.pth").touch()
+    assert redone(study, folder, calls) == ["train", "evaluate", "predict", "evaluate"]
+
+
+def test_what_does_not_depend_on_a_repeated_stage_stays(prepared, folder, calls):
+    study = small()
+    fold = finish_an_hour_ago(study, folder, prepared)
+    (fold / "validation" / "summary.json").touch()
+    assert redone(study, folder, calls) == ["evaluate"]
+
+
+def test_scores_of_a_fold_that_is_gone_are_gone_as_soon_as_it_is_trained(prepared, folder, calls, monkeypatch):
+    study = small()
+    shutil.rmtree(finish_an_hour_ago(study, folder, prepared))
+    monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_train*")
+    assert len(list(folder.rglob("lesions.json"))) == 2
+    assert execute(study.runs()[0], study, folder, "cpu") == "failed"
+    assert list(folder.rglob("lesions.json")) == []
+
+
+def test_a_new_pre_training_is_measured_anew(nnunet_folders, prepared, folder, calls):
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K").mkdir()
+    study = small(experiments={"alignment": {"kind": "alignment", "arms": ["mcl_mim"]}})
+    assert execute_all(study.runs(), study, folder, "cpu") == []
+    [measured], hour_ago = folder.rglob("alignment.json"), time.time() - 3600
+    os.utime(measured, (hour_ago, hour_ago))
+    assert redone(study, folder, calls) == ["evaluate"]
+
+
+def test_two_studies_do_not_work_on_one_fold_at_a_time(prepared, folder, calls, monkeypatch):
+    study, other = small(), folder.with_name("other")
+    run = study.runs()[0]
+    seen, call = [], running._call
+
+    def call_meanwhile(command, *arguments):
+        if "nnUNetv2" in command[0]:
+            seen.append((state_of(run, study, other, "cpu").kind, execute(run, study, other, "cpu")))
+        return call(command, *arguments)
+
+    monkeypatch.setattr(running, "_call", call_meanwhile)
+    assert execute(run, study, folder, "cpu") == "finished"
+    assert seen == [("running", "left to another runner")] * 2
+    assert len(calls()) == 4
+    assert execute(run, study, other, "cpu") == "finished"
+    assert [line.split()[0] for line in calls()] == ["nnssl_evaluate"] * 2, "models are shared, evaluations are not"
+
+
 def test_a_fold_that_was_trained_by_hand_counts(prepared, folder, calls):
     study = small()
     by_hand = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnsslPlans__3d_fullres" / "fold_0"
     (by_hand / "validation").mkdir(parents=True)
-    (by_hand / "validation" / "summary.json").touch()
     (by_hand / "checkpoint_final.pth").touch()
+    (by_hand / "validation" / "summary.json").touch()
     execute(study.runs()[1], study, folder, "cpu")
     assert [line.split()[0] for line in calls()] == ["nnssl_evaluate", "nnUNetv2_predict", "nnssl_evaluate"]
 
@@ -243,7 +326,7 @@ def start_runner(tmp_path, programs, folder):
         from nnunet_ssl.evaluation.study import read_study
         from nnunet_ssl.evaluation.study_cli import _interrupt
         signal.signal(signal.SIGTERM, _interrupt)
-        running.program = lambda name: {str(programs)!r} + "/" + name
+        running.find_program = lambda name: {str(programs)!r} + "/" + name
         study = read_study({str(tmp_path / "small.yaml")!r})
         running.execute(study.runs()[0], study, Path({str(folder)!r}), "cpu")
     """
@@ -357,7 +440,7 @@ exec "$@"
 SLURM = "slurm: {partition: gpu, time: 60, gpus_per_node: 1}\n"
 SITE = """
 from nnunet_ssl.evaluation import running
-running.program = lambda name: f"{programs}/{{name}}"
+running.find_program = lambda name: f"{programs}/{{name}}"
 """
 
 
