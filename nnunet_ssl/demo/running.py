@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from nnunet_ssl.console import find_program
 from nnunet_ssl.demo.steps import Step
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 def run_steps(steps: Sequence[Step], folder: Path, variables: Mapping[str, str]) -> None:
     """Run what is not done yet with these commands and variables. A step run again takes the marks of all later ones.
 
+    A step is continued when its last try had the same command and variables and no earlier step was run since.
+
     Args:
         steps: in order.
         folder: for the logs and marks.
@@ -35,25 +39,26 @@ def run_steps(steps: Sequence[Step], folder: Path, variables: Mapping[str, str])
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps):
-        mark = folder / f"{step.name}.done.json"
-        done = _read(mark)
-        if done and (done["command"], done.get("variables")) == (list(step.command), dict(variables)):
-            logger.info("\n%s\n  done before, in %.0f s", step.title, done["seconds"])
+        mark, log = folder / f"{step.name}.json", folder / f"{step.name}.log"
+        this = {"command": list(step.command), "variables": dict(variables)}
+        last = _read(mark)
+        seconds = last.pop("seconds", None)
+        if last == this and seconds is not None:
+            logger.info("\n%s\n  done before, in %.0f s", step.title, seconds)
             continue
-        for later in steps[number:]:
-            (folder / f"{later.name}.done.json").unlink(missing_ok=True)
-        seconds = _run(step, folder / f"{step.name}.log", variables)
-        with written_beside(mark) as temporary:
-            temporary.write_text(json.dumps({"command": step.command, "variables": dict(variables), "seconds": seconds}))
+        for later in steps[number + 1 :]:
+            (folder / f"{later.name}.json").unlink(missing_ok=True)
+        continues = last == this and step.continued is not None
+        if log.is_file() and not continues:
+            for leftover in step.leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+        _write(mark, this)
+        _write(mark, this | {"seconds": _run(step, step.continued if continues else (), log, variables)})
 
 
-def _run(step: Step, log: Path, variables: Mapping[str, str]) -> float:
-    """Run one step, its output in `log` and its last line on the terminal; return the seconds it took."""
-    interrupted = log.is_file()
-    if interrupted:
-        for leftover in step.leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
-    command = [*step.command, *(step.continued if interrupted else ())]
+def _run(step: Step, more: Sequence[str], log: Path, variables: Mapping[str, str]) -> float:
+    """Run one step with `more` arguments, its output in `log`, its last line on the terminal; return its seconds."""
+    command = [*step.command, *more]
     logger.info("\n%s\n$ %s", step.title, shlex.join(command))
     environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
@@ -79,13 +84,6 @@ def _run(step: Step, log: Path, variables: Mapping[str, str]) -> float:
     return seconds
 
 
-def find_program(name: str) -> str:
-    """Return the program of this Python's own environment, which need not be activated."""
-    if name == "python":
-        return sys.executable
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name
-
-
 def _show_progress(log: Path, seconds: float) -> None:
     if not sys.stdout.isatty():
         return
@@ -98,5 +96,11 @@ def _show_progress(log: Path, seconds: float) -> None:
     sys.stdout.flush()
 
 
-def _read(mark: Path) -> dict | None:
-    return json.loads(mark.read_text()) if mark.is_file() else None
+def _read(mark: Path) -> dict[str, Any]:
+    """A step's last try: its command and variables, and its seconds when it was finished; empty before the first."""
+    return json.loads(mark.read_text()) if mark.is_file() else {}
+
+
+def _write(mark: Path, content: dict[str, Any]) -> None:
+    with written_beside(mark) as temporary:
+        temporary.write_text(json.dumps(content))

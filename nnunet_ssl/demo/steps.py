@@ -11,6 +11,7 @@ from nnunet_ssl.trainers.settings import Settings
 SUBJECTS, TRAINING_CASES, TEST_CASES = 24, 24, 6
 VOXEL_MM = 3
 TRAINER = "nnUNetTrainerMCLMIM"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 SMALL_PRETRAINING = (
     "encoder.embed_dim=16",
@@ -42,20 +43,20 @@ class Step:
         name: of its log and of the mark that it is done.
         title: what it is for.
         command: program and arguments.
-        continued: arguments to add when an earlier try was interrupted.
-        leftovers: what an interrupted try leaves and this command would not overwrite.
+        continued: arguments to add when an earlier try was interrupted; None: such a try is begun anew.
+        leftovers: folders that an earlier try leaves and this command would not overwrite; removed when it begins anew.
     """
 
     name: str
     title: str
     command: tuple[str, ...]
-    continued: tuple[str, ...] = ()
+    continued: tuple[str, ...] | None = None
     leftovers: tuple[Path, ...] = field(default=())
 
 
 def variables(work: Path) -> dict[str, str]:
     """The environment of the steps: nnU-Net's three folders, and the length of the fine-tuning."""
-    folders = {name: str(work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    folders = {name: str(work / name) for name in FOLDERS}
     return {**folders, "nnssl_settings": SMALL_FINETUNING}
 
 
@@ -68,7 +69,9 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
         device: cpu, cuda or mps.
     """
     corpus, atlas, truth, predictions = (work / name for name in ("fomo", "ATLAS_2", "truth", "predictions"))
-    images = work / "nnUNet_raw" / "Dataset501_ATLASv2" / "imagesTs"
+    raw, preprocessed, results = (Path(variables(work)[name]) for name in FOLDERS)
+    images = raw / "Dataset501_ATLASv2" / "imagesTs"
+    pretrained = results / "Dataset500_FOMO60K" / "mcl_mim"
     size = ("--voxel-mm", str(VOXEL_MM))
     plans = (
         "nnUNetPlans" + Settings().updated(SMALL_FINETUNING).suffix()
@@ -99,12 +102,15 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
             name="04_prepare",
             title="Preprocess the corpus",
             command=("nnssl_prepare", "-d", "500", "-np", "2", "--spacing", *[str(VOXEL_MM)] * 3),
+            continued=(),
+            leftovers=(preprocessed / "Dataset500_FOMO60K",),
         ),
         Step(
             name="05_pretrain",
             title="Pre-train an encoder: modality-invariant contrastive learning and masked image modelling",
             command=("nnssl_pretrain", "-c", "mcl_mim", "-device", device, "-o", *SMALL_PRETRAINING),
             continued=("--c",),
+            leftovers=(pretrained,),
         ),
         Step(
             name="06_convert",
@@ -118,17 +124,20 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
                 *("nnUNetv2_plan_and_preprocess", "-d", "501", "-c", "3d_fullres", "-np", "2", "-npfp", "2"),
                 "--verify_dataset_integrity",
             ),
+            leftovers=(preprocessed / "Dataset501_ATLASv2",),
         ),
         Step(
             name="08_train",
             title="Fine-tune for lesion segmentation: stock nnU-Net, one flag more than usual",
             command=("nnUNetv2_train", "501", "3d_fullres", "0", "-tr", TRAINER, "-device", device),
             continued=("--c",),
+            leftovers=(results / "Dataset501_ATLASv2",),
         ),
         Step(
             name="09_predict",
             title="Predict the held-out cases: stock nnU-Net",
             command=("nnUNetv2_predict", "-i", str(images), "-o", str(predictions), *model, "--disable_tta"),
+            leftovers=(predictions,),
         ),
         Step(
             name="10_lesions",
@@ -143,7 +152,7 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
             title="Measure how close a subject's modalities lie in the representation",
             command=(
                 *("nnssl_evaluate", "alignment", "-d", "500", "-device", device, "--checkpoint"),
-                *(str(work / "nnUNet_results" / "Dataset500_FOMO60K" / "mcl_mim"), "-o", str(work / "evaluation")),
+                *(str(pretrained), "-o", str(work / "evaluation")),
             ),
         ),
     ]

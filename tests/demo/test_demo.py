@@ -62,17 +62,20 @@ def step(name, code, **options):
 def test_a_failed_step_is_shown_and_taken_up_again_with_what_follows(tmp_path, capsys):
     calls = tmp_path / "calls"
     first = step("1", f"open({str(calls)!r}, 'a').write('1')")
-    fails = step("2", "print('the reason'); raise SystemExit(3)")
-    works = step("2", f"import sys; open({str(calls)!r}, 'a').write('2' + ''.join(sys.argv[1:]))", continued=("c",))
+    tells = f"import sys; open({str(calls)!r}, 'a').write('2' + ''.join(sys.argv[1:]))"
+    second = step("2", f"{tells}; sys.argv[1:] or exit('the reason')", continued=("c",))
     last = step("3", f"open({str(calls)!r}, 'a').write('3')")
-    with pytest.raises(running.UserError, match=r"(?s)the reason.*'2' failed with status 3"):
-        running.run_steps([first, fails, last], tmp_path, {})
-    running.run_steps([first, works, last], tmp_path, {})
-    assert calls.read_text() == "12c3"
-    running.run_steps([first, works, last], tmp_path, {})
-    assert calls.read_text() == "12c3"
-    running.run_steps([step("1", f"open({str(calls)!r}, 'a').write('new')"), works, last], tmp_path, {})
-    assert calls.read_text() == "12c3new2c3"
+    with pytest.raises(running.UserError, match=r"(?s)the reason.*'2' failed with status 1"):
+        running.run_steps([first, second, last], tmp_path, {})
+    running.run_steps([first, second, last], tmp_path, {})
+    assert calls.read_text() == "122c3"
+    running.run_steps([first, second, last], tmp_path, {})
+    assert calls.read_text() == "122c3"
+    second = step("2", tells, continued=("c",))
+    running.run_steps([first, second, last], tmp_path, {})
+    assert calls.read_text() == "122c323", "another command"
+    running.run_steps([step("1", f"open({str(calls)!r}, 'a').write('new')"), second, last], tmp_path, {})
+    assert calls.read_text() == "122c323new23", "nothing old is continued on new data"
 
 
 def test_a_step_done_with_other_variables_is_done_again(tmp_path):
@@ -83,13 +86,52 @@ def test_a_step_done_with_other_variables_is_done_again(tmp_path):
     assert calls.read_text() == "shortlong"
 
 
-def test_leftovers_of_an_interrupted_step_are_removed(tmp_path):
-    leftover = tmp_path / "half"
-    leftover.mkdir()
-    makes = step("1", f"import os; os.mkdir({str(leftover)!r})", leftovers=(leftover,))
-    (tmp_path / "1.log").touch()
+@pytest.mark.parametrize(("continued", "left"), [(None, ["1"]), (("2",), ["1", "2"])])
+def test_leftovers_of_an_interrupted_step_are_removed_unless_it_is_continued(tmp_path, continued, left):
+    folder, reason = tmp_path / "half", tmp_path / "reason to fail"
+    code = f"""
+import pathlib, sys
+folder = pathlib.Path({str(folder)!r})
+folder.mkdir(exist_ok="2" in sys.argv)
+(folder / sys.argv[-1]).touch()
+sys.exit(pathlib.Path({str(reason)!r}).exists())
+"""
+    makes = steps.Step(
+        name="1", title="1", command=("python", "-c", code, "1"), continued=continued, leftovers=(folder,)
+    )
+    reason.touch()
+    with pytest.raises(running.UserError, match="status 1"):
+        running.run_steps([makes], tmp_path, {})
+    reason.unlink()
     running.run_steps([makes], tmp_path, {})
-    assert leftover.is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == left
+
+
+def test_an_interrupted_step_is_not_continued_with_another_command_or_after_a_repeated_step(tmp_path):
+    calls, folder = tmp_path / "calls", tmp_path / "results"
+    tell = f"import sys; open({str(calls)!r}, 'a').write('{{}}' + ''.join(sys.argv[1:]) + ' '); "
+
+    def tries(first, second, variables=None):
+        folder.mkdir(exist_ok=True)
+        one = step("1", tell.format(first))
+        two = step("2", tell.format(second) + "sys.exit(3)", continued=("c",), leftovers=(folder,))
+        with pytest.raises(running.UserError, match="'2' failed"):
+            running.run_steps([one, two], tmp_path, variables or {})
+        return folder.is_dir()
+
+    assert tries("a", "b")
+    assert tries("a", "b"), "kept, because it is continued"
+    assert not tries("a", "other")
+    assert not tries("new", "other")
+    assert not tries("new", "other", variables={"nnssl_settings": "long"})
+    assert calls.read_text().split() == ["a", "b", "bc", "other", "new", "other", "new", "other"]
+
+
+def test_folders_that_no_try_of_the_demo_has_written_are_left_alone(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    running.run_steps([step("1", "pass", leftovers=(mine,))], tmp_path / "logs", {})
+    assert mine.is_dir()
 
 
 def test_a_full_disk_is_named(demo, tmp_path, monkeypatch):
