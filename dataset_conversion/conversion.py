@@ -26,7 +26,7 @@ from nnunet_ssl.pretraining.workers import WorkerDied, run_locally
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when converted files change for the same input, so that a resumed run redoes them."""
 
 PARTS = ("Tr", "Ts")

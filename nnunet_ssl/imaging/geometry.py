@@ -168,6 +168,9 @@ def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
 def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = None, *, order: int = 1) -> Volume:
     """Resample `moving` onto the grid of `fixed`: smoothed first where the voxels grow, 0 outside.
 
+    What was scanned reaches half a voxel beyond the outermost voxels' centres, 2.5 mm in slices of 5 mm: up to there,
+    their values go on.
+
     Args:
         moving: the image to resample, float.
         fixed: gives the grid.
@@ -176,8 +179,11 @@ def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = Non
     """
     to_moving = np.linalg.inv(moving.affine) @ (np.eye(4) if matrix is None else matrix) @ fixed.affine
     smooth = _blur_for(moving.array.astype(np.float32), to_moving)
-    shape = fixed.array.shape
-    return fixed.with_array(ndimage.affine_transform(smooth, to_moving[:3, :3], to_moving[:3, 3], shape, order=order))
+    sampling = {"matrix": to_moving[:3, :3], "offset": to_moving[:3, 3], "output_shape": fixed.array.shape}
+    values = ndimage.affine_transform(smooth, **sampling, order=order, mode="nearest")
+    inside = np.ones(moving.array.shape, dtype=np.uint8)
+    values *= ndimage.affine_transform(inside, **sampling, order=0, mode="grid-constant")  # 0 where no voxel is nearest
+    return fixed.with_array(values)
 
 
 def _deviation(mapping: np.ndarray, turn: np.ndarray, shift: np.ndarray, shape: tuple[int, ...]) -> float:

@@ -208,3 +208,41 @@ def test_resampling_gives_a_linear_ramp_at_the_right_places():
     np.testing.assert_allclose(
         resampled.array, np.broadcast_to((5.25 + np.arange(6))[:, None] * 3, (5, 6, 7)), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("flip", [1, -1])
+def test_thick_slices_reach_half_a_slice_beyond_their_centres(order, flip):
+    slices = np.broadcast_to(np.array([50, 20, 30, 90], np.float32), (6, 7, 4))
+    moving = Volume(slices, np.diag([2.0, 2.0, 5.0, 1]))  # scanned from -2.5 mm to 17.5 mm, and -1 mm to 11 or 13 mm
+    affine = np.diag([2.0, 2.0, 2.0 * flip, 1])
+    affine[:3, 3] = -2, -2, -6 if flip == 1 else 20
+    resampled = resample_onto(moving, Volume(np.zeros((8, 9, 14)), affine), order=order).array[:, :, ::flip]
+    rtol = 0.1 if order == 3 else 1e-4  # splines overshoot
+    np.testing.assert_allclose(resampled[1:-1, 1:-1, [2, 3]], 50, rtol)  # at -2 and 0 mm
+    np.testing.assert_allclose(resampled[1:-1, 1:-1, 11], 90, rtol)  # at 16 mm
+    assert not resampled[..., [0, 1, 12, 13]].any()  # at -6, -4, 18 and 20 mm
+    assert not resampled[[0, -1]].any() and not resampled[:, [0, -1]].any()  # one voxel beside
+
+
+def test_a_moved_image_is_zero_only_where_it_was_not_scanned():
+    turn = nib.eulerangles.euler2mat(0.2, -0.1, 0.3)
+    scan_affine = nib.affines.from_matvec(np.diag([1.0, 1.0, 5.0]), [-10, -12, -10])
+    moving = Volume(np.ones((20, 24, 5), np.float32), scan_affine)
+    matrix = nib.affines.from_matvec(turn, [1.3, -2.1, 0.7])
+    fixed = Volume(np.zeros((22, 22, 22)), nib.affines.from_matvec(np.eye(3) * 1.7, [-18] * 3))
+    to_moving = np.linalg.inv(moving.affine) @ matrix @ fixed.affine
+    where = nib.affines.apply_affine(to_moving, np.moveaxis(np.indices(fixed.array.shape), 0, -1))
+    scanned = ((where > -0.5) & (where < np.array(moving.array.shape) - 0.5)).all(-1)
+    np.testing.assert_allclose(resample_onto(moving, fixed, matrix).array, scanned, rtol=1e-5)
+
+
+def test_a_lesion_in_the_outermost_slice_keeps_its_volume_and_place():
+    mask = np.zeros((30, 30, 6), bool)
+    mask[10:20, 10:20, 0] = True
+    affine = np.diag([1.01, 1.01, 1.0, 1])
+    affine[2, 3] = -2.5
+    image = Volume(np.zeros((30, 30, 30)), affine)  # scanned is -3 mm and further, the mask from -2.5 mm to 2.5 mm
+    aligned, how = align_mask(Volume(mask, np.diag([1.0, 1.0, 5.0, 1])), image)
+    assert how == "resampled" and aligned.sum() * image.voxel_ml == pytest.approx(0.5, rel=0.05)
+    assert aligned[:, :, :2].any() and not aligned[:, :, 6:].any()
