@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, same_grid, write_volume
-from nnunet_ssl.imaging.skull_strip import brain_mask, looks_stripped, require_hd_bet
+from nnunet_ssl.imaging.skull_strip import STRIPPED_MAXIMUM_ML, brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.pretraining.workers import WorkerDied, run_locally
 
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Raised when converted files change for the same input, so that a resumed run redoes them."""
+
+BRAIN_ML = (400.0, STRIPPED_MAXIMUM_ML)
+"""A brain mask smaller or larger than this deserves a look."""
 
 PARTS = ("Tr", "Ts")
 """Training and test, as nnU-Net's folder names end."""
@@ -254,11 +257,18 @@ def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | 
 def _finish_channels(
     channels: list[Volume], label: np.ndarray | None, facts: dict[str, Any], target: Target
 ) -> list[Volume]:
-    """Check that the channels share one grid, skull-strip them if asked, and give all the same header."""
+    """Check that the channels share one grid, skull-strip them if asked, and give all the same header.
+
+    Raises:
+        UserError: HD-BET finds no brain.
+    """
     first = channels[0]
     assert all(same_grid(channel, first) for channel in channels), "prepare() must bring the channels onto one grid"
     if target.strip:
-        brain = brain_mask(nib.Nifti1Image(channels[_strip_on(target.channels)].array, first.affine), target.device)
+        seen = _strip_on(target.channels)
+        brain = brain_mask(nib.Nifti1Image(channels[seen].array, first.affine), target.device)
+        if not brain.any():
+            raise UserError(f"HD-BET found no brain in {target.channels[seen]}; look at that image.")
         facts["brain_ml"] = float(brain.sum() * first.voxel_ml)
         if label is not None:
             facts["label_voxels_outside_brain"] = int((label & ~brain).sum())
@@ -278,6 +288,8 @@ def _strip_on(channels: Sequence[str]) -> int:
 def _row(case: Case, first: Volume, facts: dict[str, Any]) -> dict[str, Any]:
     """Return a case's line of the report."""
     notes = [*case.notes, *facts.pop("notes", []), *_label_notes(facts)]
+    if "brain_ml" in facts and not BRAIN_ML[0] <= facts["brain_ml"] <= BRAIN_ML[1]:
+        notes.append(f"CHECK: HD-BET's brain mask of {facts['brain_ml']:.0f} ml is none of a whole brain")
     if facts.get("nonfinite_voxels"):
         notes.append(f"{facts['nonfinite_voxels']} NaN or infinite voxels set to 0")
     return {

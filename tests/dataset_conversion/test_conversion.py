@@ -212,6 +212,25 @@ def test_skull_stripping_zeroes_what_is_no_brain_and_counts_the_lesion_voxels_ou
     assert f"{outside} label voxels lie outside HD-BET's brain mask" in row["notes"]
 
 
+def test_a_case_without_a_brain_is_skipped_and_an_implausible_volume_flagged(tools, fake_hd_bet, tmp_path):
+    root = write_training(tools, tmp_path / "atlas", 3)
+    for number, spacing in ((2, 2), (3, 7)):
+        path = next((root / "Training" / "R001" / f"sub-r001s{number:03d}").rglob("*T1w.nii.gz"))
+        value = np.float32(5 if number == 2 else 20)
+        tools.write_nifti(path, np.full(SHAPE, value), np.diag([spacing, spacing, spacing, 1.0]))
+    options = ["--skull-strip", "hd-bet", "-device", "cpu", "-np", 1]
+    done = tools.run_script(501, "-i", root, *options, env=fake_hd_bet)
+    assert done.returncode == 0, done.stderr
+    folder = dataset(fake_hd_bet)
+    assert "HD-BET found no brain in t1" in tools.skipped_in(folder)["sub-r001s002_ses-1"]
+    assert not list(folder.rglob("sub-r001s002*"))
+    rows = tools.report_of(folder)
+    assert rows.keys() == {"sub-r001s001_ses-1", "sub-r001s003_ses-1"}
+    assert "CHECK: HD-BET's brain mask of 16 ml" in rows["sub-r001s001_ses-1"]["notes"]
+    assert float(rows["sub-r001s003_ses-1"]["brain_ml"]) == pytest.approx(1383, abs=1)
+    assert "brain mask of" not in rows["sub-r001s003_ses-1"]["notes"]
+
+
 def test_stripping_needs_a_contrast_that_hd_bet_knows(tools, fake_hd_bet, tmp_path):
     scans = tmp_path / "new" / "sub-1" / "dwi"
     tools.write_nifti(scans / "sub-1_dwi.nii.gz", np.ones(SHAPE, np.float32))
