@@ -191,8 +191,10 @@ def _last_line(log: Path) -> str:
 
 
 def _locks_of(run: Run | AlignmentRun, folder: Path, stages: Sequence[Stage]) -> list[Path]:
-    """The lock of the run in its study, and that of its fold, which other studies may have a run for as well."""
-    return [folder / "runs" / f"{run.id}.lock", *{stage.lock for stage in stages if stage.lock is not None}]
+    """The lock of the run in its study, and that of its fold while something is missing there, which may be another
+    study's work as well; a finished fold may be somebody else's, and only readable."""
+    folds = {stage.lock for stage in stages if stage.lock is not None and not stage.is_done()}
+    return [folder / "runs" / f"{run.id}.lock", *folds]
 
 
 @contextlib.contextmanager
