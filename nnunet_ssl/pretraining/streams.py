@@ -18,6 +18,7 @@ from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.loading import make_loader
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks
 from nnunet_ssl.pretraining.passes import Examples
+from nnunet_ssl.pretraining.transfer import send
 
 PAIRS, UNPAIRED, MASKS = range(3)
 """Streams of random numbers."""
@@ -104,7 +105,7 @@ class Stream:
         masks = draw_masks(views * everyone, grid, self.config.masked.ratio, generator)
         first = (distributed.rank() * self.config.accumulation + part) * count
         own = masks.unflatten(0, (views, everyone))[:, first : first + count]
-        return own.flatten(0, 1).to(self.device, non_blocking=True)
+        return send(own.flatten(0, 1), self.device)
 
 
 def has_unpaired_stream(corpus: Corpus, config: PretrainingConfig) -> bool:
