@@ -137,16 +137,15 @@ def _device(arguments: argparse.Namespace) -> str:
 def _describe(cases: Sequence[Case], skipped: Sequence[Skipped], target: Target) -> None:
     """Say what a run would do."""
     logger.info("Dry run: nothing is written. A run would fill %s with", target.folder)
-    for part in PARTS:
-        chosen = [case for case in cases if case.part == part]
+    groups = {"cases": cases}
+    if not target.images_only:
+        groups = {
+            f"{what} cases": [case for case in cases if case.part == part]
+            for part, what in zip(PARTS, ("training", "test"), strict=True)
+        }
+    for what, chosen in groups.items():
         if chosen:
-            logger.info(
-                "  %d %s cases, %s ... %s",
-                len(chosen),
-                {"Tr": "training", "Ts": "test"}[part],
-                chosen[0].id,
-                chosen[-1].id,
-            )
+            logger.info("  %d %s, %s ... %s", len(chosen), what, chosen[0].id, chosen[-1].id)
     for path, made in zip((cases[0].images[name] for name in target.channels), target.image_paths(cases[0])):
         logger.info("  for instance %s -> %s", path, made.name)
     log_skipped(skipped, None)

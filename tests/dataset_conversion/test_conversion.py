@@ -89,6 +89,16 @@ def test_a_dry_run_tells_and_writes_nothing(tools, env, tmp_path):
     assert tools.snapshot(tmp_path) == before and not Path(env["nnUNet_raw"]).exists()
 
 
+def test_a_dry_run_calls_new_patients_neither_training_nor_test(tools, env, tmp_path):
+    for part in ("Training", "Testing"):
+        path = tmp_path / "new" / part / "sub-1" / f"sub-1_ses-{part}_T1w.nii.gz"
+        tools.write_nifti(path, np.ones(SHAPE, np.float32))
+    done = tools.run_script(501, "-i", tmp_path / "new", "--images-only", "-o", "out", "--dry-run", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "  2 cases, sub-1_ses-Testing ... sub-1_ses-Training" in done.stdout
+    assert "training" not in done.stdout and "test cases" not in done.stdout
+
+
 def finished(folder):
     records = folder.glob("conversion/cases/[!.]*.json")
     return sum(json.loads(path.read_text())["made_from"] is not None for path in records)
