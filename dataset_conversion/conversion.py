@@ -82,7 +82,6 @@ class Target:
         images_only: write ``<id>_0000.nii.gz`` straight into `folder`, no labels.
         strip: skull-strip with HD-BET.
         device: where HD-BET runs.
-        settings: what else decides how files come out; a change redoes them.
     """
 
     folder: Path
@@ -90,7 +89,6 @@ class Target:
     images_only: bool = False
     strip: bool = False
     device: str = "cpu"
-    settings: tuple[str, ...] = ()
 
     def image_paths(self, case: Case) -> list[Path]:
         folder = self.folder if self.images_only else self.folder / f"images{case.part}"
@@ -329,7 +327,7 @@ def _made_from(case: Case, target: Target) -> dict[str, Any]:
     sources = [*case.images.values(), *case.masks]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     described = asdict(case) | {"images": list(case.images), "masks": len(case.masks)}
-    options = [FORMAT, target.channels, target.strip, target.settings]
+    options = [FORMAT, target.channels, target.strip]
     return json.loads(json.dumps({"case": described, "sources": stats, "options": options}))
 
 
