@@ -255,15 +255,19 @@ def _significant(experiment: Experiment, tests: pd.DataFrame) -> dict[tuple, str
 
 
 def _alignment_cells(one: Mapping[str, Any]) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        """Of one patient there is neither a spread nor an interval; their figures are null in the JSON."""
+        return "n/a" if value is None else format(value, form)
+
     def distance(entry: Mapping[str, Any]) -> str:
-        low, high = entry["interval"]
-        return f"{entry['mean']:.4f} +- {entry['std']:.4f} [{low:.4f}, {high:.4f}]"
+        mean, std, low, high = (number(value, ".4f") for value in (entry["mean"], entry["std"], *entry["interval"]))
+        return f"{mean} +- {std} [{low}, {high}]"
 
     return [
         distance(one["cross_modality"]),
         distance(one["cross_subject"]),
-        f"{one['retrieval']['accuracy']:.3f} (chance {one['retrieval']['chance']:.3f})",
-        f"{one['effective_rank']['value']:.1f} of {one['dimension']}",
+        f"{number(one['retrieval']['accuracy'], '.3f')} (chance {number(one['retrieval']['chance'], '.3f')})",
+        f"{number(one['effective_rank']['value'], '.1f')} of {one['dimension']}",
     ]
 
 

@@ -6,7 +6,10 @@ import pytest
 import yaml
 from scipy import stats
 
+from nnunet_ssl.evaluation.alignment import measure_alignment
+from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.report import collect, compare_arms, markdown, read_cases, summarize_cells
+from nnunet_ssl.evaluation.results import write_json
 from nnunet_ssl.evaluation.stages import results_of
 from nnunet_ssl.evaluation.study import AlignmentRun, study_from
 
@@ -189,6 +192,18 @@ def test_an_arm_without_results_leaves_gaps(tmp_path):
     report = collect(study(), tmp_path)
     assert "| scratch | - | 0.4100 | - | 0.3900 |" in report.read_text()
     assert (report.parent / "modalities_modalities.png").is_file()
+
+
+def test_figures_that_do_not_exist_for_one_patient_are_not_available(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(2, 8))
+    scans = pd.DataFrame({"patient_id": "p", "session_id": "s", "filename": ["a", "b"], "modality": ["t1", "t2"]})
+    measured = measure_alignment(Embeddings(vectors=vectors, scans=scans))
+    path = results_of(AlignmentRun(arm="mcl", corpus=500, subjects="validation"), tmp_path) / "alignment.json"
+    write_json(measured, path)
+    report = collect(study(), tmp_path)
+    mean = measured["cross_modality"]["mean"]
+    assert f"| MCL | {mean:.4f} +- n/a [n/a, n/a] | 0.0066 +- 0.0104 | n/a +- n/a [n/a, n/a] |" in report.read_text()
+    assert len(pd.read_csv(report.parent / "alignment.csv")) == 5
 
 
 def test_markdown_tables():
