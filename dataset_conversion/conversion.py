@@ -132,12 +132,14 @@ def convert(
         the converted cases and their rows of the report.
 
     Raises:
-        UserError: HD-BET is wanted and missing, the folder holds other files, or no case can be converted.
+        UserError: HD-BET is wanted and missing, the folder holds other files or other patients of the same names, or no
+            case can be converted.
     """
     if target.strip:
         _strip_on(target.channels)
         require_hd_bet()
     _refuse_foreign_files(target)
+    _refuse_namesakes(cases, target)
     _remove_partial_files(target.folder)
     earlier = _recorded(target)
     gone = _remove_stale_files(cases, target)
@@ -332,8 +334,7 @@ def _made_from(case: Case, target: Target) -> dict[str, Any]:
 
 
 def _is_done(case: Case, target: Target) -> bool:
-    path = target.record_path(case.id)
-    if not path.is_file() or json.loads(path.read_text())["made_from"] != _made_from(case, target):
+    if _made_earlier_from(case.id, target) != _made_from(case, target):
         return False
     return all(made.is_file() for made in [*target.outputs(case), target.tile_path(case.id)])
 
@@ -383,6 +384,29 @@ def _refuse_foreign_files(target: Target) -> None:
             f"{target.folder} holds {len(foreign)} images that this script didn't make, such as {foreign[0].name}. "
             "Move that folder away, or choose another number with -d."
         )
+
+
+def _refuse_namesakes(cases: Sequence[Case], target: Target) -> None:
+    """Make sure that no patient among new images takes the place of another, prepared earlier under the same name.
+
+    Raises:
+        UserError: one would.
+    """
+    for case in cases if target.images_only else ():
+        earlier = _made_earlier_from(case.id, target)
+        sources = [path for path, *_ in earlier["sources"]] if earlier else []
+        if sources and not set(sources) & set(map(str, case.images.values())):
+            new = next(iter(case.images.values()))
+            raise UserError(
+                f"{target.folder} has a case {case.id} from {sources[0]} already; {new} would take its place. "
+                "Give another patient another -o; for the same patient, remove that folder first."
+            )
+
+
+def _made_earlier_from(case_id: str, target: Target) -> dict[str, Any] | None:
+    """Return what a finished case was made from, None for another."""
+    path = target.record_path(case_id)
+    return json.loads(path.read_text())["made_from"] if path.is_file() else None
 
 
 def _recorded(target: Target) -> set[str]:

@@ -175,6 +175,19 @@ def test_patients_gather_in_the_folder_for_prediction_even_inside_the_sources(to
     assert not Path(env["nnUNet_raw"]).exists()
 
 
+def test_a_patient_of_the_same_name_never_takes_anothers_place(tools, env, tmp_path):
+    for patient in "AB":
+        tools.write_nifti(tmp_path / patient / "scan_t1.nii.gz", np.full(SHAPE, ord(patient), np.float32))
+    first, second = (
+        tools.run_script(501, "-i", tmp_path / patient, "--images-only", "-o", tmp_path / "out", "-np", 1, env=env)
+        for patient in "AB"
+    )
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 1
+    assert f"{tmp_path}/A/scan_t1.nii.gz already; {tmp_path}/B/scan_t1.nii.gz would take its place" in second.stderr
+    assert np.unique(nib.load(tmp_path / "out" / "scan_0000.nii.gz").dataobj) == [ord("A")]
+
+
 @pytest.fixture
 def fake_hd_bet(env, tmp_path):
     """A package with HD-BET's names whose "network" calls everything above 10 brain, for other processes."""
