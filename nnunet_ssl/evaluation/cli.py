@@ -48,7 +48,6 @@ def evaluate() -> None:
     _add_probe(commands)
     _add_gradients(commands)
     arguments = parser.parse_args()
-    logging.getLogger("numexpr").setLevel(logging.WARNING)
     if getattr(arguments, "json", None) == "-":
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     arguments.run(arguments)
@@ -120,8 +119,8 @@ def _name_of(checkpoint: Path) -> str:
     return checkpoint.name if checkpoint.is_dir() else f"{checkpoint.absolute().parent.name}/{checkpoint.name}"
 
 
-def _finish(result: dict[str, Any], text: str, arguments: argparse.Namespace, written: Path | None) -> None:
-    """Show the result as asked: lines for a person, JSON for a program."""
+def _show(result: dict[str, Any], text: str, arguments: argparse.Namespace) -> None:
+    """Show the result as asked, lines for a person or JSON for a program; before files are written, which may fail."""
     from nnunet_ssl.evaluation.results import json_text, write_json
 
     if arguments.json == "-":
@@ -130,8 +129,6 @@ def _finish(result: dict[str, Any], text: str, arguments: argparse.Namespace, wr
         logger.info("%s", text)
         if arguments.json:
             write_json(result, Path(arguments.json))
-    if written:
-        logger.info("written to %s", written)
 
 
 def _add_alignment(commands) -> None:
@@ -155,6 +152,7 @@ def _alignment(arguments: argparse.Namespace) -> None:
 
     embeddings, name = _embeddings(arguments)
     result = measure_alignment(embeddings)
+    _show(result, describe(result), arguments)
     if arguments.o:
         from nnunet_ssl.evaluation.embeddings import write_embeddings
         from nnunet_ssl.evaluation.figures.alignment import draw_alignment
@@ -164,7 +162,7 @@ def _alignment(arguments: argparse.Namespace) -> None:
         draw_alignment(embeddings, result, arguments.o / "alignment.png", projection=arguments.map, title=name)
         if arguments.checkpoint:
             write_embeddings(embeddings, arguments.o)
-    _finish(result, describe(result), arguments, arguments.o)
+        logger.info("written to %s", arguments.o)
 
 
 def _add_lesions(commands) -> None:
@@ -177,9 +175,7 @@ def _add_lesions(commands) -> None:
     )
     parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
     parser.add_argument("-pred", type=Path, required=True, metavar="FOLDER", help="predicted masks of the same names")
-    parser.add_argument(
-        "-o", type=Path, metavar="FOLDER", help="write lesions.json, .tsv and .png here (default: FOLDER of -pred)"
-    )
+    parser.add_argument("-o", type=Path, metavar="FOLDER", help="write lesions.json, lesions.tsv and lesions.png here")
     parser.add_argument("--preset", choices=("isles", "atlas", "fcd"), default="isles", help="(default: isles)")
     parser.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="neighbours that make one lesion")
     parser.add_argument("-l", "--label", type=int, metavar="N", help="the lesion's label (default: all above 0)")
@@ -190,8 +186,6 @@ def _add_lesions(commands) -> None:
 
 
 def _lesions(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.figures.lesions import draw_lesions
-    from nnunet_ssl.evaluation.results import write_json, write_tsv
     from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders, describe, summarize
 
     config = LesionConfig(
@@ -202,12 +196,16 @@ def _lesions(arguments: argparse.Namespace) -> None:
     )
     cases = compare_folders(arguments.ref, arguments.pred, config, subset=arguments.chill, processes=arguments.np)
     summary = summarize(cases, config)
-    folder = arguments.o or arguments.pred
     result = summary | {"cases": cases.to_dict("records")}
-    write_json(result, folder / "lesions.json")
-    write_tsv(cases, folder / "lesions.tsv")
-    draw_lesions(cases, summary, folder / "lesions.png", title=str(arguments.pred))
-    _finish(result, describe(summary), arguments, folder)
+    _show(result, describe(summary), arguments)
+    if arguments.o:
+        from nnunet_ssl.evaluation.figures.lesions import draw_lesions
+        from nnunet_ssl.evaluation.results import write_json, write_tsv
+
+        write_json(result, arguments.o / "lesions.json")
+        write_tsv(cases, arguments.o / "lesions.tsv")
+        draw_lesions(cases, summary, arguments.o / "lesions.png", title=str(arguments.pred))
+        logger.info("written to %s", arguments.o)
 
 
 def _add_probe(commands) -> None:
@@ -240,6 +238,7 @@ def _probe(arguments: argparse.Namespace) -> None:
 
     embeddings, name = _embeddings(arguments)
     result = probe(embeddings, arguments.target, task=arguments.task, folds=arguments.folds)
+    _show(result.summary, describe(result.summary), arguments)
     if arguments.o:
         from nnunet_ssl.evaluation.embeddings import write_embeddings
         from nnunet_ssl.evaluation.figures.probe import draw_probe
@@ -250,7 +249,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         draw_probe(result, arguments.o / "probe.png", title=name)
         if arguments.checkpoint:
             write_embeddings(embeddings, arguments.o)
-    _finish(result.summary, describe(result.summary), arguments, arguments.o)
+        logger.info("written to %s", arguments.o)
 
 
 def _add_gradients(commands) -> None:
@@ -271,10 +270,11 @@ def _gradients(arguments: argparse.Namespace) -> None:
 
     runs = read_runs(arguments.runs)
     result = measure_gradients(runs)
+    _show(result, describe(result), arguments)
     if arguments.o:
         from nnunet_ssl.evaluation.figures.gradients import draw_gradients
         from nnunet_ssl.evaluation.results import write_json
 
         write_json(result, arguments.o / "gradients.json")
         draw_gradients(runs, arguments.o / "gradients.png")
-    _finish(result, describe(result), arguments, arguments.o)
+        logger.info("written to %s", arguments.o)

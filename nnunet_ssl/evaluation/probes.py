@@ -212,11 +212,7 @@ def _scored(
         "scores": {
             name: {
                 "value": value(score, output, everything),
-                "interval": bootstrap_interval(
-                    lambda weights, score=score: score(truth, output, weights[:, subject]),
-                    subject.max() + 1,
-                    repeats=1000,
-                ),
+                "interval": interval(score),
                 "baseline": value(score, baseline, everything),
             }
             for name, score in scores.items()

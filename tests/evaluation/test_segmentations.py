@@ -175,11 +175,29 @@ def test_the_command_writes_json_tsv_and_figure_and_prints_pure_json(folders, tm
     assert (out / "lesions.png").read_bytes().startswith(b"\x89PNG")
 
 
+def compare(monkeypatch, folders, *more):
+    reference, predicted = folders
+    call = ["nnssl_evaluate", "lesions", "-ref", reference, "-pred", predicted, *more]
+    monkeypatch.setattr("sys.argv", list(map(str, call)))
+    evaluate()
+
+
+def test_nothing_is_written_without_a_folder_for_it(folders, tmp_path, monkeypatch, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    compare(monkeypatch, folders)
+    assert "4 cases (1 without a lesion)" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_measured_is_shown_even_where_it_cannot_be_written(folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: .*file"):
+        compare(monkeypatch, folders, "-o", tmp_path / "file")
+    assert "4 cases (1 without a lesion)" in capsys.readouterr().out
+
+
 def test_the_figure_is_drawn_without_any_lesion(tmp_path, monkeypatch):
     for folder in ("ref", "pred"):
         write(tmp_path / folder / "a.nii.gz")
-    monkeypatch.setattr(
-        "sys.argv", ["nnssl_evaluate", "lesions", "-ref", str(tmp_path / "ref"), "-pred", str(tmp_path / "pred")]
-    )
-    evaluate()
-    assert (tmp_path / "pred" / "lesions.png").is_file()
+    compare(monkeypatch, (tmp_path / "ref", tmp_path / "pred"), "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "lesions.png").is_file()
