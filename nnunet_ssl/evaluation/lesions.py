@@ -24,7 +24,7 @@ class Preset:
 
     Attributes:
         connectivity: of voxels that are one lesion.
-        official: the metrics it reports.
+        official: the metrics it reports. ATLAS R2.0 counts the volume difference in voxels; here it is in ml always.
         patients_only: every metric but specificity is summarised over the cases that have a lesion. Otherwise a
             healthy control in which nothing is found scores a Dice of 1, and the mean says how many controls there are.
     """
