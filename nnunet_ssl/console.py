@@ -59,6 +59,13 @@ def add_subcommand(
     return parser
 
 
+def positive(text: str) -> int:
+    """Read a whole number above 0: the type of an argument that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
 def find_program(name: str) -> str:
     """Return the program of this Python's own environment, which need not be activated."""
     if name == "python":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.console import add_subcommand, command
+from nnunet_ssl.console import add_subcommand, command, positive
 from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -81,14 +81,18 @@ def _add_embedding_source(parser: argparse.ArgumentParser, max_subjects: int) ->
         default="centre",
         help="one central patch, or patches over the whole brain",
     )
-    fresh.add_argument("--patch_size", type=int, nargs=3, metavar="N", help="voxels (default: the pre-training's)")
+    fresh.add_argument("--patch_size", type=positive, nargs=3, metavar="N", help="voxels (default: the pre-training's)")
     fresh.add_argument(
         "--subjects", choices=("all", "validation"), default="all", help="validation: those the pre-training held out"
     )
     fresh.add_argument(
-        "--max_subjects", type=int, default=max_subjects, metavar="N", help=f"draw at most N (default: {max_subjects})"
+        "--max_subjects",
+        type=positive,
+        default=max_subjects,
+        metavar="N",
+        help=f"draw at most N (default: {max_subjects})",
     )
-    fresh.add_argument("--batch_size", type=int, default=4, metavar="N", help="patches at a time (default: 4)")
+    fresh.add_argument("--batch_size", type=positive, default=4, metavar="N", help="patches at a time (default: 4)")
     fresh.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
 
 
@@ -181,7 +185,7 @@ def _add_lesions(commands) -> None:
     parser.add_argument("-l", "--label", type=int, metavar="N", help="the lesion's label (default: all above 0)")
     parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default: 1)")
     parser.add_argument("--chill", action="store_true", help="compare only the cases that were predicted")
-    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("-np", type=positive, default=1, metavar="N", help="processes (default: 1)")
     _add_json(parser)
 
 

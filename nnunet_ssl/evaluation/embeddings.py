@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.results import read_table
 from nnunet_ssl.files import written_beside
 
 IDENTITY = ("patient_id", "session_id", "filename")
@@ -49,7 +50,7 @@ def read_embeddings(vectors_path: Path, metadata_path: Path) -> Embeddings:
             raise UserError(f"There is no file {path}.")
     vectors = _read_array(vectors_path)
     separator = "\t" if metadata_path.suffix == ".tsv" else ","
-    scans = pd.read_csv(metadata_path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    scans = read_table(metadata_path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     if missing := [name for name in COLUMNS if name not in scans]:
         raise UserError(
             f"{metadata_path} lacks the column(s) {', '.join(missing)}. It must have {', '.join(COLUMNS)}; "
@@ -75,14 +76,17 @@ def write_embeddings(embeddings: Embeddings, folder: Path) -> None:
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise UserError(f"{path} is a bare array (.npy). Store it as .npz: numpy.savez(FILE, embeddings=array).")
+        with loaded as arrays:
             names = [name for name in arrays if arrays[name].ndim == 2]
             if len(names) != 1:
                 raise UserError(f"{path} must hold one array of shape (scans, dimensions); it holds {len(names)}.")
             vectors = arrays[names[0]].astype(np.float64)
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive fails in zipfile, in zlib, or where numpy parses its headers
         raise UserError(f"{path} cannot be read as a .npz of embeddings: {error}.") from error
     if not np.isfinite(vectors).all():
         raise UserError(f"{path} has embeddings that are not finite, the first in row {_first_broken(vectors)}.")

@@ -81,12 +81,22 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
 
 
 def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingConfig) -> np.ndarray:
-    """Return the row numbers of the scans to embed, in the corpus' order."""
+    """Return the row numbers of the scans to embed, in the corpus' order.
+
+    Raises:
+        UserError: the validation subjects are wanted, and the checkpoint does not say which those were.
+    """
     scans = corpus.scans
     if config.subjects == "validation":
-        settings = _pretraining(pretrained)
-        fraction = settings.get("validation", {}).get("fraction", 0.02)
-        _, validation = corpus.split(fraction, settings.get("seed", 0))
+        try:
+            settings = _pretraining(pretrained)
+            fraction, seed = settings["validation"]["fraction"], settings["seed"]
+        except KeyError:
+            raise UserError(
+                f"A checkpoint of {pretrained.origin} without its pre-training's configuration does not say which "
+                "subjects were held out: take all of them (--subjects all; in a study, subjects: all)."
+            ) from None
+        _, validation = corpus.split(fraction, seed)
         scans = scans[scans["scan_id"].isin(validation.scans["scan_id"])]
     names = np.unique(scans["subject"].to_numpy(str))
     if len(names) > config.max_subjects:
@@ -140,14 +150,19 @@ def find_device(name: str) -> torch.device:
     Raises:
         UserError: it is not there.
     """
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("-device cuda: PyTorch sees no CUDA device here. Use -device cpu.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("-device mps: PyTorch sees no Apple GPU here. Use -device cpu.")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"-device {name} is no device: use cuda, cuda:1, cpu or mps.") from error
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu", "mps"):
+        raise UserError(f"-device {name} is no device: use cuda, cuda:1, cpu or mps.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"-device {name}: PyTorch sees no CUDA device here. Use -device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"-device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices, the first is cuda:0.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device mps: PyTorch sees no Apple GPU here. Use -device cpu.")
+    return device
 
 
 def _pretraining(pretrained: PretrainedEncoder) -> dict:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.results import read_table
 
 FILE = "progress.csv"
 CONTRASTIVE, MASKED, COSINE, BALANCE = (f"gradient/{name}" for name in ("contrastive", "masked", "cosine", "balance"))
@@ -66,7 +67,7 @@ def describe(result: dict[str, Any]) -> str:
 def _read(file: Path) -> pd.DataFrame:
     if not file.is_file():
         raise UserError(f"There is no {file}: name the folder of a pre-training, or its {FILE}.")
-    table = pd.read_csv(file)
+    table = read_table(file)
     columns = [CONTRASTIVE, MASKED, COSINE, BALANCE]
     if "step" not in table or not {CONTRASTIVE, MASKED} & set(table.columns):
         raise UserError(
@@ -76,6 +77,8 @@ def _read(file: Path) -> pd.DataFrame:
     rows = table.reindex(columns=["step", *columns]).dropna(subset=[CONTRASTIVE, MASKED], how="all")
     if rows.empty:
         raise UserError(f"{file} has no row with the norm of a branch yet.")
+    if not all(map(pd.api.types.is_numeric_dtype, rows.dtypes)):
+        raise UserError(f"{file} has text where step and gradients are numbers: it is damaged or no {FILE}.")
     ratio = rows[CONTRASTIVE] / rows[MASKED]
     return rows.assign(ratio=ratio, balanced=ratio * rows[BALANCE].fillna(1.0)).reset_index(drop=True)
 

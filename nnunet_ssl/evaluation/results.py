@@ -1,4 +1,4 @@
-"""Write what was measured: JSON that any parser reads, TSV that any table program reads."""
+"""Write what was measured, JSON that any parser reads and TSV that any table program reads; read such tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 
 
@@ -29,6 +30,18 @@ def write_tsv(table: pd.DataFrame, path: Path) -> None:
     """Write a table; what does not exist is written as n/a, as BIDS does."""
     with written_beside(path) as temporary:
         table.to_csv(temporary, sep="\t", index=False, na_rep="n/a", float_format="%.6g")
+
+
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a table with the `options` of :func:`pandas.read_csv`.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        return pd.read_csv(path, **options)
+    except ValueError as error:  # an empty file, lines of different length, bytes that are no text
+        raise UserError(f"{path} cannot be read as a table: {str(error).strip()}") from error
 
 
 def _plain(value: Any) -> Any:

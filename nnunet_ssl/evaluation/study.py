@@ -248,6 +248,8 @@ def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experimen
     if published is not None:
         if not isinstance(published, Mapping) or set(published) != {"source", "values"}:
             raise UserError(f"{where}.published takes the keys source and values.")
+        if not isinstance(published["values"], Mapping):
+            raise UserError(f"{where}.published.values is {published['values']!r}; it takes a list of numbers per arm.")
         published = Published(source=str(published["source"]), values=dict(published["values"]))
         values = {key: value for key, value in values.items() if key != "published"}
     named = {"title": where.partition(".")[2]} | values if isinstance(values, Mapping) else values
@@ -282,8 +284,9 @@ def _check(study: Study) -> None:
 
 
 def _check_experiment(study: Study, where: str, experiment: Experiment) -> None:
-    if experiment.kind == "segmentation" and not experiment.datasets:
-        raise UserError(f"{where}.datasets must name at least one.")
+    for key in ("datasets", "fractions", "folds", "seeds", "metrics") if experiment.kind == "segmentation" else ():
+        if not getattr(experiment, key):
+            raise UserError(f"{where}.{key} must name at least one.")
     compared = [arm for pair in experiment.compare for arm in pair]
     published = experiment.published.values if experiment.published else {}
     for kind, names, known in (
@@ -296,8 +299,12 @@ def _check_experiment(study: Study, where: str, experiment: Experiment) -> None:
             raise UserError(f"{where} speaks of '{unknown[0]}', which is none of the {kind}: {', '.join(known)}.")
     length = 2 if experiment.kind == "alignment" else len(experiment.columns)
     for arm, numbers in published.items():
-        if not isinstance(numbers, list) or len(numbers) != length:
+        if not isinstance(numbers, list) or len(numbers) != length or not all(map(_is_number, numbers)):
             raise UserError(f"{where}.published.values.{arm} must be a list of {length} numbers.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _joined(*settings: str) -> str:

@@ -121,6 +121,14 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, change, message):
         read_embeddings(tmp_path / "embeddings.npz", tmp_path / "metadata.csv")
 
 
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2,3\n4,5,6,7\n", b"\xff\xfe\x00\x81"])
+def test_a_table_that_is_none_is_refused(tmp_path, content):
+    write_embeddings(synthetic(), tmp_path)
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"metadata.csv cannot be read as a table"):
+        read_embeddings(tmp_path / "embeddings.npz", tmp_path / "metadata.csv")
+
+
 def test_arrays_that_are_no_embeddings_are_refused(tmp_path):
     write_embeddings(synthetic(), tmp_path)
     array, table = tmp_path / "embeddings.npz", tmp_path / "metadata.csv"
@@ -133,6 +141,14 @@ def test_arrays_that_are_no_embeddings_are_refused(tmp_path):
     array.write_bytes(b"no zip file")
     with pytest.raises(UserError, match="cannot be read"):
         read_embeddings(array, table)
+    np.save(tmp_path / "bare.npy", np.zeros((36, 2)))
+    with pytest.raises(UserError, match=r"bare array \(\.npy\)"):
+        read_embeddings(tmp_path / "bare.npy", table)
+    for damage in (lambda whole: whole[:-100], lambda whole: whole[:200] + bytes(100) + whole[300:]):
+        np.savez_compressed(array, embeddings=np.random.default_rng(0).normal(size=(36, 24)))
+        array.write_bytes(damage(array.read_bytes()))
+        with pytest.raises(UserError, match="cannot be read"):
+            read_embeddings(array, table)
     array.unlink()
     with pytest.raises(UserError, match="There is no file"):
         read_embeddings(array, table)

@@ -68,6 +68,15 @@ def test_validation_means_the_subjects_that_the_pre_training_held_out(write_corp
     assert 0 < held_out.nunique() < 6
 
 
+def test_a_checkpoint_that_does_not_tell_what_was_held_out_has_no_validation_subjects(
+    tmp_path, write_corpus, write_tiny_encoder
+):
+    write_corpus()
+    write_tiny_encoder(tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match=r"does not say which subjects were held out.*--subjects all"):
+        embed_corpus(tmp_path / "encoder.safetensors", 500, EncodingConfig(subjects="validation"), CPU)
+
+
 def test_at_most_so_many_subjects_are_drawn_and_always_the_same(write_corpus, checkpoint):
     write_corpus()
     draws = [
@@ -90,9 +99,25 @@ def test_the_command_measures_a_pre_training_by_its_folder(write_corpus, checkpo
     assert (out / "alignment.png").is_file()
 
 
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="-device warp is no device"):
-        find_device("warp")
+@pytest.mark.parametrize("option", ["--batch_size", "--max_subjects", "--patch_size"])
+def test_counts_are_above_zero(option, monkeypatch, capsys):
+    number = ["0"] * (3 if option == "--patch_size" else 1)
+    monkeypatch.setattr("sys.argv", ["nnssl_evaluate", "alignment", "--checkpoint", "run", option, *number])
+    with pytest.raises(SystemExit):
+        evaluate()
+    assert f"argument {option}: '0' is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    for name in ("warp", "meta"):
+        with pytest.raises(UserError, match=f"-device {name} is no device"):
+            find_device(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "device_count", lambda: 2)
+        assert [str(find_device(name)) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+        with pytest.raises(UserError, match=r"-device cuda:9: PyTorch sees 2 CUDA devices"):
+            find_device("cuda:9")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device here"):
             find_device("cuda")

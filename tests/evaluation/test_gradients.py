@@ -70,6 +70,11 @@ def test_what_holds_no_gradients_is_refused(tmp_path):
         read_runs([write_run(tmp_path / "unmeasured")])
     with pytest.raises(UserError, match="no row with the norm of a branch yet"):
         read_runs([write_run(tmp_path / "young", **{"gradient/masked": np.nan})])
+    with pytest.raises(UserError, match="has text where step and gradients are numbers"):
+        read_runs([write_run(tmp_path / "damaged", **{"gradient/masked": ["0.1", "0.2", "0.3", "0.0.4"]})])
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(UserError, match=r"empty.csv cannot be read as a table"):
+        read_runs([tmp_path / "empty.csv"])
 
 
 def test_the_command_compares_runs(combined, tmp_path, monkeypatch, capsys):

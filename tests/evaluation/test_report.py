@@ -8,6 +8,8 @@ from scipy import stats
 
 from nnunet_ssl.evaluation.alignment import measure_alignment
 from nnunet_ssl.evaluation.embeddings import Embeddings
+from nnunet_ssl.evaluation.figures.study import draw_fractions
+from nnunet_ssl.evaluation.figures.style import PALETTE
 from nnunet_ssl.evaluation.report import collect, compare_arms, markdown, read_cases, summarize_cells
 from nnunet_ssl.evaluation.results import write_json
 from nnunet_ssl.evaluation.stages import results_of
@@ -180,6 +182,18 @@ def test_the_report_has_tables_tests_and_figures_beside_what_is_published(result
         assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
     for name in ("cases", "fractions", "fractions_tests", "modalities", "alignment"):
         assert len(pd.read_csv(report.parent / f"{name}.csv"))
+
+
+def test_more_arms_than_colours_are_drawn(tmp_path):
+    names = [f"arm{number}" for number in range(len(PALETTE) + 1)]
+    values = yaml.safe_load(STUDY)
+    values["arms"] = {name: {"trainer": f"Trainer{name}"} for name in names}
+    values["experiments"] = {"fractions": {"datasets": ["atlas"], "fractions": [100, 50]}}
+    many = study_from(values)
+    figures = {"dataset": "atlas", "part": "test", "metric": "dice", "mean": 0.5, "low": 0.4, "high": 0.6}
+    rows = [figures | {"arm": name, "fraction": fraction} for name in names for fraction in (100, 50)]
+    draw_fractions(many, many.experiments["fractions"], pd.DataFrame(rows), tmp_path / "many.png")
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_study_that_has_not_begun_makes_an_empty_report(tmp_path):

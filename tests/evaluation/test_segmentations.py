@@ -182,6 +182,13 @@ def compare(monkeypatch, folders, *more):
     evaluate()
 
 
+def test_no_processes_are_refused(folders, monkeypatch, capsys):
+    for number in ("0", "-1", "two"):
+        with pytest.raises(SystemExit):
+            compare(monkeypatch, folders, "-np", number)
+        assert f"argument -np: '{number}' is not a whole number above 0" in capsys.readouterr().err
+
+
 def test_nothing_is_written_without_a_folder_for_it(folders, tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.rglob("*"))
     compare(monkeypatch, folders)

@@ -119,6 +119,18 @@ def test_arms_that_nnunet_would_keep_in_one_folder_need_their_own_checkpoints():
             {"experiments__fractions__published": {"source": "s", "values": {"scratch": [0.1]}}},
             "published.values.scratch must be a list of 2 numbers",
         ),
+        *(
+            ({f"experiments__fractions__{key}": []}, f"experiments.fractions.{key} must name at least one")
+            for key in ("metrics", "fractions", "folds", "seeds")
+        ),
+        (
+            {"experiments__fractions__published": {"source": "s", "values": [0.1, 0.2]}},
+            "published.values is .0.1, 0.2.; it takes a list of numbers per arm",
+        ),
+        (
+            {"experiments__fractions__published": {"source": "s", "values": {"scratch": ["a", 0.2]}}},
+            "published.values.scratch must be a list of 2 numbers",
+        ),
         ({"experiments__fractions__published": {"source": "s"}}, "published takes the keys source and values"),
     ],
 )

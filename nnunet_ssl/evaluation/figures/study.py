@@ -11,6 +11,9 @@ from nnunet_ssl.evaluation.figures.style import PALETTE, figure
 from nnunet_ssl.evaluation.segmentations import NAMES
 from nnunet_ssl.evaluation.study import Experiment, Study
 
+MARKERS = ("o", "s", "^")
+"""Of the arms up to the palette's length, of as many beyond, and so on."""
+
 
 def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, path: Path) -> None:
     """Draw the first metric against the share of the training subjects, with intervals; published figures dashed."""
@@ -23,9 +26,11 @@ def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, 
                 curve = rows[rows["arm"] == arm].sort_values("fraction")
                 nudge = (place - (len(experiment.arms) - 1) / 2) * 0.8
                 reach = np.abs(curve[["low", "high"]].to_numpy().T - curve["mean"].to_numpy())
-                style = {"color": PALETTE[place], "marker": "o", "ms": 4, "lw": 1.5, "elinewidth": 0.7}
+                repeat, place_of_colour = divmod(place, len(PALETTE))
+                colour, marker = PALETTE[place_of_colour], MARKERS[repeat % len(MARKERS)]
+                style = {"color": colour, "marker": marker, "ms": 4, "lw": 1.5, "elinewidth": 0.7}
                 axes.errorbar(curve["fraction"] + nudge, curve["mean"], reach, label=study.arms[arm].label, **style)
-                _draw_published(axes, experiment, dataset, arm, PALETTE[place])
+                _draw_published(axes, experiment, dataset, arm, colour)
             axes.set_xticks(sorted(experiment.fractions))
             axes.set(title=_title(study, dataset, part), xlabel="training subjects (%)", ylabel=NAMES[metric])
         axes.legend(
