@@ -179,7 +179,9 @@ def _add_lesions(commands) -> None:
     )
     parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
     parser.add_argument("-pred", type=Path, required=True, metavar="FOLDER", help="predicted masks of the same names")
-    parser.add_argument("-o", type=Path, metavar="FOLDER", help="write lesions.json, lesions.tsv and lesions.png here")
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write lesions.json, .tsv and .png here (default: FOLDER of -pred)"
+    )
     parser.add_argument("--preset", choices=("isles", "atlas", "fcd"), default="isles", help="(default: isles)")
     parser.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="neighbours that make one lesion")
     parser.add_argument("-l", "--label", type=int, metavar="N", help="the lesion's label (default: all above 0)")
@@ -190,6 +192,8 @@ def _add_lesions(commands) -> None:
 
 
 def _lesions(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.figures.lesions import draw_lesions
+    from nnunet_ssl.evaluation.results import write_json, write_tsv
     from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders, describe, summarize
 
     config = LesionConfig(
@@ -202,14 +206,11 @@ def _lesions(arguments: argparse.Namespace) -> None:
     summary = summarize(cases, config)
     result = summary | {"cases": cases.to_dict("records")}
     _show(result, describe(summary), arguments)
-    if arguments.o:
-        from nnunet_ssl.evaluation.figures.lesions import draw_lesions
-        from nnunet_ssl.evaluation.results import write_json, write_tsv
-
-        write_json(result, arguments.o / "lesions.json")
-        write_tsv(cases, arguments.o / "lesions.tsv")
-        draw_lesions(cases, summary, arguments.o / "lesions.png", title=str(arguments.pred))
-        logger.info("written to %s", arguments.o)
+    folder = arguments.o or arguments.pred  # where nnU-Net, too, writes what it finds
+    write_json(result, folder / "lesions.json")
+    write_tsv(cases, folder / "lesions.tsv")
+    draw_lesions(cases, summary, folder / "lesions.png", title=str(arguments.pred))
+    logger.info("written to %s", folder)
 
 
 def _add_probe(commands) -> None:
