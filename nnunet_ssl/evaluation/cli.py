@@ -209,7 +209,7 @@ def _lesions(arguments: argparse.Namespace) -> None:
     folder = arguments.o or arguments.pred  # where nnU-Net, too, writes what it finds
     write_json(result, folder / "lesions.json")
     write_tsv(cases, folder / "lesions.tsv")
-    draw_lesions(cases, summary, folder / "lesions.png", title=str(arguments.pred))
+    draw_lesions(cases, summary, folder / "lesions.png", title="/".join(arguments.pred.absolute().parts[-3:]))
     logger.info("written to %s", folder)
 
 

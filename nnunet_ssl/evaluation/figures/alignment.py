@@ -21,7 +21,7 @@ SMALLEST_TSNE = 10
 def draw_alignment(embeddings: Embeddings, result: dict[str, Any], path: Path, *, projection: Projection, title: str):
     """Draw four panels: 2-D map by modality, by subject, histogram of distances, and each pair of modalities."""
     places = project(embeddings.vectors, projection)
-    with figure(path, (10, 8.4)) as drawing:
+    with figure(path, (11, 8.4)) as drawing:
         panels = drawing.subplots(2, 2)
         drawing.suptitle(title, fontsize=11)
         _draw_modalities(panels[0, 0], places, embeddings)
@@ -54,7 +54,7 @@ def _draw_modalities(axes: Axes, places: np.ndarray, embeddings: Embeddings) -> 
             *places[rows].T, s=14, lw=0, alpha=0.8, color=colour_of(name, names), label=f"{name} ({rows.sum()})"
         )
     axes.set_title("Scans by modality")
-    axes.legend(markerscale=1.6, handletextpad=0.2, loc="best")
+    axes.legend(markerscale=1.6, handletextpad=0.2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     without_scales(axes)
 
 
@@ -70,7 +70,7 @@ def _draw_subjects(axes: Axes, places: np.ndarray, embeddings: Embeddings) -> No
         for place in mine:
             axes.plot(*np.stack([place, mine.mean(axis=0)]).T, color=colour, lw=0.9 if front else 0.5, zorder=1 + front)
         axes.scatter(*mine.T, s=22 if front else 10, lw=0, color=colour, zorder=2 + front)
-    axes.set_title(f"Scans by subject ({len(names)}; the {len(highlighted)} with most scans in colour)")
+    axes.set_title(f"Scans by subject (in colour: the {len(highlighted)} largest of {len(names)})")
     without_scales(axes)
 
 
@@ -121,4 +121,4 @@ def _draw_pairs(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title("Pairs of modalities: retrieval accuracy (blue, above),\ndistance within patient (orange, below)")
+    axes.set_title("Pairs of modalities: retrieval accuracy (blue,\nabove), distance within patient (orange, below)")

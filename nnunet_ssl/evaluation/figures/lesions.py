@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def draw_lesions(cases: pd.DataFrame, summary: dict[str, Any], path: Path, *, ti
     """Draw four panels: scores, predicted against reference volume, Dice against volume, and HD95."""
     with figure(path, (11, 8)) as drawing:
         panels = drawing.subplots(2, 2, width_ratios=[1.35, 1])
-        drawing.suptitle(f"{title}: {summary['n_cases']} cases, connectivity {summary['connectivity']}", fontsize=11)
+        drawing.suptitle(f"{title}\n{summary['n_cases']} cases, connectivity {summary['connectivity']}", fontsize=10)
         _draw_scores(panels[0, 0], cases, summary)
         _draw_volumes(panels[0, 1], cases)
         _draw_dice_by_volume(panels[1, 0], cases)
@@ -55,12 +56,12 @@ def _draw_scores(axes: Axes, cases: pd.DataFrame, summary: dict[str, Any]) -> No
 
 def _draw_volumes(axes: Axes, cases: pd.DataFrame) -> None:
     reference, predicted = cases["reference_ml"].to_numpy(float), cases["predicted_ml"].to_numpy(float)
-    linear = _smallest(np.concatenate([reference, predicted]))
+    linear = _power_below(np.concatenate([reference, predicted]))
     top = max(reference.max(), predicted.max(), linear) * 1.6
     axes.plot([0, top], [0, top], color="grey", lw=0.8)
     axes.scatter(reference, predicted, s=16, lw=0, alpha=0.7, color=PALETTE[0])
     for scale in (axes.set_xscale, axes.set_yscale):
-        scale("symlog", linthresh=linear)
+        scale("symlog", linthresh=linear, linscale=0.5)
     axes.set(xlim=(-0.1 * linear, top), ylim=(-0.1 * linear, top), aspect="equal")
     axes.set(title="Volume", xlabel="reference (ml)", ylabel="predicted (ml)")
 
@@ -92,6 +93,7 @@ def _draw_hd95(axes: Axes, cases: pd.DataFrame) -> None:
         axes.text(0.98, 0.04, note, transform=axes.transAxes, ha="right", fontsize=8, color="grey")
 
 
-def _smallest(volumes: np.ndarray) -> float:
+def _power_below(volumes: np.ndarray) -> float:
+    """The power of ten that is no larger than any volume but 0."""
     positive = volumes[volumes > 0]
-    return float(positive.min()) if len(positive) else 1.0
+    return 10.0 ** math.floor(math.log10(positive.min())) if len(positive) else 1.0
