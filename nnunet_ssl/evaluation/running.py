@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,7 @@ def execute_all(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, 
     """
     began, failed = time.time(), []
     for place, run in enumerate(runs, start=1):
-        if read_record(folder, run).get("failed_at", 0) > began:
+        if read_record(folder, run).get("ended_at", 0) > began:
             continue
         logger.info("[%d/%d] %s", place, len(runs), run.id)
         if execute(run, study, folder, device) == "failed":
@@ -108,10 +108,9 @@ def execute(
             seconds[stage.name] = seconds.get(stage.name, 0) + round(time.monotonic() - began)
             if reason:
                 logger.warning("    failed: %s; its output is in %s", reason, log_of(folder, run))
-                failure = {"state": "failed", "stage": stage.name, "reason": reason, "failed_at": time.time()}
-                write_record(folder, run, failure | {"seconds": seconds, "host": socket.gethostname()})
+                _record_end(folder, run, seconds, state="failed", stage=stage.name, reason=reason)
                 return "failed"
-        write_record(folder, run, {"state": "finished", "seconds": seconds, "host": socket.gethostname()})
+        _record_end(folder, run, seconds, state="finished")
         return "finished"
 
 
@@ -130,6 +129,11 @@ def write_record(folder: Path, run: Run | AlignmentRun, record: dict[str, Any]) 
     """Write down how a run stands."""
     with written_beside(folder / "runs" / f"{run.id}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2))
+
+
+def _record_end(folder: Path, run: Run | AlignmentRun, seconds: Mapping[str, int], **how: str) -> None:
+    where_and_when = {"host": socket.gethostname(), "ended_at": time.time()}
+    write_record(folder, run, how | {"seconds": seconds} | where_and_when)
 
 
 def _remove_outdated(stage: Stage, later: Sequence[Stage]) -> None:

@@ -42,7 +42,7 @@ def submit(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, devic
         raise UserError(f"SLURM refuses the job with the study's slurm options {study.slurm}: {error}") from error
     for run, job in zip(runs, jobs, strict=True):
         record = read_record(folder, run)
-        if record.get("failed_at", 0) < began:  # a job may be faster than this loop
+        if record.get("ended_at", 0) < began:  # a job may be faster than this loop
             write_record(folder, run, {"state": "submitted", "job": job.job_id, "seconds": record.get("seconds", {})})
     return [job.job_id for job in jobs]
 

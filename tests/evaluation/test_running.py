@@ -488,9 +488,9 @@ def test_a_slurm_job_does_one_run(tmp_path, folder, slurm, calls, monkeypatch):
     text = STUDY.replace("[100, 50]", "[50]") + SLURM
     call(monkeypatch, tmp_path, "run", "-device", "cpu", "--executor", "slurm", text=text)
     study = study_from(yaml.safe_load(text))
-    until(lambda: kinds(study, folder) == ["finished"] * 2, seconds=240)
+    until(lambda: {read_record(folder, run)["state"] for run in study.runs()} == {"finished"}, seconds=240)
+    assert kinds(study, folder) == ["finished"] * 2
     assert len(calls()) == 2 * 4
-    assert {read_record(folder, run)["state"] for run in study.runs()} == {"finished"}
 
 
 def test_without_slurm_the_command_says_so(tmp_path, folder, monkeypatch):
