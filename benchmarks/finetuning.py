@@ -26,10 +26,11 @@ from tables import markdown
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
+from nnunet_ssl.architectures.nnssl import unet_arguments
 from nnunet_ssl.architectures.resenc import PRESETS
 from nnunet_ssl.trainers.finetuning import GRADIENT_CLIP
 from nnunet_ssl.trainers.freezing import with_trainable_encoder
-from nnunet_ssl.trainers.networks import network_entry
+from nnunet_ssl.trainers.networks import RESIDUAL_UNET, network_entry
 from nnunet_ssl.trainers.optimization import build_optimizer
 
 ARCHITECTURES = {"swin": PAPER_ENCODER, "resenc": {"backbone": "resenc", "in_channels": 1, **PRESETS["resenc_l"]}}
@@ -77,7 +78,7 @@ class Step:
     def __init__(self, architecture: dict, size: int, batch_size: int, device: torch.device, frozen: bool) -> None:
         torch.manual_seed(0)
         self.device = device
-        entry = network_entry(architecture, planned(stages=6))
+        entry = entry_of(architecture)
         network = get_network_from_plans(
             entry["network_class_name"],
             entry["arch_kwargs"],
@@ -107,25 +108,15 @@ class Step:
         self.scaler.update()
 
 
-def planned(stages: int) -> dict:
-    """What nnU-Net plans for an isotropic patch, as far as a residual network is built from it."""
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[3, 3, 3]] * stages,
-            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
+def entry_of(architecture: dict) -> dict:
+    """The network as plans hold it; an isotropic patch's, in which a residual encoder keeps all its stages."""
+    residual = architecture["backbone"] == "resenc"
+    planned = {
+        "network_class_name": RESIDUAL_UNET,
+        "arch_kwargs": unet_arguments(architecture) if residual else {},
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
+    return network_entry(architecture, planned)
 
 
 if __name__ == "__main__":

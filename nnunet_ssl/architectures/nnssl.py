@@ -37,7 +37,7 @@ def nnssl_checkpoint(pretrained: PretrainedEncoder) -> dict[str, Any]:
         )
     encoder = build_encoder(pretrained.architecture)
     load_encoder(encoder, pretrained)
-    arguments = _arguments(pretrained.architecture)
+    arguments = unet_arguments(pretrained.architecture)
     imported = {key: pydoc.locate(arguments[key]) for key in _NAMED}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ _NAMED = ("conv_op", "norm_op", "nonlin")
 """Arguments whose value is a class, which plans name by its path."""
 
 
-def _arguments(architecture: dict[str, Any]) -> dict[str, Any]:
+def unet_arguments(architecture: dict[str, Any]) -> dict[str, Any]:
     """Return ResidualEncoderUNet's arguments as plans hold them: :class:`resenc.ResEncEncoder` in nnU-Net's words."""
     stages = len(architecture["features"])
     return {
