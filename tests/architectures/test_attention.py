@@ -19,16 +19,21 @@ def reference(query, key, value, bias):
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100], ids=["one window", "an uneven number", "all"])
-def test_values_and_gradients(monkeypatch, at_once):
-    inputs = draw(7, 2, 11, 4)
-    monkeypatch.setattr(module, "SCORES_PER_THREAD", at_once * inputs[3].numel() * 8 // torch.get_num_threads())
-    out, expected = attention(*inputs), reference(*inputs)
+def assert_equals_reference(out, inputs):
+    """Compare values, and the gradients of a weighted sum."""
+    expected = reference(*inputs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weight).sum(), inputs)
     for own, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100], ids=["one window", "an uneven number", "all"])
+def test_values_and_gradients(monkeypatch, at_once):
+    inputs = draw(7, 2, 11, 4)
+    monkeypatch.setattr(module, "SCORES_PER_THREAD", at_once * inputs[3].numel() * 8 // torch.get_num_threads())
+    assert_equals_reference(attention(*inputs), inputs)
 
 
 def test_inputs_may_be_views_into_one_projection():
@@ -69,12 +74,7 @@ def test_nothing_as_large_as_the_scores_is_kept():
 def test_windows_in_parts_attend_as_all_at_once(at_once):
     """What GPUs do to a bias that is trained."""
     inputs = draw(7, 2, 11, 4)
-    out, expected = _attention_in_parts(*inputs, at_once), reference(*inputs)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    weight = torch.randn_like(out)
-    gradients = torch.autograd.grad((out * weight).sum(), inputs)
-    for own, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
-        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+    assert_equals_reference(_attention_in_parts(*inputs, at_once), inputs)
 
 
 def test_windows_in_parts_compile_into_one_graph():
