@@ -36,7 +36,7 @@ def dataset_folder(dataset: int | str, variable: Variable) -> Path:
     if str(dataset).startswith("Dataset"):
         found = [path for path in [root / str(dataset)] if path.is_dir()]
     elif str(dataset).isdigit():
-        found = sorted(path for path in root.glob(f"Dataset{int(dataset):03d}_*") if path.is_dir())
+        found = folders_with_id(root, int(dataset))
     else:
         raise UserError(f"'{dataset}' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K).")
     if len(found) > 1:
@@ -45,3 +45,8 @@ def dataset_folder(dataset: int | str, variable: Variable) -> Path:
         present = ", ".join(sorted(path.name for path in root.glob("Dataset*"))) or "none"
         raise UserError(f"There is no data set {dataset} in {variable} ({root}). Data sets there: {present}.")
     return found[0]
+
+
+def folders_with_id(root: Path, number: int) -> list[Path]:
+    """Return the folders under `root` of the data sets with an id, by name; nnU-Net allows only one."""
+    return sorted(path for path in root.glob(f"Dataset{number:03d}_*") if path.is_dir())

@@ -8,7 +8,7 @@ from typing import get_args
 
 from nnunet_ssl.architectures.pretrained import ENCODER
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_folders import Variable, folder_of
+from nnunet_ssl.nnunet_folders import Variable, folder_of, folders_with_id
 
 
 def locate(source: str, filename: str | None, revision: str | None) -> Path:
@@ -52,8 +52,7 @@ def full_name(dataset: str) -> str:
     if not dataset.isdecimal():
         raise UserError(f"'{dataset}' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K).")
     roots = [Path(os.environ[variable]) for variable in get_args(Variable) if os.environ.get(variable)]
-    places = [path for root in roots for path in root.glob(f"Dataset{int(dataset):03d}_*") if path.is_dir()]
-    names = sorted({path.name for path in places})
+    names = sorted({path.name for root in roots for path in folders_with_id(root, int(dataset))})
     if len(names) != 1:
         raise UserError(
             f"Data sets with the id {dataset} in nnU-Net's folders: {', '.join(names) or 'none'}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,3 +32,8 @@ class PretrainedEncoder:
     preprocessing: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)  # JSON types only
     left_out: dict[str, int] = field(default_factory=dict)  # the file's tensors beside the encoder, by module
+
+
+def encoder_file(path: Path) -> Path:
+    """Return the encoder in the folder of a run, or `path` itself where it is no folder; the file need not exist."""
+    return path / ENCODER if path.is_dir() else path

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.architectures.pretrained import ENCODER
+from nnunet_ssl.architectures.pretrained import encoder_file
 from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
@@ -66,7 +66,7 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     Raises:
         UserError: the checkpoint or the corpus cannot be read.
     """
-    pretrained = read_checkpoint(checkpoint / ENCODER if checkpoint.is_dir() else checkpoint)
+    pretrained = read_checkpoint(encoder_file(checkpoint))
     corpus = open_corpus(dataset)
     _compare_preprocessing(pretrained, corpus)
     encoder = build_encoder(pretrained.architecture)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
-from nnunet_ssl.architectures.pretrained import ENCODER
+from nnunet_ssl.architectures.pretrained import encoder_file
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
-from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
+from nnunet_ssl.nnunet_folders import dataset_folder, folder_of, folders_with_id
 from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
@@ -218,8 +218,7 @@ def _checkpoint(arm: Arm, *, residual: bool) -> Path:
 
 def _named_checkpoint(arm: Arm) -> Path:
     """The file that the study's YAML names for an arm."""
-    path = Path(os.path.expandvars(arm.checkpoint)).expanduser()
-    path = path / ENCODER if path.is_dir() else path
+    path = encoder_file(Path(os.path.expandvars(arm.checkpoint)).expanduser())
     if not path.is_file():
         raise UserError(f"The arm {arm.label} names the checkpoint {arm.checkpoint}, which is not there.")
     return path
@@ -228,12 +227,12 @@ def _named_checkpoint(arm: Arm) -> Path:
 def _trains_residual(study: Study) -> bool:
     """Tell whether the study's trainings, as far as their data are planned, take residual encoders."""
     preprocessed = folder_of("nnUNet_preprocessed")
-    planned = (
-        path
+    plans = [
+        folder / f"{study.plans}.json"
         for dataset in study.datasets.values()
-        for path in preprocessed.glob(f"Dataset{dataset.id:03d}_*/{study.plans}.json")
-    )
-    return any(plans_residual_unet(json.loads(path.read_text())) for path in planned)
+        for folder in folders_with_id(preprocessed, dataset.id)
+    ]
+    return any(plans_residual_unet(json.loads(path.read_text())) for path in plans if path.is_file())
 
 
 def _needs_checkpoint(arm: Arm) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nnunet_ssl.architectures.pretrained import ENCODER
+from nnunet_ssl.architectures.pretrained import ENCODER, encoder_file
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 
@@ -23,8 +23,7 @@ def explicit_checkpoint() -> Path | None:
     value = os.environ.get(VARIABLE)
     if not value:
         return None
-    path = Path(value).expanduser()
-    path = path / ENCODER if path.is_dir() else path
+    path = encoder_file(Path(value).expanduser())
     if not path.is_file():
         raise UserError(f"{VARIABLE}={value}: there is no file {path}. Correct the path, or unset {VARIABLE}.")
     return path
