@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_ssl.architectures.compiling import compile_parts
 from nnunet_ssl.pretraining.config import PretrainingConfig, load_config
 from nnunet_ssl.pretraining.model import Network
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks, reconstruction_error
@@ -69,7 +70,7 @@ class Step:
         self.config, self.device = config, device
         self.network = Network(config).to(device)
         if config.compile:
-            self.network.encoder.compile()
+            compile_parts(self.network.encoder)
         self.volumes = torch.randn(batch_size, 1, *config.patch_size).to(device)
         self.mask = masks(config, batch_size).to(device)
 

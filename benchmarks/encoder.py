@@ -84,6 +84,7 @@ SHARED = ("batch-size", "repeats", "embed-dim", "threads")
 def build(network: str, arguments: argparse.Namespace) -> nn.Module:
     from monai.networks.nets.swin_unetr import SwinTransformer
 
+    from nnunet_ssl.architectures.compiling import compile_parts
     from nnunet_ssl.architectures.monai_names import from_monai
     from nnunet_ssl.architectures.swin import SwinEncoder
 
@@ -105,7 +106,7 @@ def build(network: str, arguments: argparse.Namespace) -> nn.Module:
     state = theirs.state_dict()
     ours.load_state_dict({from_monai(name): state[name] for name in state if "relative_position_index" not in name})
     if arguments.compile:
-        ours.compile()
+        compile_parts(ours)
     return ours.to(arguments.device)
 
 

@@ -26,7 +26,7 @@ Forty views of 96^3 have 40 * 7^3 = 13,720 windows in the first stage, each with
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Scaled dot-product attention; query, key, value: (windows, heads, length, d), bias: (heads, length, length)."""
     trained = torch.is_grad_enabled() and bias.requires_grad
-    if query.device.type == "cpu" and trained and not torch.compiler.is_compiling():
+    if query.device.type == "cpu" and trained:
         return _RecomputedAttention.apply(query, key, value, bias)
     if query.device.type == "cuda" and trained:
         return _attention_in_parts(query, key, value, bias, max(1, SCORES_PER_PART // bias.numel()))

@@ -76,6 +76,10 @@ class SwinFPN(nn.Module):
         self.encoder = SwinEncoder(input_channels, **{**encoder_kwargs, "mask_token": False})
         self.decoder = FPNDecoder(self.encoder.channels, num_classes, width=width, stride=self.encoder.strides[0])
 
+    def parts(self) -> list[nn.Module]:
+        """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`, and the decoder."""
+        return [*self.encoder.parts(), self.decoder]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, input_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z)."""
         return self.decoder(self.encoder(x), x.shape[2:])

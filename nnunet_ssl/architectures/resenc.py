@@ -86,6 +86,10 @@ class ResEncEncoder(ResidualEncoder):
         self.checkpointing = checkpointing
         self.apply(ResidualEncoderUNet.initialize)
 
+    def parts(self) -> list[nn.Module]:
+        """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
+        return [self.stem, *(block for stage in self.stages for block in stage.blocks)]
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.
 

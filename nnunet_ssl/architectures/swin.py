@@ -86,17 +86,20 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:
         """Attend within the windows of `plan`; tokens (batch * tokens, C) in and out."""
-        qkv = self.qkv(tokens)
+        return self.proj(self.attend(self.qkv(tokens), plan))
+
+    @torch.compiler.disable  # its kernels are fused already, and with eight kinds of windows it is most of the graph
+    def attend(self, qkv: Tensor, plan: WindowPlan) -> Tensor:
+        """Map queries, keys and values (batch * tokens, 3 C) to attended values (batch * tokens, C)."""
         # A padded token is a zero vector before the projection, so its projection is the projection's bias.
         windows = to_windows(qkv, self.qkv.bias.to(qkv.dtype), plan)
-        qkv = windows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = windows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.bias(plan.length)
         attended = [
             attention(*kind, bias if penalty is None else bias + penalty.to(bias.dtype))
-            for kind, penalty in zip(qkv.split(plan.windows_of_kind, dim=1), plan.penalties, strict=True)
+            for kind, penalty in zip(parts.split(plan.windows_of_kind, dim=1), plan.penalties, strict=True)
         ]
-        windows = torch.cat([part.transpose(1, 2) for part in attended]).flatten(2)
-        return self.proj(from_windows(windows, plan))
+        return from_windows(torch.cat([part.transpose(1, 2) for part in attended]).flatten(2), plan)
 
     def bias(self, length: int) -> Tensor:
         """Return the bias (heads, length, length) of windows of `length` tokens.
@@ -239,6 +242,10 @@ class SwinEncoder(nn.Module):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
         if self.mask_token is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def parts(self) -> list[nn.Module]:
+        """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
+        return [module for stage in self.stages for module in (stage.conv, *stage.blocks, stage.merging)]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.

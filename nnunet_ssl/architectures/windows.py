@@ -38,18 +38,13 @@ class WindowPlan:
     padding_rows: Tensor  # (padding rows,): the window rows that hold no token
 
 
+@torch.compiler.disable  # a plan is a constant of the graph's caller, not a part of the graph
+@functools.lru_cache(maxsize=32)
 def plan_windows(grid: Grid, window: int, *, shifted: bool, batch: int, device: torch.device) -> WindowPlan:
     """Return the plan for a batch of `grid`s; axes no longer than `window` get one window and no shift.
 
-    Plans are cached per shape and device. While ``torch.compile`` traces, the plan becomes part of the graph instead.
+    Plans are cached per shape and device.
     """
-    if torch.compiler.is_compiling():
-        return _build_plan(grid, window, shifted, batch, device)
-    return _cached_plan(grid, window, shifted, batch, device)
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_plan(grid: Grid, window: int, shifted: bool, batch: int, device: torch.device) -> WindowPlan:
     with torch.inference_mode(False):  # a plan first needed in inference must still serve training
         return _build_plan(grid, window, shifted, batch, device)
 

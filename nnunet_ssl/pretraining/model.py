@@ -10,16 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.architectures.compiling import compile_parts
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.momentum import Queue
 from nnunet_ssl.pretraining.objectives.contrastive import ProjectionHead
 from nnunet_ssl.pretraining.objectives.tokens import TokenHead
-
-COMPILED_VERSIONS = 64
-"""Of an encoder's graph that torch.compile may keep: with and without gradients, mask and autocast, for each size of
-batch of training and of validation (about a dozen). Past its default of 8 it would run uncompiled."""
 
 Result = TypeVar("Result")
 
@@ -108,10 +105,8 @@ class Learner(nn.Module):
 
     def _compile(self) -> None:
         """Let torch.compile have the encoders, which it compiles when they are first called."""
-        torch._dynamo.config.cache_size_limit = COMPILED_VERSIONS  # since 2.7 an alias of recompile_limit
-        if self.config.shared_pass:
-            # A measured step goes backward twice through one graph, so the first time must not reuse its memory.
-            torch._functorch.config.donated_buffer = False
+        # With a shared pass, a measured step goes backward twice through one graph, whose first time must not reuse its
+        # memory.
+        torch._functorch.config.donated_buffer = not self.config.shared_pass
         for network in filter(None, (self.query, self.key)):
-            # Batches come in few sizes. By default the second size would bring symbolic shapes, also for the windows.
-            network.encoder.compile(dynamic=False)
+            compile_parts(network.encoder)

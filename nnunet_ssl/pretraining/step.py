@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.gradients import Gradients, backward, balance, measure, put_together
 from nnunet_ssl.pretraining.model import Learner, Network
@@ -59,6 +60,7 @@ def training_step(
         parts.append((part, keys, [branch.detached() for branch in branches]))
 
     figures = collect_gradients(learner.query, shared, apart, config.contrastive.max_gradient_ratio)
+    check_gradients(dict(learner.query.named_children()))
     figures["gradient/total"] = nn.utils.clip_grad_norm_(learner.query.parameters(), config.gradient_clip)
     branches = [branch for *_, branches in parts for branch in branches]
     finite = torch.stack([figures["gradient/total"], *(branch.loss for branch in branches)]).isfinite().all()

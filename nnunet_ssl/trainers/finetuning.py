@@ -11,10 +11,12 @@ from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_
 from nnunetv2.utilities.helpers import dummy_context
 from torch import nn
 
+from nnunet_ssl.architectures.compiling import compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
 from nnunet_ssl.console import exit_on_user_error
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
@@ -79,6 +81,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.save_every = 1
         self.resuming = False
         self.encoder_trainable = True
+        self.encoder_checked = False
         self.step_in_epoch = 0
         if self.settings.suffix():
             self.print_to_log_file(f"Settings are in the plans; nnU-Net's other commands take -p {plans['plans_name']}")
@@ -116,6 +119,18 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             torch.manual_seed(self.settings.seed)
             super().initialize()
         self.network = with_own_buffers(self.network)
+        if super()._do_i_compile() and not self._do_i_compile():
+            self.print_to_log_file("Using torch.compile for the parts of the network...")
+            compile_parts(unwrapped(self.network))
+
+    def _do_i_compile(self) -> bool:
+        """Tell nnU-Net whether to compile the whole network: not one that lists its parts."""
+        return super()._do_i_compile() and not hasattr(unwrapped(self.network), "parts")
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        super().set_deep_supervision_enabled(enabled)
+        if self.enable_deep_supervision:
+            forget_compiled()  # or a network compiled with all its outputs may go on giving them
 
     def _saved_network(self) -> dict[str, Any]:
         """Take over what the interrupted training recorded, and return the entry of its network."""
@@ -194,10 +209,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             loss = self.loss(self.network(data), target)
         if self.grad_scaler is None:
             loss.backward()
+            self._check_encoder()
             nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
             self.optimizer.step()
         else:
             self.grad_scaler.scale(loss).backward()
+            self._check_encoder()
             self.grad_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
             self.grad_scaler.step(self.optimizer)
@@ -211,7 +228,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         if self.encoder_trainable != (step >= self.freeze_steps):
             self.encoder_trainable = not self.encoder_trainable
             self.network = with_trainable_encoder(self.network, self.encoder_trainable)
+            self.encoder_checked = False
             self.print_to_log_file(f"Step {step}: encoder {'unfrozen' if self.encoder_trainable else 'frozen'}")
+
+    def _check_encoder(self) -> None:
+        """After the first backward pass that should train the encoder, see that it has."""
+        if self.encoder_trainable and not self.encoder_checked:
+            with exit_on_user_error():
+                check_gradients({"encoder": unwrapped(self.network).encoder})
+            self.encoder_checked = True
 
     # ---- data and files ----------------------------------------------------------------------------------------------
 

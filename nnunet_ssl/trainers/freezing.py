@@ -6,6 +6,8 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_ssl.architectures.compiling import forget_compiled
+
 
 def unwrapped(network: nn.Module) -> nn.Module:
     """Return the network inside the wrappers of DDP and torch.compile."""
@@ -21,9 +23,11 @@ def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
     the decoder's are clipped. A frozen encoder is in evaluation mode, so no statistics of batches change either.
 
     DDP decides when it wraps which gradients it synchronises, so a wrapped network is wrapped anew; all processes must
-    call this at the same step.
+    call this at the same step. What was compiled for the other state is dropped: PyTorch does not always notice that
+    parameters want gradients now, and would never train the encoder.
     """
     encoder = unwrapped(network).encoder
+    forget_compiled()
     encoder.requires_grad_(trainable)
     encoder.train(trainable and network.training)
     if isinstance(network, DistributedDataParallel):

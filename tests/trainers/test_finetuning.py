@@ -1,5 +1,6 @@
 """The trainer inside nnU-Net's classes, step by step on batches that do not change."""
 
+import functools
 import itertools
 import shutil
 from pathlib import Path
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
+from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
 from nnunet_ssl.architectures.weights import read_checkpoint, write_encoder
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
+from nnunet_ssl.trainers.freezing import unwrapped
 from nnunet_ssl.trainers.provenance import source_of
 
 STEPS = "steps=6,epoch_steps=2,freeze_share=0.5,lr=0.01"  # the encoder moves from the second step of the second epoch
@@ -52,7 +56,7 @@ def train_epochs(trainer, epochs):
         trainer.on_train_epoch_start()
         for index in range(trainer.num_iterations_per_epoch):
             trainer.train_step(batch_for(trainer, 10 * epoch + index))
-            yield {name: tensor.clone() for name, tensor in trainer.network.encoder.state_dict().items()}
+            yield {name: tensor.clone() for name, tensor in unwrapped(trainer.network).encoder.state_dict().items()}
 
 
 def log_of(trainer):
@@ -91,6 +95,65 @@ def test_a_continued_training_equals_the_unbroken_one(workplace, monkeypatch, st
     for name, tensor in second.network.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert second.plans_manager.plans["nnunet_ssl"] == first.plans_manager.plans["nnunet_ssl"]
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """A function that turns nnU-Net's compilation on, as on a GPU, with a backend that takes seconds."""
+    compile_whole, compile_module = torch.compile, torch.nn.Module.compile
+
+    def switch_on():
+        monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda trainer: True)
+        monkeypatch.setattr(torch, "compile", functools.partial(compile_whole, backend="aot_eager"))
+        monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="aot_eager"))
+
+    yield switch_on
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["swin", "resenc"])
+def test_a_compiled_training_is_the_plain_one_across_the_unfreeze_and_a_restart(
+    workplace, compiling, resenc_checkpoint, monkeypatch, backbone
+):
+    plans = "nnUNetPlans"
+    if backbone == "resenc":
+        plans = "nnUNetResEncUNetLPlans"
+        monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    monkeypatch.setenv("nnssl_settings", STEPS.replace("lr=0.01", "lr=0.0001"))  # so that rounding stays rounding
+    plain = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans)
+    plain.initialize()
+    expected = list(train_epochs(plain, range(3)))
+
+    compiling()
+    first = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans, fold=1)
+    first.initialize()
+    assert isinstance(first.network, OptimizedModule) == (backbone == "resenc")
+    states = list(train_epochs(first, range(2)))
+    first.current_epoch = 1
+    workplace.save_model(first)
+    second = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans, fold=1)
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_latest.pth")
+    states += train_epochs(second, range(2, 3))
+    for state, reference in zip(states, expected, strict=True):
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, reference[name], atol=2e-6, rtol=0, msg=name)
+    frozen, trained = states[first.freeze_steps - 1], states[-1]
+    assert not any(torch.equal(tensor, frozen[name]) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("scratch", [False, True])
+def test_a_training_that_would_not_move_the_encoder_ends_with_one_sentence(workplace, monkeypatch, scratch):
+    """As under a compiler that goes on with the frozen encoder's graph."""
+    trainer = workplace.trainer(nnUNetTrainerSwinFPNScratch if scratch else nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    trainer.network.encoder.forward = torch.no_grad()(trainer.network.encoder.forward)
+    with pytest.raises(
+        SystemExit, match=r"\d+ of the \d+ tensors of the encoder received no gradient, such as "
+    ) as exit:
+        list(train_epochs(trainer, range(3)))
+    assert trainer.current_epoch * 2 + trainer.step_in_epoch - 1 == trainer.freeze_steps
+    assert "\n" not in exit.value.code and "nnUNet_compile" in exit.value.code
 
 
 def test_equal_channels_give_the_features_of_one(region_workplace, workplace, swin_checkpoint, monkeypatch, results):

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_ssl.architectures.compiling import compile_parts
 from nnunet_ssl.architectures.networks import SwinFPN
 from nnunet_ssl.trainers.freezing import unwrapped, with_trainable_encoder
 from nnunet_ssl.trainers.optimization import build_optimizer
@@ -51,19 +54,54 @@ def saved_bytes(network, x):
     return sum(sizes)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_encoder_rests_while_frozen_and_moves_afterwards(compiled):
-    network = torch.compile(new_network(), backend="aot_eager") if compiled else new_network()
+def not_compiled(network):
+    return network
+
+
+def compiled_as_a_whole(network):
+    """As nnU-Net does it."""
+    return torch.compile(network, backend="aot_eager")
+
+
+def compiled_in_parts(network):
+    compile_parts(network, backend="aot_eager")
+    return network
+
+
+@pytest.mark.parametrize("wrap", [not_compiled, compiled_as_a_whole, compiled_in_parts])
+def test_the_encoder_rests_while_frozen_and_moves_afterwards(wrap):
+    """And rests again: nothing that was compiled for the other state is used."""
+    network = wrap(new_network())
     optimizer = build_optimizer(unwrapped(network), 1e-3, 1e-3)
-    network = with_trainable_encoder(network, False)
-    encoder, decoder = parts(network)
-    for seed in range(2):
-        step(network, optimizer, batch(seed))
-    encoder_after, decoder_after = parts(network)
-    assert not moved(encoder, encoder_after) and moved(decoder, decoder_after)
-    network = with_trainable_encoder(network, True)
-    step(network, optimizer, batch(2))
-    assert len(moved(encoder_after, next(parts(network)))) == len(encoder)
+    for round, trainable in enumerate((False, True, False)):
+        network = with_trainable_encoder(network, trainable)
+        encoder, decoder = parts(network)
+        for seed in range(2):
+            step(network, optimizer, batch(2 * round + seed))
+        encoder_after, decoder_after = parts(network)
+        assert len(moved(encoder, encoder_after)) == (len(encoder) if trainable else 0)
+        assert moved(decoder, decoder_after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_nnunets_residual_network_compiled_as_a_whole_learns_after_the_unfreeze(backend):
+    torch.manual_seed(0)
+    stages = {"n_stages": 3, "features_per_stage": [4, 6, 8], "kernel_sizes": 3, "strides": [1, 2, 2]}
+    blocks = {"n_blocks_per_stage": [1, 2, 1], "n_conv_per_stage_decoder": 1}
+    layers = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    plain = ResidualEncoderUNet(1, num_classes=2, **stages, **blocks, **layers, deep_supervision=False)
+    network = torch.compile(plain, backend=backend)
+    for trainable in (False, True, False):
+        network = with_trainable_encoder(network, trainable)
+        network.zero_grad(set_to_none=True)
+        network(batch()).square().mean().backward()
+        assert {one.grad is not None for one in plain.encoder.parameters()} == {trainable}
+        received = [one.grad for one in plain.encoder.parameters()]
+        network.zero_grad(set_to_none=True)
+        plain(batch()).square().mean().backward()
+        for parameter, gradient in zip(plain.encoder.parameters(), received):
+            torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-3)
 
 
 def test_the_frozen_encoder_takes_no_part_in_the_clip():
@@ -98,9 +136,10 @@ def test_a_frozen_encoder_is_in_evaluation_mode_and_validation_stays_so_after_th
     assert not with_trainable_encoder(network.eval(), True).encoder.training
 
 
-def train_as_one_of_two(rank, folder):
+def train_as_one_of_two(rank, folder, wrap):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    network = DistributedDataParallel(new_network())
+    torch._dynamo.config.optimize_ddp = False  # as the trainer sets it
+    network = DistributedDataParallel(wrap(new_network()))
     optimizer = build_optimizer(unwrapped(network), 1e-3, 1e-3)
     states = [dict(unwrapped(network).state_dict())]
     for trainable in (False, True):
@@ -113,8 +152,9 @@ def train_as_one_of_two(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_stay_equal_to_each_other_and_to_one_on_both_batches(tmp_path):
-    mp.spawn(train_as_one_of_two, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("wrap", [not_compiled, compiled_as_a_whole, compiled_in_parts])
+def test_two_processes_stay_equal_to_each_other_and_to_one_on_both_batches(tmp_path, wrap):
+    mp.spawn(train_as_one_of_two, (str(tmp_path), wrap), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = new_network()
     optimizer = build_optimizer(alone, 1e-3, 1e-3)

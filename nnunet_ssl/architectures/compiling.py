@@ -1,0 +1,41 @@
+"""torch.compile as this package uses it: part by part, and never with what was compiled for another state.
+
+Dynamo keeps what it compiled beside the code that it read, for every module of the class, and decides by guards whether
+it serves again. Some releases leave out guards that matter here: in PyTorch 2.11 a parameter that begins to want
+gradients goes on without them (https://github.com/pytorch/pytorch/issues/139476). So where a state changes that the
+traced code depends on, what was compiled for the old one is dropped, by us.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+VERSIONS = 64
+"""Of one part's graph that may be kept: one for each shape that the parts of a class have (eight for the blocks of the
+paper's Swin encoder), with and without gradients and autocast, for each size of batch of training, validation and
+prediction. Past PyTorch's default of 8 a part would run uncompiled."""
+
+
+def compile_parts(network: nn.Module, **options: Any) -> None:
+    """Let torch.compile have each of ``network.parts()`` when it is first called, in place of the whole.
+
+    Parts of one class and one shape share what is compiled, so that the work grows with the number of shapes and not
+    with the depth; what lies between them, such as the choice of windows, runs as Python.
+
+    Args:
+        network: has a method `parts` that lists modules.
+        options: of :meth:`torch.nn.Module.compile`.
+    """
+    forget_compiled()  # another network of these classes may have been compiled under other settings
+    torch._dynamo.config.cache_size_limit = VERSIONS  # since 2.7 an alias of recompile_limit
+    for part in network.parts():
+        # Batches come in few sizes. By default the second size would bring symbolic shapes, also for the windows.
+        part.compile(dynamic=False, **options)
+
+
+def forget_compiled() -> None:
+    """Drop everything that was compiled in this process; what is called again is compiled anew."""
+    torch.compiler.reset()
