@@ -76,7 +76,7 @@ class Step:
 
     def forward(self) -> Tensor:
         maps = self.network.encode(self.volumes, self.mask)
-        prediction = self.network.reconstruct(maps, self.config.patch_size)
+        prediction = self.network.head("decoder", maps, self.config.patch_size)
         return reconstruction_error(prediction, self.volumes, self.mask, self.config.stride).mean()
 
     def __call__(self) -> None:

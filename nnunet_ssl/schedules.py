@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from nnunet_ssl.errors import UserError
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
@@ -21,3 +24,23 @@ def ramp(step: int, *, start: int, end: int, low: float, high: float) -> float:
     if step >= end:
         return high
     return low + (high - low) * max(0, step - start) / (end - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A number that stays at `low`, goes linearly to `high` between two shares of the training, and stays there."""
+
+    low: float
+    high: float
+    begin: float = 0.0  # share of the steps
+    until: float = 0.0  # share of the steps
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.until <= 1:
+            raise UserError(
+                f"a ramp must have 0 <= begin <= until <= 1 (shares of the steps), not {self.begin} and {self.until}."
+            )
+
+    def at(self, step: int, steps: int) -> float:
+        """The value at `step` of `steps`."""
+        return ramp(step, start=int(self.begin * steps), end=int(self.until * steps), low=self.low, high=self.high)

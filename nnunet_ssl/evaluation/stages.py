@@ -243,7 +243,7 @@ def _needs_checkpoint(arm: Arm) -> bool:
 @cache
 def _own_trainers() -> dict[str, type]:
     """The trainers of this package, by name."""
-    from nnunet_ssl.trainers import arms, finetuning
+    from nnunet_ssl.trainers.arms import ARMS, nnUNetTrainerSwinFPNScratch
+    from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
 
-    classes = [one for one in (*vars(arms).values(), finetuning.nnUNetTrainerSSL) if isinstance(one, type)]
-    return {one.__name__: one for one in classes if issubclass(one, finetuning.nnUNetTrainerSSL)}
+    return ARMS | {one.__name__: one for one in (nnUNetTrainerSSL, nnUNetTrainerSwinFPNScratch)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nnunet_ssl.console import command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
+from nnunet_ssl.pretraining.recipes import about_recipes
 
 if TYPE_CHECKING:
     from nnunet_ssl.pretraining.config import PretrainingConfig
@@ -77,18 +78,6 @@ def prepare() -> None:
         sys.exit(EXIT_WITH_FAILURES)
 
 
-_PRETRAIN_DESCRIPTION = """\
-Pre-train an encoder on a prepared corpus.
-
-recipes:
-  cl                contrastive, two views of one scan
-  mcl               contrastive, two modalities of one session
-  mim               masked image modelling
-  cl_mim, mcl_mim   both; mcl_mim is the paper's model
-  mcl_mim_balanced  mcl_mim whose contrastive gradient cannot outweigh the masked one
-  mcl_ibot          mcl, and the other modality's tokens in place of voxels
-"""
-
 _PRETRAIN_EXAMPLE = """\
 examples:
   nnssl_pretrain -c mcl_mim                            on Dataset500 or the only prepared corpus
@@ -108,7 +97,12 @@ once it is finished checkpoint_final.pth and encoder.safetensors.
 def pretrain() -> None:
     parser = argparse.ArgumentParser(
         prog="nnssl_pretrain",
-        description=_PRETRAIN_DESCRIPTION,
+        description="\n".join(
+            [
+                "Pre-train an encoder on a prepared corpus.\n\nrecipes, and what they learn:",
+                *(f"  {name:<17} {about.learns}" for name, about in about_recipes().items()),
+            ]
+        ),
         epilog=_PRETRAIN_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

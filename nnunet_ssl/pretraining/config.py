@@ -6,10 +6,9 @@ say only what differs from the defaults here.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,16 @@ import yaml
 from nnunet_ssl.architectures.resenc import PRESETS
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.augmentation import AugmentationConfig
+from nnunet_ssl.pretraining.objectives import OWN, announced, known
+from nnunet_ssl.pretraining.objectives.base import Objective
+from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
+from nnunet_ssl.pretraining.objectives.masked import MaskedConfig
+from nnunet_ssl.pretraining.recipes import read_recipe, recipe_file
 from nnunet_ssl.pretraining.sampling import SamplingConfig
-from nnunet_ssl.pretraining.typed import assign, build
-from nnunet_ssl.schedules import ramp
+from nnunet_ssl.pretraining.typed import assign, build, check_ranges, ranged
+from nnunet_ssl.schedules import Ramp
+
+_OWN_SECTIONS = {kind.section for kind in OWN}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,34 +35,14 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ramp:
-    """A number that stays at `low`, goes linearly to `high` between two shares of the training, and stays there."""
-
-    low: float
-    high: float
-    begin: float = 0.0  # share of the steps
-    until: float = 0.0  # share of the steps
-
-    def __post_init__(self) -> None:
-        _require(
-            0 <= self.begin <= self.until <= 1,
-            f"a ramp must have 0 <= begin <= until <= 1 (shares of the steps), not {self.begin} and {self.until}",
-        )
-
-    def at(self, step: int, steps: int) -> float:
-        """The value at `step` of `steps`."""
-        return ramp(step, start=int(self.begin * steps), end=int(self.until * steps), low=self.low, high=self.high)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SwinConfig:
     """Of ``backbone: swin``; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
 
-    embed_dim: int = 48
+    embed_dim: int = ranged(48, "at least 1")
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7  # tokens; 6 needs no padding at 96^3 and is faster, but is not the paper's
-    mlp_ratio: float = 4.0
+    window_size: int = ranged(7, "at least 1")  # tokens; 6 is faster at 96^3 (no padding), but not the paper's
+    mlp_ratio: float = ranged(4.0, "positive")
     conv_norm: Literal["group", "instance"] = "group"
 
     @property
@@ -93,116 +79,16 @@ class ResEncConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveConfig:
-    """The contrastive branch: MoCo v2 with a queue, where only other subjects are negatives."""
-
-    pairs: Literal["mcl", "cl", "none"] = "none"  # two modalities of one session, two views of one scan, or no branch
-    temperature: float = 0.2
-    hidden: int = 512  # width of the projection head's hidden layer
-    dim: int = 128  # of queries and keys
-    weight: Ramp = Ramp(low=0.1, high=1.0, begin=0.05, until=0.10)  # alpha; 1 without a masked branch
-    max_gradient_ratio: float | None = None  # scale this branch's gradient on the encoder down to at most so many times
-    # the masked branch's norm
-
-    def __post_init__(self) -> None:
-        _require(
-            self.max_gradient_ratio is None or self.max_gradient_ratio > 0,
-            f"contrastive.max_gradient_ratio is {self.max_gradient_ratio}; it must be positive, or null for no limit",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenConfig:
-    """Targets of ``masked.target: tokens``: the key network's view of hidden tokens (iBOT, arXiv 2111.07832)."""
-
-    level: int = 3  # of the encoder's maps, 0 the finest: stride 16, where 96^3 has 216 tokens
-    prototypes: int = 4096  # classes of the self-distillation
-    hidden: int = 1024  # width of the head
-    bottleneck: int = 256  # dimension in which tokens are compared with prototypes
-    student_temperature: float = 0.1
-    teacher_temperature: Ramp = Ramp(low=0.04, high=0.07, until=0.10)
-    centre_momentum: float = 0.9  # of the running mean that keeps one prototype from taking all tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedConfig:
-    """The masked branch: cells of the bottleneck grid are hidden, and something of them is to be told."""
-
-    target: Literal["voxels", "tokens", "none"] = "none"  # intensities, the key network's tokens, or no branch
-    ratio: tuple[float, float] = (0.5, 0.75)  # share of hidden cells, drawn uniformly for each view
-    weight: float = 1.0  # of the mean over views: 0.5 * (MIM1 + MIM2)
-    width: int = 32  # of the decoder
-    unpaired_batch_size: int = 8  # scans per step that cannot form a pair, for this branch alone; 0 leaves them out
-    tokens: TokenConfig = TokenConfig()
-
-    def __post_init__(self) -> None:
-        low, high = self.ratio
-        _require(0 < low <= high < 1, f"masked.ratio is {list(self.ratio)}; it must be 0 < low <= high < 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """What is measured on subjects that are never trained on."""
 
     fraction: float = 0.02  # of the subjects
-    every: int = 2000  # steps
-    batches: int = 8  # fixed batches on which the training's own losses are taken, per process
-    sessions: int = 64  # sessions on whose scans alignment and reconstruction are measured
+    every: int = ranged(2000, "at least 1")  # steps
+    batches: int = ranged(8, "0 or more")  # fixed batches on which the training's own losses are taken, per process
+    sessions: int = ranged(64, "at least 1")  # sessions on whose scans alignment and reconstruction are measured
 
     def __post_init__(self) -> None:
         _require(0 < self.fraction < 1, f"validation.fraction is {self.fraction}; it must lie between 0 and 1")
-
-
-_RANGES: dict[str, tuple[str, ...]] = {
-    "at least 1": (
-        "encoder.embed_dim",
-        "encoder.window_size",
-        "contrastive.hidden",
-        "contrastive.dim",
-        "masked.width",
-        "masked.tokens.prototypes",
-        "masked.tokens.hidden",
-        "masked.tokens.bottleneck",
-        "queue_size",
-        "batch_size",
-        "steps",
-        "accumulation",
-        "log_every",
-        "gradients_every",
-        "save_every",
-        "keep_checkpoints",
-        "max_nonfinite",
-        "validation.every",
-        "validation.sessions",
-    ),
-    "positive": (
-        "encoder.mlp_ratio",
-        "contrastive.temperature",
-        "masked.tokens.student_temperature",
-        "masked.tokens.teacher_temperature.low",
-        "masked.tokens.teacher_temperature.high",
-        "learning_rate",
-        "gradient_clip",
-    ),
-    "0 or more": (
-        "contrastive.weight.low",
-        "contrastive.weight.high",
-        "masked.weight",
-        "masked.unpaired_batch_size",
-        "workers",
-        "seed",
-        "minimum_learning_rate",
-        "weight_decay",
-        "validation.batches",
-    ),
-    "between 0 and 1": ("momentum.low", "momentum.high", "warmup", "masked.tokens.centre_momentum"),
-}
-_HOLDS: dict[str, Callable[[float], bool]] = {
-    "at least 1": lambda value: value >= 1,
-    "positive": lambda value: value > 0,
-    "0 or more": lambda value: value >= 0,
-    "between 0 and 1": lambda value: 0 <= value <= 1,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,33 +102,34 @@ class PretrainingConfig:
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
-    shared_pass: bool = False  # one masked pass of the query network for both branches: faster, not the paper's
-    queue_size: int = 16384  # keys kept as negatives
-    momentum: Ramp = Ramp(low=0.996, high=0.999, begin=0.05, until=0.20)  # of the key network
+    others: Mapping[str, Any] = field(default_factory=dict)  # the sections of other packages' objectives, by name
+    shared_pass: bool = False  # one masked pass of the query network for all branches: faster, not the paper's
+    queue_size: int = ranged(16384, "at least 1")  # keys kept as negatives
+    momentum: Ramp = ranged(Ramp(low=0.996, high=0.999, begin=0.05, until=0.2), "between 0 and 1")  # of the key network
 
     patch_size: tuple[int, int, int] = (96, 96, 96)
-    batch_size: int = 16  # examples (pairs, for a contrastive recipe) per optimizer step, over all processes
+    batch_size: int = ranged(16, "at least 1")  # examples (pairs, if views are compared) per step, over all processes
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    workers: int = 8  # processes that read scans, for each training process
-    seed: int = 0
+    workers: int = ranged(8, "0 or more")  # processes that read scans, for each training process
+    seed: int = ranged(0, "0 or more")
 
-    steps: int = 200_000
-    learning_rate: float = 1e-4
-    minimum_learning_rate: float = 1e-5
-    warmup: float = 0.02  # share of the steps
-    weight_decay: float = 0.01  # not on biases, norms, position biases and the mask token
-    gradient_clip: float = 10.0  # norm
-    accumulation: int = 1  # a step's examples come in so many parts, to save memory
+    steps: int = ranged(200_000, "at least 1")
+    learning_rate: float = ranged(1e-4, "positive")
+    minimum_learning_rate: float = ranged(1e-5, "0 or more")
+    warmup: float = ranged(0.02, "between 0 and 1")  # share of the steps
+    weight_decay: float = ranged(0.01, "0 or more")  # not on biases, norms, position biases and the mask token
+    gradient_clip: float = ranged(10.0, "positive")  # norm
+    accumulation: int = ranged(1, "at least 1")  # a step's examples come in so many parts, to save memory
     bf16: bool = True  # autocast, on GPUs that have it
     compile: bool = False  # torch.compile for the encoder
     checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
 
-    log_every: int = 100  # steps
-    gradients_every: int = 100  # steps between measurements of each branch's gradient
-    save_every: int = 1000  # steps
-    keep_checkpoints: int = 2
-    max_nonfinite: int = 10  # steps in a row whose loss or gradient is not finite before the training stops
+    log_every: int = ranged(100, "at least 1")  # steps
+    gradients_every: int = ranged(100, "at least 1")  # steps between measurements of each branch's gradient
+    save_every: int = ranged(1000, "at least 1")  # steps
+    keep_checkpoints: int = ranged(2, "at least 1")
+    max_nonfinite: int = ranged(10, "at least 1")  # steps in a row that are not finite before the training stops
     validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self) -> None:
@@ -250,36 +137,31 @@ class PretrainingConfig:
             self.recipe.replace("-", "_").isidentifier(),
             f"recipe is '{self.recipe}'; it names a folder, so use letters, digits, - and _",
         )
-        for wanted, keys in _RANGES.items():
-            for key in keys:
-                value = operator.attrgetter(key)(self)
-                _require(_HOLDS[wanted](value), f"{key} is {value}; it must be {wanted}")
+        check_ranges(self)
         _require(
             self.minimum_learning_rate <= self.learning_rate,
             f"minimum_learning_rate is {self.minimum_learning_rate}, above learning_rate {self.learning_rate}",
         )
         self._check_patch()
-        self._check_branches()
+        self._check_objectives()
 
-    def _check_branches(self) -> None:
+    def _check_objectives(self) -> None:
         _require(
-            self.has_contrastive or self.has_masked,
+            bool(self.objectives),
             f"The recipe '{self.recipe}' has nothing to learn: set contrastive.pairs, masked.target, or both",
         )
-        combined = self.has_contrastive and self.has_masked
+        heads = [objective.head_name for objective in self.objectives]
+        _require(len(set(heads)) == len(heads), f"Two objectives of the recipe have a head of one name: {heads}")
+        kinds = {objective.pairs for objective in self.objectives} - {None}
+        _require(len(kinds) < 2, f"The objectives of the recipe compare different pairs: {' and '.join(sorted(kinds))}")
+        combined = self.has_masked and not all(objective.masked for objective in self.objectives)
         _require(combined or not self.shared_pass, "shared_pass needs a contrastive and a masked branch to share it")
-        _require(
-            combined or self.contrastive.max_gradient_ratio is None,
-            "contrastive.max_gradient_ratio needs a masked branch to compare with",
-        )
-        _require(
-            self.masked.target != "tokens" or not self.has_contrastive or self.augmentation.shared_affine,
-            "masked.target=tokens compares the two views place by place: set augmentation.shared_affine=true",
-        )
-        _require(
-            self.masked.target != "tokens" or 0 <= self.masked.tokens.level < self._network.maps,
-            f"masked.tokens.level is {self.masked.tokens.level}; the maps are 0 to {self._network.maps - 1}",
-        )
+        for objective in self.objectives:
+            _require(
+                objective.max_gradient_ratio is None or len(self.objectives) > 1,
+                f"{objective.section}.max_gradient_ratio needs another branch, such as a masked one, to compare with",
+            )
+            objective.check()
 
     def _check_patch(self) -> None:
         _require(min(self.patch_size) >= 1, f"patch_size is {list(self.patch_size)}; sizes are at least 1")
@@ -304,17 +186,33 @@ class PretrainingConfig:
         return 2**self._network.maps
 
     @property
-    def has_contrastive(self) -> bool:
-        return self.contrastive.pairs != "none"
+    def maps(self) -> int:
+        """How many maps the encoder has."""
+        return self._network.maps
+
+    def section(self, name: str) -> Any:
+        """The settings of the objective whose section is `name`; None where the recipe has none."""
+        return getattr(self, name) if name in _OWN_SECTIONS else self.others.get(name)
+
+    @functools.cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What is to be learnt, in a fixed order."""
+        return tuple(kind(self) for kind in known() if kind.is_on(self))
+
+    @property
+    def pairs(self) -> str | None:
+        """Which pairs of views the objectives compare: "mcl", "cl", or None, if single scans serve them all."""
+        return next((objective.pairs for objective in self.objectives if objective.pairs), None)
 
     @property
     def has_masked(self) -> bool:
-        return self.masked.target != "none"
+        """Whether cells of views are hidden."""
+        return any(objective.masked for objective in self.objectives)
 
     @property
     def needs_keys(self) -> bool:
-        """Whether there is a momentum network: it gives the contrastive keys and the tokens' targets."""
-        return self.has_contrastive or self.masked.target == "tokens"
+        """Whether there is a key network."""
+        return any(objective.needs_keys for objective in self.objectives)
 
     def architecture(self) -> dict[str, Any]:
         """What :func:`nnunet_ssl.architectures.networks.build_encoder` takes, in types that JSON keeps."""
@@ -329,12 +227,8 @@ class PretrainingConfig:
         return yaml.safe_load(self.as_yaml())
 
     def as_yaml(self) -> str:
-        return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False, width=120)
-
-
-def recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    return sorted(path.stem for path in _shipped().glob("*.yaml"))
+        values = asdict(self)
+        return yaml.dump(values | values.pop("others"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def load_config(recipe: str | Path, overrides: list[str] | None = None) -> PretrainingConfig:
@@ -347,20 +241,8 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Pretr
     Raises:
         UserError: no such recipe or file, an unknown key, a value of the wrong type or out of range.
     """
-    path = _shipped() / f"{recipe}.yaml"
-    if not path.is_file():
-        path = Path(recipe)
-    if not path.is_file():
-        raise UserError(
-            f"There is no recipe '{recipe}' and no file of that name. Recipes: {', '.join(recipes())}; "
-            "or give the path of a YAML file."
-        )
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold 'key: value' lines.")
+    path = recipe_file(recipe)
+    values = {key: value for key, value in read_recipe(path).items() if key != "about"}
     values.setdefault("recipe", path.stem)
     for override in overrides or []:
         assign(values, override)
@@ -373,11 +255,12 @@ def from_dict(values: dict[str, Any]) -> PretrainingConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range.
     """
-    return build(PretrainingConfig, values)
-
-
-def _shipped() -> Path:
-    return Path(str(resources.files("nnunet_ssl.pretraining") / "configs"))
+    elsewhere = {kind.section: kind.section_type for kind in announced()}
+    others = {
+        name: build(elsewhere[name], value or {}, f"{name}.") for name, value in values.items() if name in elsewhere
+    }
+    own = {name: value for name, value in values.items() if name not in elsewhere}
+    return build(PretrainingConfig, own, built={"others": others})
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+PREFIX, COSINE, BALANCE = "gradient/", "gradient/cosine", "gradient/balance"
+"""Columns of a run's table: the norm of each branch's gradient by its name, and what is measured of them together."""
 
 Gradients = list[Tensor | None]
 """One per parameter; None where a branch does not use the parameter."""
@@ -47,31 +51,48 @@ def cosine(first: Gradients, second: Gradients) -> Tensor:
     return product / (norm(first) * norm(second)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def branch_names(columns: Iterable[str]) -> list[str]:
+    """The branches whose gradients a run's table holds."""
+    names = [column.removeprefix(PREFIX) for column in columns if column.startswith(PREFIX)]
+    return [name for name in names if name != "total" and not name.startswith(("cosine", "balance"))]
+
+
 def measure(apart: Mapping[str, Gradients]) -> dict[str, Tensor]:
-    """The norm of each branch's gradient and, for two branches, their cosine."""
-    figures = {f"gradient/{branch}": norm(gradients) for branch, gradients in apart.items()}
-    if len(apart) == 2:
-        figures["gradient/cosine"] = cosine(*apart.values())
+    """The norm of each branch's gradient and the cosine of each pair of branches.
+
+    The cosine of two branches is ``gradient/cosine``; of more, ``gradient/cosine/a-b``.
+    """
+    figures = {f"{PREFIX}{branch}": norm(gradients) for branch, gradients in apart.items()}
+    for (first, one), (second, other) in itertools.combinations(apart.items(), 2):
+        figures[COSINE if len(apart) == 2 else f"{COSINE}/{first}-{second}"] = cosine(one, other)
     return figures
 
 
-def balance(apart: Mapping[str, Gradients], head: Iterable[nn.Parameter], max_ratio: float) -> Tensor:
-    """Scale the contrastive branch down, in place, to at most `max_ratio` times the masked one's norm on the encoder.
+def balance(
+    apart: Mapping[str, Gradients], heads: Mapping[str, nn.Module], max_ratio: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Scale gradients down, in place, to at most so many times the norm of all other branches' together.
 
     Args:
-        apart: the gradients of "contrastive" and "masked" on the encoder.
-        head: the parameters that the contrastive branch has for itself. Their gradients are scaled alike: otherwise
-            they would fill the gradient-norm clip, which shrinks the masked branch.
-        max_ratio: of the norms.
+        apart: the branches' gradients on the encoder.
+        heads: what a branch has for itself. Its gradients are scaled alike: otherwise they would fill the gradient-norm
+            clip, which shrinks the other branches.
+        max_ratio: of the norms, for each branch that is limited; all limits refer to the gradients as they came.
 
     Returns:
-        The factor, at most 1.
+        The factors, each at most 1: ``gradient/balance`` of a single limited branch, ``gradient/balance/a`` of several.
     """
-    limit = max_ratio * norm(apart["masked"])
-    factor = (limit / norm(apart["contrastive"]).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)
-    torch._foreach_mul_([one for one in apart["contrastive"] if one is not None], factor)
-    torch._foreach_mul_([parameter.grad for parameter in head], factor)
-    return factor
+    tiny = torch.finfo(torch.float32).tiny
+    factors = {}
+    for branch, ratio in max_ratio.items():
+        others: Gradients = [None] * len(apart[branch])
+        for gradients in (gradients for name, gradients in apart.items() if name != branch):
+            others = added(others, gradients)
+        factors[branch] = (ratio * norm(others) / norm(apart[branch]).clamp(min=tiny)).clamp(max=1.0)
+    for branch, factor in factors.items():
+        scaled = [*apart[branch], *(parameter.grad for parameter in heads[branch].parameters())]
+        torch._foreach_mul_([one for one in scaled if one is not None], factor)
+    return {BALANCE if len(factors) == 1 else f"{BALANCE}/{branch}": factor for branch, factor in factors.items()}
 
 
 def put_together(apart: Mapping[str, Gradients], shared: Sequence[nn.Parameter]) -> None:

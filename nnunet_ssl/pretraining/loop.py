@@ -18,7 +18,7 @@ from nnunet_ssl.pretraining.corpus import Corpus, describe, open_corpus
 from nnunet_ssl.pretraining.interruption import stop_requests
 from nnunet_ssl.pretraining.loading import lost_workers_explained
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.monitoring import Validation, queue_figures
+from nnunet_ssl.pretraining.monitoring import Validation
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
 from nnunet_ssl.pretraining.records import Records
 from nnunet_ssl.pretraining.speed import Stopwatch
@@ -108,7 +108,8 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
                     if validating:
                         figures |= validation.measure(learner, schedule, records, step=done)
                     if distributed.is_main():
-                        figures |= queue_figures(learner.queue)
+                        for objective in config.objectives:
+                            figures |= objective.state_figures(learner.state_of(objective))
                     records.write(done, figures)
             if last or update.stopping or done % config.save_every == 0:
                 with stopwatch.paused():

@@ -1,22 +1,19 @@
-"""The networks of a recipe: an encoder with heads, its moving average, the queue. What a checkpoint has to hold."""
+"""The networks of a recipe: an encoder with heads, its moving average, and states. What a checkpoint has to hold."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.compiling import compile_parts
-from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
-from nnunet_ssl.pretraining.momentum import Queue
-from nnunet_ssl.pretraining.objectives.contrastive import ProjectionHead
-from nnunet_ssl.pretraining.objectives.tokens import TokenHead
+from nnunet_ssl.pretraining.objectives.base import Objective
 
 Result = TypeVar("Result")
 
@@ -41,21 +38,13 @@ def in_bf16(method: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class Network(nn.Module):
-    """An encoder and the heads that a recipe needs; a head that it does not need is None."""
+    """An encoder and the heads of a recipe's objectives, each under the name that its objective gives it."""
 
     def __init__(self, config: PretrainingConfig) -> None:
         super().__init__()
-        contrastive, masked, tokens = config.contrastive, config.masked, config.masked.tokens
         self.encoder = build_encoder({**config.architecture(), "checkpointing": config.checkpointing})
-        channels = self.encoder.channels
-        self.projection = self.decoder = self.token_head = None
-        if config.has_contrastive:
-            self.projection = ProjectionHead(channels[-1], contrastive.hidden, contrastive.dim)
-        if masked.target == "voxels":
-            self.decoder = FPNDecoder(channels, 1, width=masked.width, stride=self.encoder.strides[0])
-        if masked.target == "tokens":
-            self.token_head = TokenHead(channels[tokens.level], tokens.hidden, tokens.bottleneck, tokens.prototypes)
-        self.token_level = tokens.level
+        for objective in config.objectives:
+            self.add_module(objective.head_name, objective.build_head(self.encoder))
         self.bf16 = config.bf16
 
     @in_bf16
@@ -64,23 +53,13 @@ class Network(nn.Module):
         return self.encoder(views, mask)
 
     @in_bf16
-    def project(self, maps: Sequence[Tensor]) -> Tensor:
-        """Map the bottleneck to queries or keys, (B, D) on the unit sphere."""
-        return self.projection(maps[-1])
-
-    @in_bf16
-    def reconstruct(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Map the maps to intensities (B, 1, *size)."""
-        return self.decoder(maps, size)
-
-    @in_bf16
-    def score_tokens(self, maps: Sequence[Tensor]) -> Tensor:
-        """Score the tokens of one map for the prototypes, (B, N, K)."""
-        return self.token_head(maps[self.token_level])
+    def head(self, name: str, *inputs: Any) -> Tensor:
+        """Call the head of that name."""
+        return self.get_submodule(name)(*inputs)
 
 
 class Learner(nn.Module):
-    """The query network, which learns; the key network, its moving average; the queue; the mean of token scores.
+    """The query network, which learns; the key network, its moving average; the states of the objectives.
 
     Args:
         config: the recipe. Weights are drawn from its seed, whatever has been drawn before.
@@ -92,16 +71,26 @@ class Learner(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.query = Network(config)
-        self.key = self.queue = None
+        self.key = None
         if config.needs_keys:
             self.key = copy.deepcopy(self.query).requires_grad_(False)
-            self.key.decoder = None
-        if config.has_contrastive:
-            self.queue = Queue(config.queue_size, config.contrastive.dim)
-        if config.masked.target == "tokens":
-            self.register_buffer("centre", torch.zeros(config.masked.tokens.prototypes))
+        for objective in config.objectives:
+            if self.key is not None and not objective.needs_keys:
+                delattr(self.key, objective.head_name)
+            if (state := objective.build_state()) is not None:
+                self.add_module(objective.state_name, state)
         if config.compile:
             self._compile()
+
+    def state_of(self, objective: Objective) -> nn.Module | None:
+        """What changes over the training beside the networks, for one objective."""
+        return None if objective.state_name is None else self.get_submodule(objective.state_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take checkpoints of version 0.1.0, too, which kept the teacher's mean score as "centre"."""
+        if f"{prefix}centre" in state_dict:
+            state_dict[f"{prefix}centre.mean"] = state_dict.pop(f"{prefix}centre")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _compile(self) -> None:
         """Let torch.compile have the encoders, which it compiles when they are first called."""

@@ -1,4 +1,4 @@
-"""What is measured beside the losses: alignment and reconstruction on held-out subjects, the spread of the queue."""
+"""What is measured on held-out subjects: the losses, alignment, and what the objectives want to know."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import functools
 import itertools
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
@@ -20,22 +17,12 @@ from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.modalities import UNKNOWN
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.momentum import Queue
+from nnunet_ssl.pretraining.objectives.base import HeldOut
 from nnunet_ssl.pretraining.objectives.contrastive import pooled
-from nnunet_ssl.pretraining.objectives.masked import (
-    bottleneck_grid,
-    draw_masks,
-    reconstruction_error,
-    voxel_mask,
-)
 from nnunet_ssl.pretraining.passes import key_pass, query_passes
-from nnunet_ssl.pretraining.plotting import Reconstruction, reconstructions
 from nnunet_ssl.pretraining.records import Records
 from nnunet_ssl.pretraining.streams import Stream
-from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance, effective_rank, uniformity
-
-QUEUE_SAMPLE = 1024
-"""Keys on which the queue's figures are taken: all of them would cost 40 ms more and say the same."""
+from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance, effective_rank
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +59,12 @@ class Validation:
         if self.held_out is None or not len(self.held_out.patches):
             return {}
         figures = alignment(learner, self.held_out)
-        if learner.query.decoder is not None:
-            errors, examples = reconstruction(learner, self.held_out)
-            records.picture("reconstruction", reconstructions(examples, f"Reconstruction at step {step:,}"), step)
-            figures |= errors
+        for objective in learner.config.objectives:
+            own, pictures = objective.held_out_figures(learner.query, self.held_out, step=step)
+            figures |= own
+            for name, picture in pictures.items():
+                records.picture(name, picture, step)
         return figures
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """The central patch of every scan of some sessions, without augmentation: the same at every validation."""
-
-    patches: Tensor  # (N, 1, X, Y, Z) float16, CPU
-    subject: np.ndarray  # (N,)
-    modality: np.ndarray  # (N,) names
 
 
 def read_held_out(corpus: Corpus, config: PretrainingConfig) -> HeldOut:
@@ -120,41 +99,3 @@ def alignment(learner: Learner, held_out: HeldOut) -> dict[str, float]:
         "validation/effective_rank": effective_rank(embeddings),
     }
     return {name: value for name, value in figures.items() if not math.isnan(value)}
-
-
-@torch.no_grad()
-def reconstruction(learner: Learner, held_out: HeldOut) -> tuple[dict[str, float], list[Reconstruction]]:
-    """The error on hidden voxels by modality, under masks that are the same every time, and a scan of each to show."""
-    config, stride = learner.config, learner.config.stride
-    device = next(learner.parameters()).device
-    grid = bottleneck_grid(config.patch_size, stride)
-    generator = torch.Generator().manual_seed(config.seed)
-    masks = draw_masks(len(held_out.patches), grid, config.masked.ratio, generator)
-    errors, shown = defaultdict(list), {}
-    for start in range(0, len(masks), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        patches, mask = held_out.patches[part].to(device).float(), masks[part].to(device)
-        prediction = learner.query.reconstruct(learner.query.encode(patches, mask), patches.shape[2:]).float()
-        hidden = voxel_mask(mask, patches.shape[2:], stride)
-        error = reconstruction_error(prediction, patches, mask, stride).tolist()
-        for place, modality in enumerate(held_out.modality[part]):
-            errors[modality].append(error[place])
-            if modality not in shown:
-                shown[modality] = _example(modality, patches[place, 0], hidden[place, 0], prediction[place, 0])
-    figures = {f"validation/error/{modality}": float(np.mean(values)) for modality, values in sorted(errors.items())}
-    return figures, [shown[modality] for modality in sorted(shown)]
-
-
-def queue_figures(queue: Queue | None) -> dict[str, float]:
-    """How far the queue's keys spread: near rank 1 and uniformity 0 the projections have collapsed."""
-    keys = torch.zeros(0) if queue is None else queue.filled()
-    if len(keys) < 2:
-        return {}
-    keys = keys[:: math.ceil(len(keys) / QUEUE_SAMPLE)].cpu().numpy()
-    return {"queue/effective_rank": effective_rank(keys), "queue/uniformity": uniformity(keys)}
-
-
-def _example(modality: str, patch: Tensor, hidden: Tensor, prediction: Tensor) -> Reconstruction:
-    """The middle axial slice, the front of the head upwards; axes run from below, from behind and from the left."""
-    whole, hidden, prediction = (one[len(one) // 2].flip(0).cpu().numpy() for one in (patch, hidden, prediction))
-    return Reconstruction(modality=modality, whole=whole, hidden=hidden, prediction=prediction)

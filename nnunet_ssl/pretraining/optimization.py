@@ -33,8 +33,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 
 
 def schedules(step: int, config: PretrainingConfig) -> dict[str, float]:
-    """The numbers that `step` uses: learning_rate, and, where the recipe has a use for them, momentum (of the key
-    network), contrastive_weight and teacher_temperature."""
+    """The numbers that `step` uses: learning_rate, momentum if there is a key network, and the objectives' own."""
     learning_rate = warmup_cosine(
         step,
         steps=config.steps,
@@ -42,10 +41,7 @@ def schedules(step: int, config: PretrainingConfig) -> dict[str, float]:
         peak=config.learning_rate,
         floor=config.minimum_learning_rate,
     )
-    ramps = {
-        "momentum": config.momentum if config.needs_keys else None,
-        "contrastive_weight": config.contrastive.weight if config.has_contrastive and config.has_masked else None,
-        "teacher_temperature": config.masked.tokens.teacher_temperature if config.masked.target == "tokens" else None,
-    }
-    used = {name: one.at(step, config.steps) for name, one in ramps.items() if one is not None}
-    return {"learning_rate": learning_rate, **used}
+    ramps = {"momentum": config.momentum} if config.needs_keys else {}
+    for objective in config.objectives:
+        ramps |= objective.ramps()
+    return {"learning_rate": learning_rate, **{name: one.at(step, config.steps) for name, one in ramps.items()}}

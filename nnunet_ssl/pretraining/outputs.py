@@ -22,7 +22,7 @@ from nnunet_ssl.pretraining import checkpointing
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.objectives.contrastive import EMPTY
+from nnunet_ssl.pretraining.objectives import known
 from nnunet_ssl.pretraining.optimization import restore_optimizer
 
 CONFIG = "config.yaml"
@@ -36,26 +36,10 @@ CITATIONS = (
     "MICCAI 2023 (backbone swin).",
     "Isensee et al. nnU-Net revisited: a call for rigorous validation in 3D medical image segmentation. MICCAI 2024 "
     "(backbone resenc).",
-    "Chen et al. Improved baselines with momentum contrastive learning. arXiv 2003.04297.",
-    "Zhou et al. iBOT: image BERT pre-training with online tokenizer. arXiv 2111.07832 (recipe mcl_ibot).",
 )
 
-SHAPES = (
-    "backbone",
-    "encoder",
-    "resenc",
-    "contrastive.pairs",
-    "contrastive.hidden",
-    "contrastive.dim",
-    "masked.target",
-    "masked.width",
-    "masked.tokens.level",
-    "masked.tokens.prototypes",
-    "masked.tokens.hidden",
-    "masked.tokens.bottleneck",
-    "queue_size",
-)
-"""Settings that decide what a checkpoint holds; a run cannot continue with others."""
+SHAPES = ("backbone", "encoder", "resenc")
+"""Settings that, with those of the objectives, decide what a checkpoint holds; a run cannot continue with others."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +98,7 @@ def description(corpus: Corpus, config: PretrainingConfig) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("nnunet_ssl", "nnunetv2", "torch")},
         },
-        "citations": list(CITATIONS),
+        "citations": [*CITATIONS, *(text for objective in config.objectives for text in objective.citations)],
     }
 
 
@@ -162,7 +146,8 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
         logger.warning("There is no checkpoint in %s to continue from: the run begins at step 0.", folder)
         return None
     changes = list(_changes(state["metadata"]["config"], learner.config.as_dict()))
-    fatal = [text for key, text in changes if key.startswith(SHAPES)]
+    shapes = (*SHAPES, *(shape for kind in known() for shape in kind.shapes))
+    fatal = [text for key, text in changes if key.startswith(shapes)]
     if fatal:
         raise UserError(
             f"The checkpoint in {folder} cannot be continued with these settings: {'; '.join(fatal)}. "
@@ -175,20 +160,18 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
     learner.load_state_dict(state["learner"])
     restore_optimizer(optimizer, state["optimizer"])
     if state.get("roster", roster(corpus)) != roster(corpus):
-        _welcome_others(learner)
+        _forget_subjects(learner)
     return state["step"], state["skipped"]
 
 
-def _welcome_others(learner: Learner) -> None:
-    """Forget whose keys are in the queue: subjects have other numbers now, and would meet their own as negatives."""
+def _forget_subjects(learner: Learner) -> None:
+    """Let the objectives forget whom they knew: subjects and sessions have other numbers now."""
+    told = [objective.forget_subjects(learner.state_of(objective)) for objective in learner.config.objectives]
     logger.warning(
         "The subjects or sessions of the corpus are not those that the checkpoint was written with: %sthe subjects "
         "held out for validation may have changed, so its figures do not compare with earlier ones.",
-        "" if learner.queue is None else "the queue begins empty, and ",
+        "".join(f"{text}, and " for text in told if text),
     )
-    if learner.queue is not None:
-        learner.queue.subjects.fill_(EMPTY)
-        learner.queue.sessions.fill_(EMPTY)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:

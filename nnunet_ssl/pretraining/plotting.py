@@ -1,54 +1,26 @@
-"""The pictures of a run: progress.png from its table of figures, reconstruction.png from held-out scans."""
+"""The picture of a run, progress.png, from its table of figures."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
+
+from nnunet_ssl.pretraining.gradients import COSINE, PREFIX, branch_names
+from nnunet_ssl.pretraining.objectives import known
+from nnunet_ssl.pretraining.panels import BLUE, GREEN, GREY, ORANGE, Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e0701a", "#2a9d63", "#7a7f87"
 MARKED_UP_TO = 40
 """Points up to which a curve shows each of them."""
 
-
-@dataclass(frozen=True)
-class Curve:
-    """A column of the table, and how it looks."""
-
-    column: str
-    label: str
-    colour: str
-    dashed: bool = False  # held-out subjects, where the panel also shows the training's own figure
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Curves that share an axis; those whose column is missing are left out, and the panel with the last of them."""
-
-    title: str
-    curves: tuple[Curve, ...]
-    logarithmic: bool = False
-    limits: tuple[float | None, float | None] = (None, None)
-    reference: float | None = None  # a line to compare with
-
-
-def _both(column: str, colour: str, *, training: str = "training", held_out: str = "held out") -> tuple[Curve, Curve]:
-    return Curve(column, training, colour), Curve(f"validation/{column}", held_out, colour, dashed=True)
-
-
-PANELS = (
-    Panel("Contrastive loss (InfoNCE)", _both("loss/contrastive", BLUE)),
-    Panel("Masked loss", _both("loss/masked", ORANGE)),
-    Panel("Masked error / error of predicting the mean", _both("masked/error_over_mean", ORANGE), reference=1.0),
-    Panel("Own key found before all negatives, share", _both("contrastive/accuracy", BLUE), limits=(0, 1)),
+COMMON = (
     Panel(
         "Cosine distance of held-out embeddings",
         (
@@ -57,28 +29,11 @@ PANELS = (
         ),
         limits=(0, None),
     ),
-    Panel(
-        "Directions in use (effective rank)",
-        (
-            Curve("queue/effective_rank", "keys in the queue", BLUE),
-            Curve("validation/effective_rank", "embeddings", GREEN),
-        ),
-        limits=(0, None),
-    ),
-    Panel(
-        "Gradient norm on the encoder",
-        (
-            Curve("gradient/contrastive", "contrastive", BLUE),
-            Curve("gradient/masked", "masked", ORANGE),
-            Curve("gradient/total", "heads included", GREY),
-        ),
-        logarithmic=True,
-    ),
-    Panel("Cosine between the branches' gradients", (Curve("gradient/cosine", "", BLUE),), reference=0.0),
     Panel("Learning rate", (Curve("schedule/learning_rate", "", GREY),)),
     Panel("Steps per second", (Curve("speed/steps_per_second", "", GREY),), limits=(0, None)),
     Panel("Waiting for data, share of the time", (Curve("speed/waiting", "", GREY),), limits=(0, 1)),
 )
+"""What every run shows, whatever it learns."""
 
 ERROR_BY_MODALITY = "validation/error/"
 
@@ -87,12 +42,14 @@ def progress(table: pd.DataFrame, title: str) -> Figure:
     """Draw the figures of a run over its steps, as far as `table` has them.
 
     Args:
-        table: a row per interval; the column "step" and those named in :data:`PANELS`.
+        table: a row per interval; the column "step" and those that the panels of objectives, or :data:`COMMON`, name.
         title: of the page.
     """
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in (*PANELS, _errors_by_modality(table)) if _present(panel, table)]
+    of_objectives = dict.fromkeys(panel for objective in known() for panel in objective.panels)
+    everything = (*of_objectives, *_gradients(table), *COMMON, _errors_by_modality(table))
+    panels = [panel for panel in everything if _present(panel, table)]
     columns = min(3, max(1, len(panels)))
     rows = math.ceil(len(panels) / columns) or 1
     figure = Figure(figsize=(5.2 * columns, 3.1 * rows + 0.8))
@@ -112,16 +69,37 @@ def _present(panel: Panel, table: pd.DataFrame) -> list[Curve]:
     return [curve for curve in panel.curves if curve.column in table and table[curve.column].notna().any()]
 
 
-def _errors_by_modality(table: pd.DataFrame) -> Panel:
-    from matplotlib import colormaps
+def _gradients(table: pd.DataFrame) -> tuple[Panel, Panel]:
+    """The norms of all branches' gradients, and the cosines between them."""
+    norms = [Curve(f"{PREFIX}{name}", name, colour) for name, colour in zip(branch_names(table), _colours())]
+    cosines = [name for name in table if name.startswith(COSINE)]
+    labels = [name.removeprefix(COSINE).strip("/") for name in cosines]
+    return (
+        Panel(
+            "Gradient norm on the encoder",
+            (*norms, Curve(f"{PREFIX}total", "heads included", GREY)),
+            logarithmic=True,
+        ),
+        Panel(
+            "Cosine between the branches' gradients",
+            tuple(Curve(*one) for one in zip(cosines, labels, _colours())),
+            reference=0.0,
+        ),
+    )
 
+
+def _errors_by_modality(table: pd.DataFrame) -> Panel:
     names = [name for name in table if name.startswith(ERROR_BY_MODALITY)]
-    colours = colormaps["tab10"].colors
-    curves = [
-        Curve(name, name.removeprefix(ERROR_BY_MODALITY), colours[place % len(colours)])
-        for place, name in enumerate(names)
-    ]
+    curves = [Curve(name, name.removeprefix(ERROR_BY_MODALITY), colour) for name, colour in zip(names, _colours())]
     return Panel("Squared error on hidden voxels, held out", tuple(curves), limits=(0, None))
+
+
+def _colours() -> Iterator[str]:
+    """Blue and orange first, as the objectives have them, then others, without end."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return itertools.cycle((BLUE, ORANGE, *(to_hex(one) for one in colormaps["tab10"].colors[2:])))
 
 
 def _draw(axis: Axes, panel: Panel, table: pd.DataFrame) -> None:
@@ -160,40 +138,3 @@ def _draw(axis: Axes, panel: Panel, table: pd.DataFrame) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=9)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """One slice of a held-out patch, as (height, width) arrays of one intensity scale."""
-
-    modality: str
-    whole: np.ndarray
-    hidden: np.ndarray  # bool
-    prediction: np.ndarray
-
-
-def reconstructions(examples: Sequence[Reconstruction], title: str) -> Figure:
-    """Show, a row for each example: the scan, what the network saw of it, and the scan with its guess filled in."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    grey = colormaps["gray"].with_extremes(bad="#35506b")
-    figure = Figure(figsize=(6.6, 2.15 * len(examples) + 0.7), facecolor="white")
-    height = figure.get_figheight()
-    figure.subplots_adjust(0.05, 0.1 / height, 0.99, 1 - 0.7 / height, wspace=0.03, hspace=0.03)
-    figure.text(0.05, 1 - 0.3 / height, title, fontsize=11, weight="bold")
-    for row, example in enumerate(examples):
-        low, high = np.quantile(example.whole, (0.01, 0.99))
-        seen = np.ma.masked_array(example.whole, example.hidden)
-        filled = np.where(example.hidden, example.prediction, example.whole)
-        for column, image in enumerate((example.whole, seen, filled)):
-            axis = figure.add_subplot(len(examples), 3, 3 * row + column + 1)
-            axis.imshow(image, cmap=grey, vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if row == 0:
-                axis.set_title(("held-out scan", "what the encoder sees", "completed")[column], fontsize=10)
-            if column == 0:
-                axis.set_ylabel(example.modality, fontsize=10)
-    return figure

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 LOG, CSV, PLOT = "training_log.txt", "progress.csv", "progress.png"
 
 IN_THE_LOG = {
-    "loss/contrastive": "contrastive {:.4f}",
-    "contrastive/accuracy": "accuracy {:.2f}",
-    "loss/masked": "masked {:.4f}",
     "gradient/total": "gradient {:.2f}",
     "schedule/learning_rate": "lr {:.1e}",
     "speed/steps_per_second": "{:.2f} steps/s",
@@ -55,6 +52,7 @@ class Records:
     def __init__(self, folder: Path, *, step: int, config: PretrainingConfig, device: torch.device) -> None:
         self.folder = folder
         self.steps = config.steps
+        self.formats = {name: text for one in config.objectives for name, text in one.in_the_log.items()} | IN_THE_LOG
         self.device = device
         self.rows = _earlier_rows(folder / CSV, step)
         self._sums: dict[str, Any] = defaultdict(float)
@@ -86,7 +84,7 @@ class Records:
         with written_beside(self.folder / CSV) as temporary:
             self._table().to_csv(temporary, index=False)
         self._sinks.write(step, row)
-        shown = ", ".join(form.format(row[name]) for name, form in IN_THE_LOG.items() if name in row)
+        shown = ", ".join(form.format(row[name]) for name, form in self.formats.items() if name in row)
         logger.info("%s step %d: %s", time.strftime("%Y-%m-%d %H:%M:%S"), step, shown)
 
     def _table(self) -> pd.DataFrame:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.gradients import Gradients, backward, balance, measure, put_together
-from nnunet_ssl.pretraining.model import Learner, Network
+from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.momentum import move_towards
-from nnunet_ssl.pretraining.passes import Branch, Examples, Keys, key_pass, query_passes
+from nnunet_ssl.pretraining.objectives.base import Examples, Part
+from nnunet_ssl.pretraining.passes import key_pass, query_passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +48,24 @@ def training_step(
     """
     config = learner.config
     shared = list(learner.query.encoder.parameters())
-    apart = {} if measured or config.contrastive.max_gradient_ratio is not None else None
-    parts: list[tuple[Examples, Keys, list[Branch]]] = []
+    limits = {one.name: one.max_gradient_ratio for one in config.objectives if one.max_gradient_ratio is not None}
+    apart = {} if measured or limits else None
+    parts: dict[str, list[Part]] = {objective.name: [] for objective in config.objectives}
+    scans = []
     optimizer.zero_grad()
     for _ in range(config.accumulation):
         part = next(examples)
-        keys = key_pass(learner, part)
-        branches = []
-        for losses in query_passes(learner, part, keys, schedule):
-            backward({name: branch.loss / config.accumulation for name, branch in losses.items()}, shared, apart)
-            branches += losses.values()
-        parts.append((part, keys, [branch.detached() for branch in branches]))
+        taught = key_pass(learner, part)
+        for branches in query_passes(learner, part, taught, schedule):
+            backward({name: branch.loss / config.accumulation for name, branch in branches.items()}, shared, apart)
+            for name, branch in branches.items():
+                parts[name].append(Part(examples=part, taught=taught.get(name), branch=branch.detached()))
+        scans += [scan for batch in part.batches for view in batch.scan_ids for scan in view]
 
-    figures = collect_gradients(learner.query, shared, apart, config.contrastive.max_gradient_ratio)
+    figures = collect_gradients(learner, shared, apart, limits)
     check_gradients(dict(learner.query.named_children()))
     figures["gradient/total"] = nn.utils.clip_grad_norm_(learner.query.parameters(), config.gradient_clip)
-    branches = [branch for *_, branches in parts for branch in branches]
+    branches = [part.branch for of_branch in parts.values() for part in of_branch]
     finite = torch.stack([figures["gradient/total"], *(branch.loss for branch in branches)]).isfinite().all()
     spoilt, stopping = distributed.any_rank(~finite, stop_requested(), device=finite.device)
     if not spoilt:
@@ -74,39 +77,27 @@ def training_step(
         finite=not spoilt,
         stopping=stopping,
         figures=[figures, *(branch.figures for branch in branches)],
-        scans=[scan for part, *_ in parts for batch in part.batches for view in batch.scan_ids for scan in view],
+        scans=scans,
     )
 
 
 def collect_gradients(
-    network: Network, shared: list[nn.Parameter], apart: dict[str, Gradients] | None, max_ratio: float | None
+    learner: Learner, shared: list[nn.Parameter], apart: dict[str, Gradients] | None, limits: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Average gradients over ranks; measure, balance and add up those that were taken apart. Returns the figures."""
-    distributed.average_([one.grad for one in network.parameters() if one.grad is not None])
+    distributed.average_([one.grad for one in learner.query.parameters() if one.grad is not None])
     if apart is None:
         return {}
     for gradients in apart.values():
         distributed.average_([one for one in gradients if one is not None])
-    figures = measure(apart)
-    if max_ratio is not None:
-        figures["gradient/balance"] = balance(apart, network.projection.parameters(), max_ratio)
+    heads = {one.name: learner.query.get_submodule(one.head_name) for one in learner.config.objectives}
+    figures = measure(apart) | balance(apart, heads, limits)
     put_together(apart, shared)
     return figures
 
 
 @torch.no_grad()
-def remember(learner: Learner, parts: list[tuple[Examples, Keys, list[Branch]]]) -> None:
-    """Put the keys of all ranks into the queue, and the teacher's mean scores into their running mean."""
-    if learner.queue is not None:
-        batches = [part.batch for part, *_ in parts]
-        views = len(batches[0].views)
-        learner.queue.enqueue(
-            distributed.gather(torch.cat([keys.projections for _, keys, _ in parts], dim=1), dim=1).flatten(0, 1),
-            distributed.gather(torch.cat([batch.subject for batch in batches])).repeat(views),
-            distributed.gather(torch.cat([batch.session for batch in batches])).repeat(views),
-        )
-    centres = [branch.token_centre for *_, branches in parts for branch in branches if branch.token_centre is not None]
-    if centres:
-        centre = torch.stack(centres).mean(dim=0)
-        distributed.average_([centre])
-        learner.centre.lerp_(centre, 1 - learner.config.masked.tokens.centre_momentum)
+def remember(learner: Learner, parts: Mapping[str, list[Part]]) -> None:
+    """Let every objective update its state."""
+    for objective in learner.config.objectives:
+        objective.remember(learner.state_of(objective), parts[objective.name])

@@ -16,8 +16,8 @@ from nnunet_ssl.pretraining.augmentation import Batch, augment
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.loading import make_loader
+from nnunet_ssl.pretraining.objectives.base import Examples
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks
-from nnunet_ssl.pretraining.passes import Examples
 from nnunet_ssl.pretraining.transfer import send
 
 PAIRS, UNPAIRED, MASKS = range(3)
@@ -60,7 +60,7 @@ class Stream:
         self._batches = iter(
             make_loader(
                 corpus,
-                kind=config.contrastive.pairs if config.has_contrastive else "mim",
+                kind=config.pairs or "mim",
                 batch_size=share_of(config.batch_size, config, "batch_size"),
                 stream=PAIRS,
                 workers=workers,
@@ -109,8 +109,8 @@ class Stream:
 
 
 def has_unpaired_stream(corpus: Corpus, config: PretrainingConfig) -> bool:
-    """Whether scans that cannot form a pair are left for the masked branch."""
-    wanted = config.has_contrastive and config.has_masked and config.masked.unpaired_batch_size > 0
+    """Whether scans that cannot form a pair are left for the objectives with masks."""
+    wanted = config.pairs is not None and config.has_masked and config.masked.unpaired_batch_size > 0
     return wanted and len(corpus.unpaired_scans()) > 0
 
 

@@ -6,17 +6,53 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import yaml
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.schedules import Ramp
 
 T = TypeVar("T")
 
+RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "positive": lambda value: value > 0,
+    "0 or more": lambda value: value >= 0,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+}
 
-def build(kind: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
+
+def ranged(default: Any, wanted: str) -> Any:
+    """A field of a configuration whose number, or whose ramp's two numbers, must be as one of `RANGES` says."""
+    return dataclasses.field(default=default, metadata={"range": wanted})
+
+
+def check_ranges(config: Any, where: str = "") -> None:
+    """Check every ``ranged`` field of `config` and of the dataclasses in it.
+
+    Raises:
+        UserError: names the key, the value and what it must be.
+    """
+    for one in dataclasses.fields(config):
+        value, key = getattr(config, one.name), f"{where}{one.name}"
+        if wanted := one.metadata.get("range"):
+            numbers = {f"{key}.low": value.low, f"{key}.high": value.high} if isinstance(value, Ramp) else {key: value}
+            for name, number in numbers.items():
+                if not RANGES[wanted](number):
+                    raise UserError(f"{name} is {number}; it must be {wanted}.")
+        elif dataclasses.is_dataclass(value):
+            check_ranges(value, f"{key}.")
+
+
+def build(
+    kind: type[T],
+    values: Mapping[str, Any],
+    where: str = "",
+    base: T | None = None,
+    built: Mapping[str, Any] | None = None,
+) -> T:
     """Build the dataclass `kind` from `values`; a missing key is as in `base`, else the dataclass's default.
 
     Args:
@@ -25,6 +61,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "", base: T | N
         values: as a YAML file gives them.
         where: dotted prefix of the keys, for messages.
         base: what `values` are to change.
+        built: further fields, as they are.
 
     Raises:
         UserError: an unknown or missing key, or a value of the wrong type.
@@ -41,6 +78,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "", base: T | N
         else _convert(value, hints[key], f"{where}{key}")
         for key, value in values.items()
     }
+    converted |= built or {}
     if base is not None:
         return dataclasses.replace(base, **converted)
     missing = [name for name, one in fields.items() if name not in values and _default(one) is dataclasses.MISSING]

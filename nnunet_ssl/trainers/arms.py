@@ -2,49 +2,8 @@
 
 from __future__ import annotations
 
+from nnunet_ssl.pretraining.recipes import about_recipes
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
-
-
-class nnUNetTrainerCL(nnUNetTrainerSSL):
-    """From contrastive pre-training on two views of the same scan."""
-
-    recipe = "cl"
-
-
-class nnUNetTrainerMCL(nnUNetTrainerSSL):
-    """From modality-invariant contrastive pre-training on two modalities of one session."""
-
-    recipe = "mcl"
-
-
-class nnUNetTrainerMIM(nnUNetTrainerSSL):
-    """From masked image modelling."""
-
-    recipe = "mim"
-
-
-class nnUNetTrainerCLMIM(nnUNetTrainerSSL):
-    """From contrastive pre-training with masked image modelling."""
-
-    recipe = "cl_mim"
-
-
-class nnUNetTrainerMCLMIM(nnUNetTrainerSSL):
-    """From modality-invariant contrastive pre-training with masked image modelling."""
-
-    recipe = "mcl_mim"
-
-
-class nnUNetTrainerMCLMIMBalanced(nnUNetTrainerSSL):
-    """From modality-invariant contrastive pre-training with masked image modelling, their gradients balanced."""
-
-    recipe = "mcl_mim_balanced"
-
-
-class nnUNetTrainerMCLiBOT(nnUNetTrainerSSL):
-    """From modality-invariant contrastive pre-training with masked tokens predicted between modalities."""
-
-    recipe = "mcl_ibot"
 
 
 class nnUNetTrainerSwinFPNScratch(nnUNetTrainerSSL):
@@ -55,3 +14,15 @@ class nnUNetTrainerSwinFPNScratch(nnUNetTrainerSSL):
     """
 
     from_scratch = True
+
+
+def arm(name: str, recipe: str, learns: str) -> type[nnUNetTrainerSSL]:
+    """Return the trainer class `name` that starts from the newest pre-training of `recipe`."""
+    content = {"recipe": recipe, "__doc__": f"From the pre-training {recipe}: {learns}.", "__module__": __name__}
+    return type(name, (nnUNetTrainerSSL,), content)
+
+
+ARMS = {about.trainer: arm(about.trainer, recipe, about.learns) for recipe, about in about_recipes().items()}
+"""By name, as nnU-Net's ``-tr`` takes it; each is an attribute of this module, too."""
+
+globals().update(ARMS)

@@ -91,7 +91,9 @@ def test_every_parameter_of_the_encoder_learns_from_either_branch(tiny):
         for parameter in query.encoder.parameters():  # as drawn, zero norms stop the gradient of what is before them
             nn.init.normal_(parameter, std=0.3)
         maps = query.encode(torch.randn(2, 1, 64, 32, 32))
-        output = query.project(maps)[:, 0] if recipe == "mcl" else query.reconstruct(maps, (64, 32, 32))
+        output = (
+            query.head("projection", maps[-1])[:, 0] if recipe == "mcl" else query.head("decoder", maps, (64, 32, 32))
+        )
         output.square().mean().backward()
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in query.encoder.parameters())
 

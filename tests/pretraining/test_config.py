@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.config import PretrainingConfig, Ramp, from_dict, load_config, recipes
+from nnunet_ssl.pretraining.config import PretrainingConfig, from_dict, load_config
+from nnunet_ssl.pretraining.recipes import recipes
+from nnunet_ssl.schedules import Ramp
 
 ALL = ("cl", "cl_mim", "mcl", "mcl_ibot", "mcl_mim", "mcl_mim_balanced", "mim")
 

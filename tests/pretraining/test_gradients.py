@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_ssl.pretraining.gradients import backward, balance, measure, put_together
+from nnunet_ssl.pretraining.gradients import backward, balance, branch_names, measure, put_together
 
 
 @pytest.fixture
@@ -73,12 +73,28 @@ def test_a_parameter_of_one_branch_only_counts_as_zero_in_the_other():
 @pytest.mark.parametrize(("contrastive", "factor"), [(10.0, 0.4), (1.0, 1.0), (0.0, 1.0)])
 def test_the_contrastive_gradient_is_only_ever_scaled_down_and_its_head_alike(contrastive, factor):
     apart = {"contrastive": [torch.tensor([contrastive]), None], "masked": [torch.tensor([2.0]), torch.tensor([0.0])]}
-    head = nn.Parameter(torch.zeros(1))
-    head.grad = torch.tensor([30.0])
-    assert float(balance(apart, [head], max_ratio=2.0)) == pytest.approx(factor)
+    head = nn.Linear(1, 1, bias=False)
+    head.weight.grad = torch.tensor([[30.0]])
+    figures = balance(apart, {"contrastive": head}, {"contrastive": 2.0})
+    assert {name: float(value) for name, value in figures.items()} == {"gradient/balance": pytest.approx(factor)}
     assert float(apart["contrastive"][0]) == pytest.approx(factor * contrastive)
-    assert float(head.grad) == pytest.approx(factor * 30)
+    assert float(head.weight.grad) == pytest.approx(factor * 30)
     assert float(apart["masked"][0]) == 2
+
+
+def test_any_number_of_branches_is_measured_and_balanced():
+    """A limit is against all others together, as they came, whatever else is limited."""
+    apart = {"a": [torch.tensor([6.0, 0.0])], "b": [torch.tensor([0.0, 4.0])], "c": [torch.tensor([0.0, -1.0])]}
+    figures = measure(apart)
+    cosines = {name: float(value) for name, value in figures.items() if "cosine" in name}
+    assert cosines == {"gradient/cosine/a-b": 0, "gradient/cosine/a-c": 0, "gradient/cosine/b-c": -1}
+    heads = {name: nn.Linear(1, 1) for name in apart}  # without gradients
+    factors = balance(apart, heads, {"a": 1.0, "b": 0.5})
+    assert float(factors["gradient/balance/a"]) == pytest.approx(3 / 6)
+    assert float(factors["gradient/balance/b"]) == pytest.approx(0.5 * 37**0.5 / 4)
+    assert float(apart["a"][0].norm()) == pytest.approx(3)
+    assert float(apart["c"][0].norm()) == 1
+    assert branch_names(["step", *figures, *factors, "gradient/total"]) == ["a", "b", "c"]
 
 
 def test_a_parameter_without_any_gradient_keeps_none():

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from nnunet_ssl.pretraining.momentum import Queue, move_towards
-from nnunet_ssl.pretraining.objectives.contrastive import EMPTY
+from nnunet_ssl.pretraining.momentum import move_towards
+from nnunet_ssl.pretraining.objectives.contrastive import EMPTY, Queue
 
 
 def fill(queue, first, count):

@@ -7,9 +7,8 @@ import torch
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.corpus import open_corpus
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.momentum import Queue
-from nnunet_ssl.pretraining.monitoring import alignment, queue_figures, read_held_out, reconstruction
-from nnunet_ssl.pretraining.objectives.contrastive import pooled
+from nnunet_ssl.pretraining.monitoring import alignment, read_held_out
+from nnunet_ssl.pretraining.objectives.contrastive import Queue, pooled, queue_figures
 from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance
 
 
@@ -61,8 +60,9 @@ def test_alignment_is_taken_on_the_pooled_bottleneck_before_the_projection(corpu
 def test_reconstruction_is_repeatable_and_by_modality(corpus, tiny):
     config = load_config("mim", tiny)
     learner, held_out = Learner(config), read_held_out(corpus, config)
-    figures, examples = reconstruction(learner, held_out)
-    assert reconstruction(learner, held_out)[0] == figures
+    (voxels,) = config.objectives
+    figures, examples = voxels.reconstruct(learner.query, held_out)
+    assert voxels.reconstruct(learner.query, held_out)[0] == figures
     assert set(figures) == {"validation/error/flair", "validation/error/t1", "validation/error/t2"}
     assert all(value > 0 for value in figures.values())
     assert [example.modality for example in examples] == ["flair", "t1", "t2"]
@@ -84,4 +84,4 @@ def test_the_queues_figures_tell_collapse_from_spread():
     assert collapsed["queue/effective_rank"] < 1.5
     assert spread["queue/uniformity"] < -3
     assert collapsed["queue/uniformity"] > -0.01
-    assert queue_figures(None) == queue_figures(Queue(8, 4)) == {}
+    assert queue_figures(Queue(8, 4)) == {}

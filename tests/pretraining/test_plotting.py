@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from nnunet_ssl.pretraining.plotting import Reconstruction, progress, reconstructions
+from nnunet_ssl.pretraining.plotting import progress
+from nnunet_ssl.pretraining.reconstructions import Reconstruction, reconstructions
 
 
 def titles(figure):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_ssl.pretraining.config import load_config, recipes
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.recipes import recipes
 
 BIN = Path(sys.executable).parent
 

@@ -1,1 +1,27 @@
-"""What the encoder is asked to do: pure losses and the heads they need."""
+"""What the encoder is asked to do, an objective a file. Further ones come from packages that announce them."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from nnunet_ssl.pretraining.objectives.base import Objective
+from nnunet_ssl.pretraining.objectives.contrastive import Contrastive
+from nnunet_ssl.pretraining.objectives.masked import Voxels
+from nnunet_ssl.pretraining.objectives.tokens import Tokens
+
+OWN: tuple[type[Objective], ...] = (Contrastive, Voxels, Tokens)
+
+ENTRY_POINTS = "nnunet_ssl.objectives"
+"""The group under which an installed package names classes of objectives."""
+
+
+@cache
+def announced() -> tuple[type[Objective], ...]:
+    """The objectives of other installed packages, in the order of their entry points' names."""
+    return tuple(one.load() for one in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name))
+
+
+def known() -> tuple[type[Objective], ...]:
+    """Every objective that a recipe can have."""
+    return (*OWN, *announced())

@@ -2,14 +2,146 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining import distributed
+from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Recipe
+from nnunet_ssl.pretraining.panels import BLUE, GREEN, Curve, Panel, both
+from nnunet_ssl.pretraining.typed import ranged
+from nnunet_ssl.representation import effective_rank, uniformity
+from nnunet_ssl.schedules import Ramp
+
 EMPTY = -1
 """The subject of a queue's slot that holds no key yet."""
+
+QUEUE_SAMPLE = 1024
+"""Keys on which the queue's figures are taken: all of them would cost 40 ms more and say the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """The contrastive branch: MoCo v2 with a queue, where only other subjects are negatives."""
+
+    pairs: Literal["mcl", "cl", "none"] = "none"  # two modalities of one session, two views of one scan, or no branch
+    temperature: float = ranged(0.2, "positive")
+    hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
+    dim: int = ranged(128, "at least 1")  # of queries and keys
+    weight: Ramp = ranged(Ramp(low=0.1, high=1.0, begin=0.05, until=0.10), "0 or more")  # alpha; 1 by itself
+    max_gradient_ratio: float | None = None  # scale this branch's gradient on the encoder down to at most so many times
+    # the norm of the others'
+
+    def __post_init__(self) -> None:
+        if self.max_gradient_ratio is not None and self.max_gradient_ratio <= 0:
+            raise UserError(
+                f"contrastive.max_gradient_ratio is {self.max_gradient_ratio}; it must be positive, or null for no "
+                "limit."
+            )
+
+
+class Contrastive(Objective):
+    """Each view's query is to find the other view's key among those of other subjects."""
+
+    name = "contrastive"
+    section = "contrastive"
+    section_type = ContrastiveConfig
+    head_name = "projection"
+    state_name = "queue"
+    needs_keys = True
+    shapes = ("contrastive.pairs", "contrastive.hidden", "contrastive.dim", "queue_size")
+    in_the_log = {"loss/contrastive": "contrastive {:.4f}", "contrastive/accuracy": "accuracy {:.2f}"}  # noqa: RUF012
+    panels = (
+        Panel("Contrastive loss (InfoNCE)", both("loss/contrastive", BLUE)),
+        Panel("Own key found before all negatives, share", both("contrastive/accuracy", BLUE), limits=(0, 1)),
+        Panel(
+            "Directions in use (effective rank)",
+            (
+                Curve("queue/effective_rank", "keys in the queue", BLUE),
+                Curve("validation/effective_rank", "embeddings", GREEN),
+            ),
+            limits=(0, None),
+        ),
+    )
+    citations = ("Chen et al. Improved baselines with momentum contrastive learning. arXiv 2003.04297.",)
+
+    @classmethod
+    def is_on(cls, config: Recipe) -> bool:
+        return config.section("contrastive").pairs != "none"
+
+    @property
+    def pairs(self) -> str:
+        return self.settings.pairs
+
+    @property
+    def max_gradient_ratio(self) -> float | None:
+        return self.settings.max_gradient_ratio
+
+    def build_head(self, encoder: Any) -> ProjectionHead:
+        return ProjectionHead(encoder.channels[-1], self.settings.hidden, self.settings.dim)
+
+    def build_state(self) -> Queue:
+        return Queue(self.config.queue_size, self.settings.dim)
+
+    def ramps(self) -> dict[str, Ramp]:
+        """A branch by itself has no weight: it would only scale the gradient."""
+        return {"contrastive_weight": self.settings.weight} if len(self.config.objectives) > 1 else {}
+
+    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Tensor:
+        """The keys of both views, (V, B, D)."""
+        by_view = examples.batch.views.shape[:2]
+        return key.head(self.head_name, maps[-1][: by_view.numel()]).unflatten(0, by_view)
+
+    def branch(
+        self,
+        query: Network,
+        maps: Sequence[Tensor],
+        examples: Examples,
+        taught: Tensor | None,
+        state: nn.Module | None,
+        schedule: Mapping[str, float],
+    ) -> Branch:
+        by_view = examples.batch.views.shape[:2]
+        queries = query.head(self.head_name, maps[-1][: by_view.numel()])
+        result = symmetric_info_nce(
+            queries.unflatten(0, by_view),
+            taught,
+            examples.batch.subject,
+            state.keys,
+            state.subjects,
+            self.settings.temperature,
+        )
+        figures = {
+            "loss/contrastive": result.loss.detach(),
+            "contrastive/accuracy": result.accuracy,
+            "contrastive/negatives": result.negatives,
+        }
+        return Branch(loss=schedule.get("contrastive_weight", 1.0) * result.loss, figures=figures)
+
+    def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:
+        """Put the keys of all ranks into the queue."""
+        batches = [part.examples.batch for part in parts]
+        views = len(batches[0].views)
+        state.enqueue(
+            distributed.gather(torch.cat([part.taught for part in parts], dim=1), dim=1).flatten(0, 1),
+            distributed.gather(torch.cat([batch.subject for batch in batches])).repeat(views),
+            distributed.gather(torch.cat([batch.session for batch in batches])).repeat(views),
+        )
+
+    def forget_subjects(self, state: nn.Module | None) -> str:
+        """Subjects would meet their own keys as negatives."""
+        state.subjects.fill_(EMPTY)
+        state.sessions.fill_(EMPTY)
+        return "the queue begins empty"
+
+    def state_figures(self, state: nn.Module | None) -> dict[str, float]:
+        return queue_figures(state)
 
 
 class ProjectionHead(nn.Module):
@@ -78,3 +210,49 @@ def symmetric_info_nce(
     """
     crossed = keys.flip(0).flatten(0, 1)
     return info_nce(queries.flatten(0, 1), crossed, subjects.repeat(2), queue_keys, queue_subjects, temperature)
+
+
+class Queue(nn.Module):
+    """A ring of keys, each with its subject and session; buffers, so that a checkpoint holds them.
+
+    Args:
+        size: slots.
+        dim: of a key.
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(size, dim))
+        self.register_buffer("subjects", torch.full((size,), EMPTY))
+        self.register_buffer("sessions", torch.full((size,), EMPTY))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    def filled(self) -> Tensor:
+        """The keys that the queue holds, (n, D)."""
+        return self.keys[self.subjects != EMPTY]
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, subjects: Tensor, sessions: Tensor) -> None:
+        """Overwrite the oldest slots; of more keys than slots the last ones stay. Nothing leaves the device.
+
+        Args:
+            keys: (n, D).
+            subjects: (n,).
+            sessions: (n,).
+        """
+        size = len(self.keys)
+        keys, subjects, sessions = keys[-size:], subjects[-size:], sessions[-size:]
+        slots = (self.position + torch.arange(len(keys), device=keys.device)) % size
+        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.subjects.index_copy_(0, slots, subjects)
+        self.sessions.index_copy_(0, slots, sessions)
+        self.position.copy_((self.position + len(keys)) % size)
+
+
+def queue_figures(queue: Queue) -> dict[str, float]:
+    """How far the queue's keys spread: near rank 1 and uniformity 0 the projections have collapsed."""
+    keys = queue.filled()
+    if len(keys) < 2:
+        return {}
+    keys = keys[:: math.ceil(len(keys) / QUEUE_SAMPLE)].cpu().numpy()
+    return {"queue/effective_rank": effective_rank(keys), "queue/uniformity": uniformity(keys)}

@@ -6,12 +6,123 @@ session as views, a token's target is then what both modalities have in common a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+
+from nnunet_ssl.architectures.masking import expand_mask
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining import distributed
+from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Recipe
+from nnunet_ssl.pretraining.panels import ORANGE, Panel, both
+from nnunet_ssl.pretraining.typed import ranged
+from nnunet_ssl.schedules import Ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig:
+    """Targets of ``masked.target: tokens``: the key network's view of hidden tokens (iBOT, arXiv 2111.07832)."""
+
+    level: int = 3  # of the encoder's maps, 0 the finest: stride 16, where 96^3 has 216 tokens
+    prototypes: int = ranged(4096, "at least 1")  # classes of the self-distillation
+    hidden: int = ranged(1024, "at least 1")  # width of the head
+    bottleneck: int = ranged(256, "at least 1")  # dimension in which tokens are compared with prototypes
+    student_temperature: float = ranged(0.1, "positive")
+    teacher_temperature: Ramp = ranged(Ramp(low=0.04, high=0.07, until=0.10), "positive")
+    centre_momentum: float = ranged(0.9, "between 0 and 1")  # of the running mean that keeps one prototype from taking
+    # all tokens
+
+
+class Tokens(Objective):
+    """Tell the key network's tokens of the other view at the hidden places (of the same view, without pairs)."""
+
+    name = "masked"
+    section = "masked"
+    section_type = TokenConfig
+    head_name = "token_head"
+    state_name = "centre"
+    masked = True
+    needs_keys = True
+    teaches_unpaired = True
+    shapes = ("masked.target", *(f"masked.tokens.{name}" for name in ("level", "prototypes", "hidden", "bottleneck")))
+    in_the_log = {"loss/masked": "masked {:.4f}"}  # noqa: RUF012
+    panels = (Panel("Prototypes in use (perplexity)", both("masked/prototypes_used", ORANGE), limits=(0, None)),)
+    citations = ("Zhou et al. iBOT: image BERT pre-training with online tokenizer. arXiv 2111.07832.",)
+
+    @classmethod
+    def is_on(cls, config: Recipe) -> bool:
+        return config.section("masked").target == "tokens"
+
+    @property
+    def settings(self) -> TokenConfig:
+        return self.config.section("masked").tokens
+
+    def check(self) -> None:
+        if self.config.pairs and not self.config.augmentation.shared_affine:
+            raise UserError(
+                "masked.target=tokens compares the two views place by place: set augmentation.shared_affine=true."
+            )
+        if not 0 <= self.settings.level < self.config.maps:
+            raise UserError(f"masked.tokens.level is {self.settings.level}; the maps are 0 to {self.config.maps - 1}.")
+
+    def build_head(self, encoder: Any) -> TokenHead:
+        own = self.settings
+        return TokenHead(encoder.channels[own.level], own.hidden, own.bottleneck, own.prototypes)
+
+    def build_state(self) -> Centre:
+        return Centre(self.settings.prototypes)
+
+    def ramps(self) -> dict[str, Ramp]:
+        return {"teacher_temperature": self.settings.teacher_temperature}
+
+    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Tensor:
+        """For each view the scores (N, tokens, K) of the view that it is to tell: the other one, if it has one."""
+        scores = key.head(self.head_name, maps[self.settings.level])
+        by_view = examples.batch.views.shape[:2]
+        paired = by_view.numel()
+        of_other_view = scores[:paired].unflatten(0, by_view).flip(0).flatten(0, 1)
+        return torch.cat([of_other_view, scores[paired:]])
+
+    def branch(
+        self,
+        query: Network,
+        maps: Sequence[Tensor],
+        examples: Examples,
+        taught: Tensor | None,
+        state: nn.Module | None,
+        schedule: Mapping[str, float],
+    ) -> Branch:
+        level, strides = self.settings.level, query.encoder.strides
+        hidden = expand_mask(examples.mask, maps[level].shape[2:], strides[-1] // strides[level]).flatten(1)
+        result = distillation(
+            query.head(self.head_name, maps[level]),
+            taught,
+            hidden,
+            state.mean,
+            student_temperature=self.settings.student_temperature,
+            teacher_temperature=schedule["teacher_temperature"],
+        )
+        figures = {"loss/masked": result.loss.detach(), "masked/prototypes_used": result.perplexity}
+        return Branch(loss=self.config.section("masked").weight * result.loss, figures=figures, kept=result.centre)
+
+    def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:
+        """Put the teacher's mean scores on all ranks into their running mean."""
+        centre = torch.stack([part.branch.kept for part in parts]).mean(dim=0)
+        distributed.average_([centre])
+        state.mean.lerp_(centre, 1 - self.settings.centre_momentum)
+
+
+class Centre(nn.Module):
+    """The running mean (K,) of the teacher's scores."""
+
+    def __init__(self, prototypes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(prototypes))
 
 
 class TokenHead(nn.Module):
