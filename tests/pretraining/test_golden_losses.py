@@ -5,8 +5,9 @@ import pytest
 import torch
 from golden import recorded
 
-from nnunet_ssl.pretraining.config import load_config, recipes
+from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.loop import pretrain
+from nnunet_ssl.pretraining.recipes import recipes
 from nnunet_ssl.pretraining.records import Records
 
 SMALL = [
