@@ -1,13 +1,12 @@
 """Images with their place in the world: read, compare, bring a mask onto an image's grid, write.
 
-Affines map voxel indices to RAS+ millimetres, as nibabel has them; nibabel's choice between sform and qform holds.
+Affines map voxel indices to RAS+ millimetres, as nibabel has them.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from scipy import ndimage
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.imaging.headers import BadScan, open_nifti
 
 SAME_PLACE_VOXELS = 0.1
 """Grids whose corners lie closer than this fraction of a voxel are one grid; headers differ by rounding."""
@@ -28,17 +28,6 @@ nearest-neighbour interpolation would make of it, and nothing is lost."""
 Alignment = Literal["same grid", "same lattice", "nearest voxels", "no orientation in header", "resampled"]
 
 
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    zlib.error,
-    ValueError,
-    OverflowError,
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-)
-"""What nibabel raises for files that are no image, or a broken one."""
-
 
 @dataclass(frozen=True)
 class Volume:
@@ -48,11 +37,18 @@ class Volume:
         array: (X, Y, Z), as stored.
         affine: (4, 4), voxel index to RAS+ mm.
         oriented: False when the file gave neither sform nor qform, so that the affine is a guess.
+        notes: what is odd about the file's header, and was mended.
     """
 
     array: np.ndarray
     affine: np.ndarray
     oriented: bool = True
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], affine: np.ndarray) -> Volume:
+        """Return a grid without an image: zeros that take no memory."""
+        return cls(np.broadcast_to(np.float32(0), tuple(shape)), affine)
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -68,13 +64,11 @@ class Volume:
 
     def with_array(self, array: np.ndarray) -> Volume:
         """Return another image on the same grid."""
-        return Volume(array, self.affine, self.oriented)
+        return replace(self, array=array)
 
 
 def read_volume(path: Path | str) -> Volume:
-    """Read a NIfTI image as float32.
-
-    A fourth dimension of size 1 is dropped.
+    """Read a NIfTI image as float32; see :func:`nnunet_ssl.imaging.headers.open_nifti` for what is checked and mended.
 
     Raises:
         UserError: the file is no image, is broken, holds more than one volume, or has an impossible geometry.
@@ -94,29 +88,22 @@ def read_mask(path: Path | str) -> Volume:
         return volume.with_array(volume.array > 0)
 
 
+def read_scan(path: Path | str) -> Volume:
+    """Read a NIfTI image in the type that its header asks for.
+
+    Raises:
+        BadScan: the reason why it cannot be used.
+        MemoryError: the image is larger than the memory.
+    """
+    opened = open_nifti(Path(path))
+    return Volume(opened.voxels(), opened.affine, opened.oriented, opened.notes)
+
+
 def _read(path: Path | str) -> Volume:
-    """Read a NIfTI image in the type that its header asks for."""
     try:
-        image = nib.load(path)
-        array = np.asarray(image.dataobj)
-    except _UNREADABLE as error:
-        raise UserError(f"{path} can't be read as a NIfTI image ({_first_line(error)}).") from error
-    if array.dtype.fields is not None or np.iscomplexobj(array):
-        raise UserError(f"{path} holds colours or complex numbers, not one grey value per voxel.")
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 3 or min(array.shape) < 2:
-        raise UserError(f"{path} has the shape {image.shape}; a single 3-D volume is needed.")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise UserError(f"{path} has a header whose affine can't be inverted: {affine[:3].round(3).tolist()}.")
-    header = image.header
-    oriented = not hasattr(header, "get_qform") or bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-    return Volume(array, affine, oriented)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return read_scan(path)
+    except BadScan as reason:
+        raise UserError(f"{path} cannot be used: {reason}.") from reason
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:
@@ -163,6 +150,30 @@ def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
             copied = _copy_voxels(mask.array, image.array.shape, turn.astype(int), shift.astype(int))
             return copied, "same lattice" if deviation <= SAME_PLACE_VOXELS else "nearest voxels"
     return _resample_mask(mask, image), "resampled"
+
+
+def canonical(volume: Volume) -> Volume:
+    """Return the volume with its axes turned and flipped to point as closely as possible to right, anterior, superior,
+    as nnU-Net's NibabelIOWithReorient does."""
+    turn = nib.io_orientation(volume.affine)
+    affine = volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.array.shape)
+    return replace(volume, array=nib.apply_orientation(volume.array, turn), affine=affine)
+
+
+def onto_grid(moving: Volume, fixed: Volume) -> Volume:
+    """Bring an image onto a grid by their affines: voxel by voxel where one grid is a part of the other or reaches
+    beyond it, else as :func:`resample_onto` does; 0 outside. On the same grid it is the same array."""
+    if same_grid(moving, fixed):
+        return fixed.with_array(moving.array)
+    mapping = np.linalg.inv(fixed.affine) @ moving.affine
+    shift = np.rint(mapping[:3, 3]).astype(int)
+    if _deviation(mapping, np.eye(3), shift, moving.array.shape) > SAME_PLACE_VOXELS:
+        return resample_onto(moving, fixed)
+    array = np.zeros(fixed.array.shape, moving.array.dtype)
+    low = np.maximum(shift, 0)
+    high = np.minimum(shift + moving.array.shape, array.shape).clip(low)
+    array[tuple(map(slice, low, high))] = moving.array[tuple(map(slice, low - shift, high - shift))]
+    return fixed.with_array(array)
 
 
 def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = None, *, order: int = 1) -> Volume:

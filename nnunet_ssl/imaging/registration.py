@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from nnunet_ssl.imaging.geometry import Volume, resample_onto
+from nnunet_ssl.limits import MINIMUM_AGREEMENT
 
 WORKING_MM = 1.5
 """Both images are brought to isotropic voxels of this size for the search; the result is finer than a voxel."""
@@ -20,7 +23,10 @@ _COARSE = {"shrink": 4, "smooth_mm": 6.0, "samples": 0.5}
 _FINE = {"shrink": 2, "smooth_mm": 1.5, "samples": 0.3}
 _JUDGING_MM = 3.0
 _DISPLACED_MM = 15.0
-_DISTINCT = 1.5
+_TURNED_DEG = (15.0, 45.0)
+_JUDGED_VOXELS = 30_000
+_FEWEST_VOXELS = 300
+_VOXELS_PER_BIN = 8
 _LARGEST_SHIFT_MM = 250.0
 _SAME_ROTATION_DEG = 2.0
 _SAME_SHIFT_MM = 2.0
@@ -69,6 +75,65 @@ def register_rigid(fixed: Volume, moving: Volume, *, seed: int = 0) -> Registrat
     except RuntimeError as error:  # ITK's exceptions: no overlap, too few samples
         return _judge(fixed_small, moving_small, np.eye(4), f"the search failed ({_last_line(error)})")
     return _judge(fixed_small, moving_small, matrix, "")
+
+
+def judging_copy(volume: Volume) -> Volume:
+    """Return a copy with voxels of 3 mm, small enough to be kept and compared often; see :func:`agreement`."""
+    return _working_copy(volume, _JUDGING_MM)
+
+
+def agreement(fixed: Volume, moving: Volume, matrix: np.ndarray | None = None) -> float:
+    """Tell how much better two images of one head fit where they lie than displaced a little.
+
+    Noise and images of different places fit equally badly everywhere, and images that lie centimetres apart fit better
+    once one of them is displaced.
+
+    Args:
+        fixed: as :func:`judging_copy` gives it.
+        moving: likewise.
+        matrix: (4, 4), fixed RAS mm -> moving RAS mm; None = the headers' geometry.
+
+    Returns:
+        The mutual information (normalised, minus 1) within the smaller one's foreground, divided by the highest of what
+        is left of it by a displacement of 15 mm, or a turn by 15 degrees (more in an object smaller than a head), along
+        or about each axis. Around 1 and below: nothing says that the images lie well; see
+        :data:`nnunet_ssl.limits.MINIMUM_AGREEMENT`. 0 where they do not meet.
+    """
+    matrix = np.eye(4) if matrix is None else matrix
+    masks = foreground(fixed.array), foreground(moving.array)
+    if masks[1].sum() < masks[0].sum():  # else the skull of the one would be compared with the nothing of the other
+        fixed, moving, masks, matrix = moving, fixed, masks[::-1], np.linalg.inv(matrix)
+    voxels = np.argwhere(ndimage.binary_dilation(masks[0], iterations=2))
+    voxels = voxels[:: max(1, len(voxels) // _JUDGED_VOXELS)]
+    values, points = fixed.array[tuple(voxels.T)], nib.affines.apply_affine(fixed.affine, voxels)
+    bins = int(np.clip(math.sqrt(len(points) / _VOXELS_PER_BIN), 8, 48))  # few voxels in many bins always seem alike
+
+    def information(motion: np.ndarray) -> float:
+        places = nib.affines.apply_affine(np.linalg.inv(moving.affine) @ motion, points)
+        covered = ((places > -0.5) & (places < np.array(moving.array.shape) - 0.5)).all(axis=1)
+        if covered.sum() < _FEWEST_VOXELS:
+            return 0.0
+        moved = ndimage.map_coordinates(moving.array, places[covered].T, order=1, mode="nearest")
+        return normalized_mutual_information(values[covered], moved, bins) - 1
+
+    here = information(matrix)
+    away = max(information(matrix @ displacement) for displacement in _displacements(points))
+    return here / max(away, 1e-6) if here > 0 else 0.0
+
+
+def _displacements(points: np.ndarray) -> Iterator[np.ndarray]:
+    """Shifts along each axis and turns about it, to both sides, of an object of points (N, 3); (4, 4), RAS mm."""
+    centre = points.mean(axis=0)
+    radius = np.sqrt(((points - centre) ** 2).sum(axis=1).mean())
+    degrees = np.clip(np.degrees(_DISPLACED_MM / radius), *_TURNED_DEG)
+    for direction in (*np.eye(3), *-np.eye(3)):
+        shift = np.eye(4)
+        shift[:3, 3] = _DISPLACED_MM * direction
+        yield shift
+        turn = np.eye(4)
+        turn[:3, :3] = Rotation.from_rotvec(degrees * direction, degrees=True).as_matrix()
+        turn[:3, 3] = centre - turn[:3, :3] @ centre
+        yield turn
 
 
 def foreground(array: np.ndarray) -> np.ndarray:
@@ -153,21 +218,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def _judge(fixed: Volume, moving: Volume, matrix: np.ndarray, failure: str) -> Registration:
-    """Compare the fit with that of the headers, and fall back to them when it is worse or impossible.
-
-    A fit that tells something is much better than those of the image displaced by `_DISPLACED_MM`: noise fits equally
-    badly everywhere.
-    """
-    fixed, moving = (_working_copy(volume, _JUDGING_MM) for volume in (fixed, moving))
+    """Compare the fit with that of the headers, and fall back to them when it is worse or impossible."""
+    fixed, moving = judging_copy(fixed), judging_copy(moving)
     before, after = (_fit(fixed, moving, motion) for motion in (np.eye(4), matrix))
     rotation, shift = _size(matrix, fixed)
     if after[0] <= before[0] and rotation < _SAME_ROTATION_DEG and shift < _SAME_SHIFT_MM:
         matrix, after, rotation, shift = np.eye(4), before, 0.0, 0.0  # the headers had it right
-    displaced = max(_fit(fixed, moving, _shifted(matrix, axis, side))[0] for axis in range(3) for side in (-1, 1))
     reason = failure
     if not reason and (rotation > _LARGEST_ROTATION_DEG or shift > _LARGEST_SHIFT_MM):
         reason = f"the motion found is implausible ({rotation:.0f} degrees, {shift:.0f} mm)"
-    elif not reason and after[0] - 1 <= _DISTINCT * (displaced - 1):
+    elif not reason and agreement(fixed, moving, matrix) < MINIMUM_AGREEMENT:
         reason = "the two images have nothing in common"
     elif not reason and after[0] < before[0]:
         reason = "mutual information fell"
@@ -189,12 +249,6 @@ def _size(matrix: np.ndarray, fixed: Volume) -> tuple[float, float]:
     cosine = (np.trace(matrix[:3, :3]) - 1) / 2
     centre = np.append(_centre_of_mass(fixed), 1.0)
     return math.degrees(math.acos(float(np.clip(cosine, -1, 1)))), float(np.linalg.norm((matrix @ centre - centre)[:3]))
-
-
-def _shifted(matrix: np.ndarray, axis: int, side: int) -> np.ndarray:
-    shifted = matrix.copy()
-    shifted[axis, 3] += side * _DISPLACED_MM
-    return shifted
 
 
 def _fit(fixed: Volume, moving: Volume, matrix: np.ndarray) -> tuple[float, float]:
@@ -223,8 +277,7 @@ def _working_copy(volume: Volume, voxel_mm: float) -> Volume:
     affine[:3, :3] = volume.affine[:3, :3] * scale
     affine[:3, 3] = volume.affine[:3, 3] + volume.affine[:3, :3] @ (scale / 2 - 0.5)
     clean = volume.with_array(np.clip(np.nan_to_num(volume.array, posinf=0, neginf=0), 0, None))
-    grid = Volume(np.broadcast_to(np.float32(0), tuple(shape)), affine)
-    image = resample_onto(clean, grid, order=3)
+    image = resample_onto(clean, Volume.empty(shape, affine), order=3)
     high = np.percentile(image.array[image.array > 0], 99.8) if (image.array > 0).any() else 1.0
     return image.with_array(np.clip(image.array / max(high, 1e-9), 0, 1))
 

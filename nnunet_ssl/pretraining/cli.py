@@ -48,6 +48,11 @@ def prepare() -> None:
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="(default: float16)")
     parser.add_argument("--skull-strip", choices=("hd-bet",), help="strip the sessions that are not stripped yet")
     parser.add_argument(
+        "--register",
+        choices=("rigid",),
+        help="register the scans of a session that lie on another grid or do not agree in place",
+    )
+    parser.add_argument(
         "--stripped", nargs="+", default=(), metavar="DATASET", help="these are stripped, whatever they look like"
     )
     parser.add_argument("--not-stripped", nargs="+", default=(), metavar="DATASET", help="and these are not")
@@ -63,6 +68,7 @@ def prepare() -> None:
         spacing=tuple(arguments.spacing),
         dtype=arguments.dtype,
         skull_strip=arguments.skull_strip,
+        register=arguments.register,
         stripped=tuple(arguments.stripped),
         not_stripped=tuple(arguments.not_stripped),
     )

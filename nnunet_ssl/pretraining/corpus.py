@@ -51,7 +51,8 @@ def read_manifest(path: Path) -> pd.DataFrame:
 
 
 def number_rows(scans: pd.DataFrame) -> pd.DataFrame:
-    """Add what a sampler computes with: subject_index, session_index, and shape and bbox as integer columns."""
+    """Add what a sampler computes with: subject_index, session_index, place_index (the scans of a session that lie in
+    one place), and shape and bbox as integer columns."""
     sizes = scans["shape"].str.split(",", expand=True).astype(np.int32)
     bounds = scans["bbox"].str.split(",", expand=True).astype(np.int32)
     columns = dict(zip(("size_x", "size_y", "size_z"), (sizes[axis] for axis in range(3))))
@@ -59,9 +60,17 @@ def number_rows(scans: pd.DataFrame) -> pd.DataFrame:
     return scans.assign(
         subject_index=pd.factorize(scans["subject"], sort=True)[0],
         session_index=pd.factorize(scans["session"], sort=True)[0],
+        place_index=pd.factorize(_places(scans), sort=True)[0],
         modality=pd.Categorical(scans["modality"], categories=MODALITIES),
         **columns,
     )
+
+
+def _places(scans: pd.DataFrame) -> pd.Series:
+    """Name where each scan lies: scans of one name share a grid. Where no preparation looked, the session is the place."""
+    if "aligned_to" not in scans:
+        return scans["session"]
+    return scans["session"] + "\t" + scans["aligned_to"].fillna("")
 
 
 class Corpus:
@@ -73,8 +82,9 @@ class Corpus:
 
     Attributes:
         folder: where the .b2nd files lie.
-        scans: the manifest, rows 0..n-1, with ``subject_index`` and ``session_index`` (numbers in the whole corpus: the
-            two sides of a split keep them), ``size_x..z`` (voxels) and ``x0..z1`` (the foreground's box, half open).
+        scans: the manifest, rows 0..n-1, with ``subject_index``, ``session_index`` and ``place_index`` (numbers in the
+            whole corpus: the two sides of a split keep them), ``size_x..z`` (voxels) and ``x0..z1`` (the foreground's
+            box, half open).
         preprocessing: what was done to the scans; JSON types only, so that it can travel in a checkpoint.
     """
 
@@ -134,11 +144,11 @@ class Corpus:
         return Corpus(self.folder, self.scans[rows], self.preprocessing)
 
     def paired_scans(self) -> np.ndarray:
-        """Row numbers of the scans that can enter a cross-modality pair, session by session: those of known modality in
-        the sessions with at least two such modalities."""
+        """Row numbers of the scans that can enter a cross-modality pair, session by session: those of known modality
+        that lie in one place with another such modality."""
         known = self.scans[self.scans["modality"] != UNKNOWN]
-        modalities = known.groupby("session_index")["modality"].nunique()
-        paired = known[known["session_index"].isin(modalities.index[modalities >= 2])]
+        modalities = known.groupby("place_index")["modality"].nunique()
+        paired = known[known["place_index"].isin(modalities.index[modalities >= 2])]
         return paired.sort_values(["session_index", "modality", "repeat"], kind="stable").index.to_numpy(np.int64)
 
     def unpaired_scans(self) -> np.ndarray:
@@ -153,11 +163,18 @@ class Corpus:
 def summarize(scans: pd.DataFrame) -> dict[str, Any]:
     """Count a manifest, raw or prepared.
 
-    ``sessions_mcl`` have two different known modalities. ``sessions_cl`` is the same number, because CL draws from the
-    sessions of MCL (for a fair comparison); the other sessions serve masked image modelling only.
+    ``sessions_mcl`` have two different known modalities in one place. ``sessions_cl`` is the same number, because CL
+    draws from the sessions of MCL (for a fair comparison); the other sessions serve masked image modelling only.
+
+    ``pairs`` are the pairs of scans of different known modality in one session, and ``pairs_apart`` those among them
+    that preparation found not to lie in one place; both are there only if it looked.
     """
-    known = scans[scans["modality"] != UNKNOWN]
-    paired = int((known.astype({"modality": str}).groupby("session")["modality"].nunique() >= 2).sum())
+    known = scans.assign(modality=scans["modality"].astype(str), place=_places(scans))
+    known = known[known["modality"] != UNKNOWN]
+    in_one_place = known.groupby("place").agg(session=("session", "first"), modalities=("modality", "nunique"))
+    paired = in_one_place.loc[in_one_place["modalities"] >= 2, "session"].nunique()
+    looked_at = known[known["aligned_to"].fillna("") != ""] if "aligned_to" in known else known[:0]
+    pairs = _count_pairs(looked_at, "session")
     sessions = scans["session"].nunique()
     counts = scans["modality"].astype(str).value_counts()
     return {
@@ -168,15 +185,31 @@ def summarize(scans: pd.DataFrame) -> dict[str, Any]:
         "sessions_mcl": paired,
         "sessions_cl": paired,
         "sessions_mim_only": sessions - paired,
+        **({"pairs": pairs, "pairs_apart": pairs - _count_pairs(looked_at, "place")} if pairs else {}),
     }
+
+
+def _count_pairs(scans: pd.DataFrame, by: str) -> int:
+    """Count the pairs of scans of different modality with the same value in the column `by`."""
+
+    def pairs(sizes: pd.Series) -> int:
+        return int((sizes * (sizes - 1) // 2).sum())
+
+    return pairs(scans.groupby(by).size()) - pairs(scans.groupby([by, "modality"]).size())
 
 
 def describe(summary: dict[str, Any]) -> str:
     """Write a summary as the few lines that the commands print at their end."""
     by_modality = ", ".join(f"{name} {count:,}" for name, count in summary["scans_by_modality"].items())
-    return (
+    lines = [
         f"{summary['subjects']:,} subjects, {summary['sessions']:,} sessions, {summary['scans']:,} scans"
-        f"{f' ({by_modality})' if by_modality else ''}\n"
+        f"{f' ({by_modality})' if by_modality else ''}",
         f"sessions usable for MCL (two modalities): {summary['sessions_mcl']:,}; "
-        f"for CL (the same): {summary['sessions_cl']:,}; for MIM only: {summary['sessions_mim_only']:,}"
-    )
+        f"for CL (the same): {summary['sessions_cl']:,}; for MIM only: {summary['sessions_mim_only']:,}",
+    ]
+    if "pairs" in summary:
+        lines.append(
+            f"pairs of two modalities in one session: {summary['pairs']:,}; {summary['pairs_apart']:,} of them do not "
+            "lie in one place and serve MIM only"
+        )
+    return "\n".join(lines)

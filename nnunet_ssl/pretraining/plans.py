@@ -22,6 +22,7 @@ class PreparationConfig:
         dtype: float16 halves the bytes. It costs at most 2^-11 of a standard deviation up to |z| = 2, 2^-10 up to 4.
         patch_size: the crops that chunks and blocks of the files are chosen for, in voxels.
         skull_strip: None, or "hd-bet" to strip the sessions that are not stripped yet.
+        register: None, or "rigid" to register the scans of a session that do not agree, or lie on another grid.
         stripped: datasets known to be stripped, not_stripped: known not to be; the others are judged by their images.
     """
 
@@ -29,6 +30,7 @@ class PreparationConfig:
     dtype: Literal["float16", "float32"] = "float16"
     patch_size: tuple[int, int, int] = (96, 96, 96)
     skull_strip: Literal["hd-bet"] | None = None
+    register: Literal["rigid"] | None = None
     stripped: tuple[str, ...] = ()
     not_stripped: tuple[str, ...] = ()
 
@@ -81,6 +83,7 @@ def make_plans(dataset_name: str, config: PreparationConfig) -> dict[str, Any]:
             "crop": "union of the foregrounds of a session",
             "skull_strip": config.skull_strip,
             "dtype": config.dtype,
+            **({"register": config.register} if config.register else {}),  # stores without it were begun before
         },
     }
 

@@ -62,7 +62,7 @@ def example_table(corpus: Corpus, kind: Kind, config: SamplingConfig, *, only_un
 
     Args:
         corpus: the prepared scans.
-        kind: "mcl" and "cl" draw pairs of different modality from one session, "mim" single scans.
+        kind: "mcl" and "cl" draw pairs of different modality from one session and place, "mim" single scans.
         config: the weights.
         only_unpaired: for "mim", draw only scans that cannot enter a pair: the second stream of a combined recipe.
 
@@ -91,6 +91,7 @@ def _columns(scans: pd.DataFrame) -> pd.DataFrame:
             "row": scans.index,
             "source": scans["dataset"].to_numpy(),
             "session": scans["session_index"].to_numpy(),
+            "place": scans["place_index"].to_numpy(),
             "modality": scans["modality"].cat.codes.to_numpy(np.int64),
             "scans": scans.groupby("session_index")["scan_id"].transform("size").to_numpy(),
         }
@@ -103,13 +104,13 @@ def _single_scans(scans: pd.DataFrame) -> pd.DataFrame:
 
 
 def _modality_pairs(scans: pd.DataFrame) -> pd.DataFrame:
-    """One entry per pair of scans of different modality in one session.
+    """One entry per pair of scans of different modality that lie in one place.
 
     The pairs of modalities of a session share its weight equally, and so do repeats within a pair of modalities: six
     repeats of a DWI do not push the T1 aside.
     """
-    others = scans[["session", "row", "modality"]]
-    pairs = scans.merge(others, on="session", suffixes=("", "_other"))
+    others = scans[["place", "row", "modality"]]
+    pairs = scans.merge(others, on="place", suffixes=("", "_other"))
     pairs = pairs[pairs["modality"] < pairs["modality_other"]]
     pairs = pairs.assign(group=pairs["modality"] * len(MODALITIES) + pairs["modality_other"])
     groups = pairs.groupby("session")["group"].transform("nunique")
@@ -139,8 +140,9 @@ def _nothing_to_draw(corpus: Corpus, kind: Kind, only_unpaired: bool) -> str:
     )
     if kind != "mim":
         return (
-            f"No session has two different known modalities: {kind} needs co-registered pairs ({found}). Use the "
-            "recipe mim, or index a corpus in which sessions hold more than one modality."
+            f"No session has two different known modalities in one place: {kind} needs co-registered pairs ({found}). "
+            "Use the recipe mim, prepare with --register rigid if the manifest's column agreement tells of scans that "
+            "lie apart, or index a corpus in which sessions hold more than one modality."
         )
     if only_unpaired:
         return f"Every scan can enter a pair, so none is left for a stream of unpaired scans ({found})."

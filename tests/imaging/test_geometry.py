@@ -10,6 +10,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.imaging.geometry import (
     Volume,
     align_mask,
+    onto_grid,
     read_mask,
     read_volume,
     resample_onto,
@@ -96,13 +97,47 @@ def test_a_file_that_is_no_volume_is_refused_by_name_in_one_line(tmp_path, write
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_with_a_singular_affine_is_refused(tmp_path):
-    path = save(tmp_path / "flat.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4))
+def without_sform(path):
     data = bytearray(gzip.decompress(path.read_bytes()))
-    data[280:328] = bytes(48)  # srow_x, srow_y, srow_z
+    data[280:328] = bytes(48)  # srow_x, srow_y, srow_z; its code stays
     path.write_bytes(gzip.compress(bytes(data)))
-    with pytest.raises(UserError, match="affine can't be inverted"):
-        read_volume(path)
+    return path
+
+
+def test_a_header_with_a_singular_affine_is_refused(tmp_path):
+    path = save(tmp_path / "flat.nii.gz", np.ones((4, 5, 6), np.float32), np.eye(4), codes=(1, 0))
+    with pytest.raises(UserError, match="not finite or not invertible"):
+        read_volume(without_sform(path))
+
+
+def test_an_sform_of_zeros_beside_a_good_qform_is_passed_over_with_a_note(tmp_path):
+    affine = nib.affines.from_matvec(np.diag([-2.0, 2.0, 3.0]), [40, -50, -30])
+    volume = read_volume(without_sform(save(tmp_path / "image.nii.gz", np.ones((4, 5, 6), np.float32), affine)))
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+    assert volume.oriented
+    assert "qform is used" in " ".join(volume.notes)
+
+
+@pytest.mark.parametrize("read", [read_volume, read_mask])
+@pytest.mark.parametrize("scale", [1000.0, 1e-3])
+def test_a_header_in_another_unit_is_refused(tmp_path, read, scale):
+    path = save(tmp_path / "image.nii.gz", np.ones((4, 5, 6), np.float32), np.diag([scale, scale, scale, 1]))
+    with pytest.raises(UserError, match=r"image\.nii\.gz .*no brain scan's"):
+        read(path)
+
+
+@given(shift=st.tuples(*[st.integers(-9, 9)] * 3), grow=st.tuples(*[st.integers(-3, 5)] * 3))
+def test_a_grid_that_is_shifted_by_whole_voxels_copies_them(shift, grow):
+    array = np.random.default_rng(0).random((6, 7, 8)).astype(np.float32)
+    affine = AFFINE.copy()
+    affine[:3, 3] = nib.affines.apply_affine(AFFINE, shift)
+    fixed = Volume.empty(tuple(np.add(array.shape, grow)), affine)
+    moved = onto_grid(Volume(array, AFFINE), fixed)
+    assert moved.array.shape == fixed.array.shape
+    for index in np.ndindex(fixed.array.shape):
+        place = np.add(index, shift)
+        inside = (place >= 0).all() and (place < array.shape).all()
+        assert moved.array[index] == (array[tuple(place)] if inside else 0)
 
 
 @pytest.mark.parametrize("codes", [(1, 2), (2, 0), (0, 1), (4, 4)])

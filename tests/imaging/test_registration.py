@@ -8,7 +8,14 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from nnunet_ssl.imaging.geometry import Volume, read_volume, resample_onto
-from nnunet_ssl.imaging.registration import foreground, normalized_mutual_information, register_rigid
+from nnunet_ssl.imaging.registration import (
+    agreement,
+    foreground,
+    judging_copy,
+    normalized_mutual_information,
+    register_rigid,
+)
+from nnunet_ssl.limits import MINIMUM_AGREEMENT
 from nnunet_ssl.phantom.layouts import write_isles
 from nnunet_ssl.phantom.layouts.isles import flair_motion
 
@@ -110,6 +117,35 @@ def test_volumes_too_small_to_register_are_no_crash(shape):
     assert not result.accepted
     assert "\n" not in result.reason
     np.testing.assert_array_equal(result.matrix, np.eye(4))
+
+
+@pytest.mark.parametrize("shape, spacing", [((72, 84, 64), (1, 1, 1)), ((80, 94, 16), (1, 1, 5))])
+def test_two_contrasts_of_one_head_agree_where_they_lie_whichever_comes_first(shape, spacing):
+    fixed, moving = judging_copy(FIXED), judging_copy(volume_of(shape, spacing, (60, 90, 20)))
+    assert agreement(fixed, moving) > MINIMUM_AGREEMENT
+    assert agreement(fixed, moving) == pytest.approx(agreement(moving, fixed), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "displaced",
+    [
+        *(motion((0, 0, 0), 12 * axis) for axis in np.eye(3)),
+        *(motion((0, 0, 0), -25 * axis) for axis in np.eye(3)),
+        motion((20, 0, 0), (0, 0, 0)),
+        motion((0, -25, 10), (4, 4, 4)),
+        motion((0, 0, 0), (400, 0, 0)),
+    ],
+)
+def test_two_contrasts_whose_headers_disagree_by_centimetres_do_not_agree(displaced):
+    other = volume_of((72, 84, 64), (1, 1, 1), (60, 90, 20))
+    fixed, moving = judging_copy(FIXED), judging_copy(Volume(other.array, displaced @ other.affine))
+    assert agreement(fixed, moving) < MINIMUM_AGREEMENT
+    assert agreement(fixed, moving, displaced) > MINIMUM_AGREEMENT, "once their true place is told, they do"
+
+
+def test_noise_agrees_with_nothing(moving):
+    fixed, other = judging_copy(FIXED), judging_copy(moving.with_array(noise((80, 94, 16))))
+    assert agreement(fixed, other) < MINIMUM_AGREEMENT
 
 
 def test_mutual_information_of_an_image_with_itself_is_two_and_with_noise_one():

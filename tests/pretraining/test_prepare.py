@@ -82,8 +82,8 @@ def test_scans_of_a_session_share_a_grid_and_are_cropped_by_the_union_of_their_f
     image = nibabel.load(first)
     data = image.get_fdata()
     lower, upper = data.copy(), data.copy()
-    lower[:, :, 25:] = 0
-    upper[:, :, :15] = 0
+    lower[:, :, 34:] = 0
+    upper[:, :, :8] = 0
     upper[20, 20, 40] = 77.0  # a mark that only this scan has, above its own brain's top
     nibabel.save(nibabel.Nifti1Image(lower, image.affine), first)
     nibabel.save(nibabel.Nifti1Image(upper, image.affine), first.with_name("flair.nii.gz"))
@@ -101,8 +101,8 @@ def test_scans_of_a_session_share_a_grid_and_are_cropped_by_the_union_of_their_f
     assert np.corrcoef(t1[tuple(rows)], lower[tuple(both.T)])[0, 1] > 0.99
     assert np.corrcoef(flair[tuple(rows)], upper[tuple(both.T)])[0, 1] > 0.99
     boxes = corpus.scans.set_index("modality")[["x0", "x1"]]
-    assert boxes.loc["t1", "x1"] == 25 - bottom
-    assert boxes.loc["flair", "x0"] == 15 - bottom
+    assert boxes.loc["t1", "x1"] == 34 - bottom
+    assert boxes.loc["flair", "x0"] == 8 - bottom
 
 
 def test_scans_on_different_grids_are_brought_onto_the_sharpest_one(prepare, source, write_scan):

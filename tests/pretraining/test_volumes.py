@@ -1,49 +1,28 @@
-import dataclasses
+import gzip
 
 import nibabel
 import numpy as np
 import pytest
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 
-from nnunet_ssl.pretraining.volumes import BadScan, Grid, on_grid, read_volume
-
-GRID = Grid(shape=(40, 50, 60), spacing=(3.0, 2.0, 1.0), affine=np.diag([1.0, 2.0, 3.0, 1.0]))
-
-
-def moved(grid, *, turn=0.0, shift=(0.0, 0.0, 0.0)):
-    motion = np.eye(4)
-    motion[:2, :2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
-    motion[:3, 3] = shift
-    return dataclasses.replace(grid, affine=motion @ grid.affine)
+from nnunet_ssl.imaging.geometry import canonical
+from nnunet_ssl.pretraining.volumes import BadScan, read_volume
 
 
-def test_grids_are_the_same_up_to_a_tenth_of_a_voxel_at_the_corners():
-    assert GRID.same_as(GRID)
-    assert GRID.same_as(moved(GRID, shift=(0.09, 0, 0)))
-    assert not GRID.same_as(moved(GRID, shift=(0, 0, 0.11)))
-    assert not GRID.same_as(moved(GRID, turn=0.002)), "a small turn moves far corners"
-    assert not GRID.same_as(dataclasses.replace(GRID, shape=(40, 50, 61)))
+@pytest.mark.parametrize("axes", ["RAS", "PIL", "LSA"])
+def test_a_volume_in_ras_is_what_nnunets_reader_gives(write_scan, tmp_path, axes):
+    path = write_scan(tmp_path / "a.nii.gz", axes=axes, spacing=(1.0, 2.0, 3.0), shape=(20, 24, 22))
+    volume = canonical(read_volume(path)[0])
+    images, properties = NibabelIOWithReorient().read_images([str(path)])
+    np.testing.assert_array_equal(volume.array.transpose(2, 1, 0), images[0])
+    np.testing.assert_allclose(volume.affine, properties["nibabel_stuff"]["reoriented_affine"], rtol=1e-6)
+    np.testing.assert_allclose(volume.spacing[::-1], properties["spacing"], rtol=1e-6)
 
 
-def test_a_volume_is_read_in_ras_with_its_geometry(write_scan, tmp_path):
-    path = write_scan(tmp_path / "a.nii.gz", axes="PIL", spacing=(1.0, 2.0, 3.0), shape=(20, 24, 22))
-    volume = read_volume(path, NibabelIOWithReorient())
-    assert volume.data.shape == volume.grid.shape == (22, 24, 20)
-    np.testing.assert_allclose(volume.grid.spacing, (3.0, 2.0, 1.0), rtol=1e-6)
-    assert nibabel.aff2axcodes(volume.grid.affine) == ("R", "A", "S")
-    original = nibabel.as_closest_canonical(nibabel.load(path))
-    np.testing.assert_array_equal(volume.as_nifti().get_fdata(), original.get_fdata())
-
-
-def test_a_volume_on_its_grid_is_not_resampled(write_scan, tmp_path):
-    volume = read_volume(write_scan(tmp_path / "a.nii.gz"), NibabelIOWithReorient())
-    assert on_grid(volume, moved(volume.grid, shift=(0.01, 0, 0))) is volume
-
-
-def test_a_whole_voxel_shift_moves_the_voxels_by_one(write_scan, tmp_path):
-    volume = read_volume(write_scan(tmp_path / "a.nii.gz", spacing=2.0), NibabelIOWithReorient())
-    shifted = on_grid(volume, moved(volume.grid, shift=(2.0, 0, 0)))
-    np.testing.assert_allclose(shifted.data[..., :-1], volume.data[..., 1:], atol=1e-3)
+def test_voxels_that_are_not_finite_become_background_and_are_counted(write_scan, tmp_path):
+    volume, nan_voxels = read_volume(write_scan(tmp_path / "a.nii.gz", nan=7))
+    assert nan_voxels == 7
+    assert np.isfinite(volume.array).all()
 
 
 def test_a_disk_that_does_not_answer_is_a_transient_failure(write_scan, tmp_path, monkeypatch):
@@ -52,12 +31,22 @@ def test_a_disk_that_does_not_answer_is_a_transient_failure(write_scan, tmp_path
     def stale(*_):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(NibabelIOWithReorient, "read_images", stale)
+    monkeypatch.setattr(nibabel.arrayproxy.ArrayProxy, "__array__", stale)
     with pytest.raises(BadScan, match="Stale file handle") as failure:
-        read_volume(path, NibabelIOWithReorient())
+        read_volume(path)
     assert failure.value.transient
     path.write_bytes(path.read_bytes()[:500])
     monkeypatch.undo()
     with pytest.raises(BadScan, match="truncated or corrupt") as failure:
-        read_volume(path, NibabelIOWithReorient())
+        read_volume(path)
     assert not failure.value.transient
+
+
+def test_a_compression_that_the_name_denies_is_named(write_scan, tmp_path):
+    zipped = write_scan(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii").write_bytes(zipped.read_bytes())
+    (tmp_path / "c.nii.gz").write_bytes(gzip.decompress(zipped.read_bytes()))
+    with pytest.raises(BadScan, match=r"compressed by gzip, though named \.nii: rename it to end in \.nii\.gz"):
+        read_volume(tmp_path / "b.nii")
+    with pytest.raises(BadScan, match=r"not compressed, though named \.nii\.gz: rename it to end in \.nii$"):
+        read_volume(tmp_path / "c.nii.gz")
