@@ -37,7 +37,8 @@ def rewritten(path, *, moved=None, codes=True):
     affine = image.affine if moved is None else moved @ image.affine
     new = nibabel.Nifti1Image(image.get_fdata(dtype=np.float32), affine)
     if not codes:
-        new.header["sform_code"] = new.header["qform_code"] = 0
+        new.set_sform(None, 0)
+        new.set_qform(None, 0)
     nibabel.save(new, path)
 
 
@@ -52,6 +53,15 @@ def stored(corpus, stem):
     return blosc2.open(str(corpus.path(row)))[0].astype(np.float32)
 
 
+def numbers(text):
+    return np.array([int(number) for number in text.split(",")])
+
+
+def extent(row):
+    """How many voxels a scan's foreground measures along each axis."""
+    return np.diff(numbers(row["bbox"]).reshape(3, 2))[:, 0]
+
+
 def slab(path, write_scan):
     write_scan(path, spacing=(0.5, 4.0, 0.5), shape=(50, 4, 44))
 
@@ -62,7 +72,6 @@ def thick_slab(path, write_scan):
 
 def corner(path, write_scan):
     write_scan(path, spacing=0.5, shape=(30, 30, 30))
-    rewritten(path, moved=None)
 
 
 def spine(path, write_scan):
@@ -78,8 +87,8 @@ def test_a_small_scan_leaves_the_others_as_they_are_without_it(session, manifest
     write(session / "t2.nii.gz", write_scan)
     after = manifest()
     for stem in ("t1", "flair"):
-        assert after.loc[stem, "shape"] == before.loc[stem, "shape"]
-        assert after.loc[stem, "bbox"] == before.loc[stem, "bbox"]
+        np.testing.assert_array_equal(extent(after.loc[stem]), extent(before.loc[stem]))
+        assert np.abs(numbers(after.loc[stem, "shape"]) - numbers(before.loc[stem, "shape"])).max() <= 2
         assert after.loc[stem, "foreground_kept"] == 1
     assert after.loc["t1", "aligned_to"] == after.loc["flair", "aligned_to"]
     assert after.loc["t2", "foreground_kept"] >= 0.9, "and it is not cut either"
@@ -87,14 +96,13 @@ def test_a_small_scan_leaves_the_others_as_they_are_without_it(session, manifest
 
 def test_a_sharper_scan_that_misses_a_part_of_the_head_does_not_cut_the_others(source, manifest, write_scan):
     write_scan(source / "sub_1/ses_1/t1.nii.gz", **WHOLE)
-    alone = manifest().loc["t1", "shape"]
+    alone = manifest().loc["t1"]
     path = write_scan(source / "sub_1/ses_1/flair.nii.gz", spacing=0.9, shape=(44, 50, 46), contrast=0.8)
     cut = nibabel.load(path).slicer[:, :, 8:]
     nibabel.save(cut, path)
     scans = manifest()
     assert scans.loc["t1", "aligned_to"] == scans.loc["flair", "aligned_to"]
-    sizes = [np.array([int(size) for size in shape.split(",")]) for shape in (scans.loc["t1", "shape"], alone)]
-    assert (np.abs(sizes[0] - sizes[1]) <= 2).all(), "the same head, up to a rim that resampling blurs"
+    assert np.abs(extent(scans.loc["t1"]) - extent(alone)).max() <= 2, "the same head, up to a rim that resampling blurs"
     assert (scans["foreground_kept"] == 1).all()
 
 
