@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from channels import Facts, note, onto_grid, read_image, registered_onto
+from channels import Facts, note, onto_grid, read_image, registered_onto, with_places
 from conversion import Case, Prepared
 from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found, refuse_two_homes
 from script import DatasetInfo, chosen_channels, make_parser, parse, run
@@ -106,6 +106,7 @@ def prepare(case: Case) -> Prepared:
     """Bring the channels onto DWI's grid: ADC by its header and to one unit, FLAIR by registration."""
     facts: Facts = {}
     images = {name: read_image(path, facts, clip_negative=True) for name, path in case.images.items()}
+    images = with_places(images, facts)
     dwi = images["dwi"]
     if "adc" in images:
         images["adc"] = onto_grid(images["adc"], dwi, "adc", facts)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
-from channels import Facts, read_image, registered_onto
+from channels import Facts, read_image, registered_onto, with_places
 from conversion import Case, Prepared
 from discovery import (
     ImageFile,
@@ -152,7 +152,7 @@ def _case(
 def prepare(case: Case) -> Prepared:
     """Bring T1 onto FLAIR's grid by registration."""
     facts: Facts = {}
-    images = {name: read_image(path, facts) for name, path in case.images.items()}
+    images = with_places({name: read_image(path, facts) for name, path in case.images.items()}, facts)
     if "t1" in images:
         images["t1"] = registered_onto(images["t1"], images["flair"], "t1", facts)
     return Prepared(images, facts)

@@ -1,5 +1,5 @@
 """Read the channels of a case and bring them onto one grid: by header where they were scanned together, else by
-registration."""
+registration; voxel by voxel where one of two images of the same shape says nothing of its place."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ Facts = dict[str, Any]
 def read_image(path: Path, facts: Facts, *, clip_negative: bool = False) -> Volume:
     """Read an image; NaN and infinite voxels, which nnU-Net refuses, become 0, and negative ones too if asked."""
     volume = read_volume(path)
+    for oddity in volume.notes:
+        note(facts, f"{path.name}: {oddity}")
     array = volume.array
     broken = ~np.isfinite(array)
     _count(facts, "nonfinite_voxels", broken)
@@ -28,21 +30,51 @@ def read_image(path: Path, facts: Facts, *, clip_negative: bool = False) -> Volu
     return volume.with_array(array)
 
 
+def with_places(images: dict[str, Volume], facts: Facts) -> dict[str, Volume]:
+    """Give each image whose header says nothing of its place that of one of the same shape that does; else say so."""
+    placed = dict(images)
+    for name, image in images.items():
+        if image.oriented:
+            continue
+        shape = image.array.shape
+        twin = next((key for key, other in images.items() if other.oriented and other.array.shape == shape), None)
+        if twin is None:
+            note(facts, f"CHECK: {name} has no orientation in its header and is taken to be stored as RAS")
+            continue
+        note(facts, f"{name} has no orientation in its header and was laid voxel by voxel on {twin}")
+        placed[name] = images[twin].with_array(image.array)
+    return placed
+
+
 def onto_grid(moving: Volume, reference: Volume, name: str, facts: Facts) -> Volume:
-    """Bring an image of the same scan onto a reference's grid; it is resampled by the headers if that differs."""
-    unplaced = not moving.oriented and moving.array.shape == reference.array.shape
-    if unplaced or same_grid(moving, reference):
+    """Bring an image of the same scan onto a reference's grid.
+
+    It is resampled by the headers if its grid differs; registered if one of the headers says nothing of its place.
+    """
+    if same_grid(moving, reference) or _nothing_but_voxels(moving, reference, name, facts):
         return reference.with_array(moving.array)
+    if not (moving.oriented and reference.oriented):
+        return registered_onto(moving, reference, name, facts)
     note(facts, f"{name} lay on another grid and was resampled by its header")
     return resample_onto(moving, reference)
+
+
+def _nothing_but_voxels(moving: Volume, reference: Volume, name: str, facts: Facts) -> bool:
+    """Tell whether two images of one shape can only be laid voxel by voxel, because a header says nothing."""
+    alone = moving.array.shape == reference.array.shape and not (moving.oriented and reference.oriented)
+    if alone:
+        note(facts, f"{name} was laid voxel by voxel on the reference: a header says nothing of its place")
+    return alone
 
 
 def registered_onto(moving: Volume, reference: Volume, name: str, facts: Facts) -> Volume:
     """Register an image of another pose and grid rigidly and resample it onto the reference's grid.
 
     How well it fits before and after goes to `facts`; a registration that failed its check leaves the headers'
-    geometry and a note.
+    geometry and a note. Images of one shape of which one says nothing of its place are laid voxel by voxel.
     """
+    if _nothing_but_voxels(moving, reference, name, facts):
+        return reference.with_array(moving.array)
     result = register_rigid(reference, moving)
     facts |= {
         f"{name}_registration": "rigid" if result.accepted else "header",

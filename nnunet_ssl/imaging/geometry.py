@@ -103,7 +103,7 @@ def _read(path: Path | str) -> Volume:
     try:
         return read_scan(path)
     except BadScan as reason:
-        raise UserError(f"{path} cannot be used: {reason}.") from reason
+        raise UserError(f"{path} can't be read: {reason}.") from reason
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:

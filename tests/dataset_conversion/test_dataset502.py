@@ -3,7 +3,8 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from Dataset502_ISLES2022 import INFO, find_cases
+from conversion import Case
+from Dataset502_ISLES2022 import INFO, find_cases, prepare
 from scipy.spatial.transform import Rotation
 
 from nnunet_ssl.errors import UserError
@@ -264,3 +265,40 @@ def test_another_data_set_gets_told_what_was_expected_and_found(tools, tmp_path)
 @pytest.mark.slow
 def test_nnunet_plans_and_preprocesses_it_with_its_integrity_check(converted, tools):
     assert tools.plan_and_preprocess(502, converted[0]) == {f"{name(number)}_ses-0001" for number in UNITS}
+
+
+def prepared_without_codes(tools, isles, folder, *, unplaced, crop=None):
+    """Prepare DWI and ADC of case 2 after their headers lost what they say of the place; `crop` cuts slices off ADC."""
+    images = {}
+    for kind, path in zip(("dwi", "adc"), published(isles, 2)):
+        image = nib.load(path)
+        image = image.slicer[:, :, crop:] if crop and kind == "adc" else image
+        code = 0 if kind in unplaced else 1
+        images[kind] = tools.write_nifti(
+            folder / f"{kind}.nii.gz", image.get_fdata(), image.affine, qform=code, sform=code
+        )
+    return prepare(Case(id="2", subject="2", images=images))
+
+
+@pytest.mark.parametrize("unplaced", [{"dwi"}, {"adc"}, {"dwi", "adc"}])
+def test_channels_of_one_shape_are_laid_voxel_by_voxel_whichever_says_nothing_of_its_place(
+    tools, isles, tmp_path, unplaced
+):
+    made = prepared_without_codes(tools, isles, tmp_path, unplaced=unplaced)
+    source = np.maximum(nib.load(published(isles, 2)[1]).get_fdata(), 0)
+    np.testing.assert_allclose(made.channels["adc"].array, source, rtol=1e-4)
+    np.testing.assert_array_equal(made.channels["adc"].affine, made.channels["dwi"].affine)
+    if len(unplaced) == 1:
+        truth = nib.load(published(isles, 2)[0]).affine
+        np.testing.assert_allclose(made.channels["dwi"].affine, truth, atol=1e-4)
+        assert any("voxel by voxel" in sentence for sentence in made.facts["notes"])
+    else:
+        assert any(sentence.startswith("CHECK: dwi has no orientation") for sentence in made.facts["notes"])
+
+
+@pytest.mark.parametrize("unplaced", [{"dwi"}, {"adc"}])
+def test_channels_of_two_shapes_without_a_place_are_registered_and_flagged(tools, isles, tmp_path, unplaced):
+    made = prepared_without_codes(tools, isles, tmp_path, unplaced=unplaced, crop=3)
+    assert made.channels["adc"].array.shape == SHAPE
+    assert "adc_registration" in made.facts
+    assert any(sentence.startswith("CHECK") for sentence in made.facts["notes"])
