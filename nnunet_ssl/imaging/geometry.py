@@ -28,7 +28,6 @@ nearest-neighbour interpolation would make of it, and nothing is lost."""
 Alignment = Literal["same grid", "same lattice", "nearest voxels", "no orientation in header", "resampled"]
 
 
-
 @dataclass(frozen=True)
 class Volume:
     """A 3-D image and where it lies.

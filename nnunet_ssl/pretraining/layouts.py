@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.modalities import UNKNOWN, modality_of
+from nnunet_ssl.pretraining.modalities import UNKNOWN, is_derived, is_not_of_the_brain, modality_of
 
 COLUMNS = ("scan_id", "dataset", "subject", "session", "modality", "repeat", "age", "sex", "path")
 LAYOUTS = ("fomo", "bids", "nnssl")
@@ -28,7 +28,6 @@ _FOUND = [name for name in COLUMNS if name not in ("age", "sex")]  # what the na
 _IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$", re.IGNORECASE)
 _FOMO_STEM = re.compile(r"(?P<name>.+?)(_(?P<repeat>\d+))?$")
 _BIDS_FOLDERS = ("anat", "dwi", "swi")
-_BIDS_NOT_IMAGES = {"mask", "roi", "dseg", "probseg", "defacemask", "label"}
 _SINGLE_SESSION = "ses-1"
 
 logger = logging.getLogger(__name__)
@@ -51,9 +50,23 @@ def find_scans(source: Path, layout: str = "auto") -> pd.DataFrame:
     scans = {"fomo": _read_fomo, "bids": _read_bids, "nnssl": _read_nnssl}[layout](source)
     if scans.empty:
         raise UserError(f"No .nii or .nii.gz file was found in {source}, read as layout '{layout}'.")
+    if layout != "nnssl":  # which lists its scans and keeps masks apart
+        scans = _without_derived(scans)
+    if scans.empty:
+        raise UserError(f"No scan was found in {source}, read as layout '{layout}': only label maps and the like.")
     scans = scans.sort_values("path", kind="stable", ignore_index=True)
     scans["scan_id"] = scans["scan_id"].map(_file_name)
     return scans[[*COLUMNS, *scans.columns.difference(COLUMNS, sort=False)]]
+
+
+def _without_derived(scans: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what is no scan by its name, and say so."""
+    stems = scans["path"].map(lambda path: match["stem"] if (match := _IMAGE.match(Path(path).name)) else "")
+    derived = stems.map(is_derived).astype(bool)
+    if derived.any():
+        example = scans.loc[derived, "path"].iloc[0]
+        logger.info("Left out: %d label maps and other derived files, such as %s.", derived.sum(), example)
+    return scans[~derived]
 
 
 def detect_layout(source: Path) -> str:
@@ -130,9 +143,7 @@ def _read_bids_tree(root: Path) -> pd.DataFrame:
             repeats: dict[str, int] = {}
             for folder in _BIDS_FOLDERS:
                 for file, stem in _images(session / folder):
-                    if stem.rpartition("_")[2] in _BIDS_NOT_IMAGES:
-                        continue
-                    modality = _bids_modality(stem)
+                    modality = _bids_modality(file, stem)
                     repeats[modality] = repeats.get(modality, 0) + 1
                     rows.append(
                         {
@@ -159,13 +170,25 @@ def _bids_doi(root: Path) -> str:
         return ""
 
 
-def _bids_modality(stem: str) -> str:
-    """`sub-1_ce-gad_T1w` -> "t1c". A phase or complex part of an acquisition is no contrast of its own: "unknown"."""
+def _bids_modality(file: Path, stem: str) -> str:
+    """`sub-1_ce-gad_T1w` -> "t1c". What has the suffix of a contrast and another look is "unknown": a phase or complex
+    part, one inversion of an MP2RAGE (its T1-weighted image is UNIT1), another part of the body."""
     entities = dict(part.split("-", 1) for part in stem.split("_") if "-" in part)
-    if entities.get("part", "mag") != "mag":
-        return UNKNOWN
     modality = modality_of(stem.rpartition("_")[2])
+    if entities.get("part", "mag") != "mag" or ("inv" in entities and not stem.endswith("UNIT1")):
+        return UNKNOWN
+    words = "_".join(part for part in stem.split("_") if not part.startswith(("sub-", "ses-")))
+    if modality != UNKNOWN and (is_not_of_the_brain(words) or is_not_of_the_brain(_body_part(file, stem))):
+        return UNKNOWN
     return "t1c" if modality == "t1" and "ce" in entities else modality
+
+
+def _body_part(file: Path, stem: str) -> str:
+    """What the JSON file beside a scan says of the part of the body; "" if it says nothing."""
+    try:
+        return str(json.loads(file.with_name(f"{stem}.json").read_text()).get("BodyPartExamined", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def _read_nnssl(source: Path) -> pd.DataFrame:

@@ -22,6 +22,29 @@ _SYNONYMS = {
 }  # fmt: skip
 
 
+_ENTITY = re.compile(r"(sub|ses|acq|run|ce|rec|dir|echo|inv|part|flip|mt|mod|task|space|res|den|hemi|chunk|bp)-", re.I)
+_DERIVED = re.compile(r"(mask|seg|rois?|labels?|lesions?|parc|aparc.*|atlas|tissues?|pve|warp|bias ?field)\d*$", re.I)
+_NOT_BRAIN = re.compile(r"spine|spinal|(?<![a-z])cord|cervical|thoracic|lumbar|sacral|knee|abdom|pelvi|cardiac", re.I)
+
+
+def is_derived(stem: str) -> bool:
+    """Tell by a file's name, without its ending, whether somebody drew or computed it: a label map or a field, no scan.
+
+    ``sub-1_T1w_lesion``, ``sub-1_T1map_ROI1``, ``sub-1_aparc+aseg``, ``sub-1_label-WM_probseg``, ``brainmask``; the
+    names of subject, session and acquisition may hold any word.
+    """
+    parts = [part for part in stem.split("_") if not _ENTITY.match(part)]
+    if any(part.lower().startswith("label-") for part in parts):
+        return True
+    return any(_DERIVED.search(word) for part in parts for word in re.split(r"[^A-Za-z0-9]+", part))
+
+
+def is_not_of_the_brain(words: str) -> bool:
+    """Tell whether a description (a file's name without subject and session, or DICOM's BodyPartExamined) names
+    another part of the body."""
+    return bool(_NOT_BRAIN.search(words))
+
+
 def modality_of(name: str) -> str:
     """Return the vocabulary's word for `name` (``"T1w"`` -> ``"t1"``, ``"T2*"`` -> ``"t2s"``), else ``"unknown"``."""
     return _SYNONYMS.get(re.sub(r"[^a-z0-9]", "", name.lower().replace("*", "star")), UNKNOWN)

@@ -311,3 +311,29 @@ def test_a_hundred_thousand_files_are_indexed_in_under_a_minute(raw, tmp_path):
     _, scans = index_corpus(root, 500, "FOMO300K")
     assert len(scans) == 100_000
     assert time.perf_counter() - start < 60
+
+
+def test_label_maps_are_left_out_and_counted_with_an_example(bids, caplog):
+    anat = "sub-02/anat/sub-02_{}.nii.gz"
+    touch(bids, *(anat.format(name) for name in ("aparc", "T1w_lesion", "T1map_ROI1", "T2w_seg", "T1map")))
+    caplog.set_level("INFO")
+    found = {Path(path).name for path in find_scans(bids)["path"]}
+    assert found.isdisjoint(Path(anat.format(name)).name for name in ("aparc", "T1w_lesion", "T1map_ROI1", "T2w_seg"))
+    assert "sub-02_T1map.nii.gz" in found
+    assert "Left out: 5 label maps" in caplog.text and "such as" in caplog.text, "these four and a roi"
+
+
+def test_a_tree_of_label_maps_alone_is_an_error(tmp_path):
+    touch(tmp_path / "ds", "sub-1/anat/sub-1_T1w_seg.nii.gz")
+    with pytest.raises(UserError, match="only label maps"):
+        find_scans(tmp_path / "ds")
+
+
+def test_what_has_a_contrasts_suffix_and_another_look_is_unknown(tmp_path):
+    stems = ("inv-1_MP2RAGE", "inv-2_MP2RAGE", "UNIT1", "acq-spine_T1w", "acq-mprage_T1w", "run-2_T1w")
+    root = touch(tmp_path / "ds", *(f"sub-1/anat/sub-1_{stem}.nii.gz" for stem in stems))
+    (root / "sub-1/anat/sub-1_run-2_T1w.json").write_text('{"BodyPartExamined": "CSPINE"}')
+    (root / "sub-1/anat/sub-1_acq-mprage_T1w.json").write_text('{"BodyPartExamined": "HEAD"}')
+    scans = find_scans(root)
+    modality = {Path(scan.path).name[6:-7]: scan.modality for scan in scans.itertuples()}
+    assert modality == dict.fromkeys(stems, "unknown") | {"UNIT1": "t1", "acq-mprage_T1w": "t1"}

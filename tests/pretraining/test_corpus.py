@@ -7,7 +7,7 @@ import pytest
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.corpus import open_corpus, summarize
-from nnunet_ssl.pretraining.modalities import MODALITIES, modality_of
+from nnunet_ssl.pretraining.modalities import MODALITIES, is_derived, is_not_of_the_brain, modality_of
 
 
 def manifest_rows(sessions):
@@ -179,3 +179,34 @@ def test_other_vocabularies_map_onto_ours(name, modality):
 
 def test_the_vocabulary_maps_onto_itself():
     assert [modality_of(name) for name in MODALITIES] == list(MODALITIES)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["aparc", "sub-1_aparc+aseg", "sub-1_T1w_lesion", "sub-1_T1map_ROI1", "sub-1_T2w_seg", "sub-1_ses-2_FLAIR_roi",
+     "sub-1_label-WM_probseg", "sub-1_label-L_desc-T1lesion_mask", "t1_brainmask", "sub-1_space-orig_dseg", "seg_1",
+     "sub-1_desc-aparcaseg_dseg", "sub-1_T1w_label2", "sub-1_from-T1w_mode-image_warp"],
+)  # fmt: skip
+def test_label_maps_and_fields_are_told_by_their_names(stem):
+    assert is_derived(stem)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["t1", "t1_2", "scan_1", "sub-1_T1w", "sub-lesion01_ses-mask_T1w", "sub-1_acq-seg_T1w", "sub-1_rec-label_FLAIR",
+     "sub-1_T1map", "sub-1_run-2_dwi", "mp2rage", "sub-1_inv-2_MP2RAGE", "sub-1_acq-EPSeg_swi"],
+)  # fmt: skip
+def test_scans_are_no_label_maps_whatever_their_subject_is_called(stem):
+    assert not is_derived(stem)
+
+
+@pytest.mark.parametrize(
+    "words", ["acq-spine_T1w", "acq-cspine_T2w", "bp-cord_T2w", "CSPINE", "LSPINE", "acq-Lumbar_T1w"]
+)
+def test_other_parts_of_the_body_are_told_by_name(words):
+    assert is_not_of_the_brain(words)
+
+
+@pytest.mark.parametrize("words", ["T1w", "acq-record_T1w", "HEAD", "BRAIN", "", "acq-mprage_rec-norm_T1w"])
+def test_a_brain_is_a_brain(words):
+    assert not is_not_of_the_brain(words)

@@ -102,14 +102,14 @@ def test_a_sharper_scan_that_misses_a_part_of_the_head_does_not_cut_the_others(s
     nibabel.save(cut, path)
     scans = manifest()
     assert scans.loc["t1", "aligned_to"] == scans.loc["flair", "aligned_to"]
-    assert np.abs(extent(scans.loc["t1"]) - extent(alone)).max() <= 2, "the same head, up to a rim that resampling blurs"
+    assert np.abs(extent(scans.loc["t1"]) - extent(alone)).max() <= 2, (
+        "the same head, up to a rim that resampling blurs"
+    )
     assert (scans["foreground_kept"] == 1).all()
 
 
 @pytest.mark.parametrize("stem", ["flair", "t1"])
-def test_a_scan_without_orientation_is_laid_voxel_by_voxel_on_one_of_its_shape(
-    source, manifest, write_scan, stem
-):
+def test_a_scan_without_orientation_is_laid_voxel_by_voxel_on_one_of_its_shape(source, manifest, write_scan, stem):
     for name, contrast in (("t1", 1.0), ("flair", 0.8)):
         path = write_scan(source / f"sub_1/ses_1/{name}.nii.gz", **WHOLE, contrast=contrast, axes="LPS")
         rewritten(path, moved=shift(6, -12, 18), codes=name != stem)
