@@ -23,7 +23,7 @@ from nnunet_ssl.pretraining.corpus import Corpus, open_corpus
 
 DEFAULT_PATCH = (96, 96, 96)
 INTERNAL_COLUMNS = (
-    *("scan_id", "subject", "session", "shape", "bbox", "subject_index", "session_index"),
+    *("scan_id", "subject", "session", "shape", "bbox", "subject_index", "session_index", "place_index"),
     *("x0", "x1", "y0", "y1", "z0", "z1", "size_x", "size_y", "size_z"),
 )
 """Of a corpus' manifest, what says where a scan lies; the rest says what it is, and stays with its embedding."""

@@ -79,7 +79,7 @@ def register_rigid(fixed: Volume, moving: Volume, *, seed: int = 0) -> Registrat
 
 def judging_copy(volume: Volume) -> Volume:
     """Return a copy with voxels of 3 mm, small enough to be kept and compared often; see :func:`agreement`."""
-    return _working_copy(volume, _JUDGING_MM)
+    return _working_copy(volume, _JUDGING_MM, order=1)
 
 
 def agreement(fixed: Volume, moving: Volume, matrix: np.ndarray | None = None) -> float:
@@ -267,7 +267,7 @@ def _fit(fixed: Volume, moving: Volume, matrix: np.ndarray) -> tuple[float, floa
     return normalized_mutual_information(fixed.array[region], moved[region]), overlap
 
 
-def _working_copy(volume: Volume, voxel_mm: float) -> Volume:
+def _working_copy(volume: Volume, voxel_mm: float, order: int = 3) -> Volume:
     """Return the image with isotropic voxels on its own axes, NaN and negative values set to 0."""
     spacing = np.array(volume.spacing)
     extent = spacing * volume.array.shape
@@ -277,7 +277,7 @@ def _working_copy(volume: Volume, voxel_mm: float) -> Volume:
     affine[:3, :3] = volume.affine[:3, :3] * scale
     affine[:3, 3] = volume.affine[:3, 3] + volume.affine[:3, :3] @ (scale / 2 - 0.5)
     clean = volume.with_array(np.clip(np.nan_to_num(volume.array, posinf=0, neginf=0), 0, None))
-    image = resample_onto(clean, Volume.empty(shape, affine), order=3)
+    image = resample_onto(clean, Volume.empty(shape, affine), order=order)
     high = np.percentile(image.array[image.array > 0], 99.8) if (image.array > 0).any() else 1.0
     return image.with_array(np.clip(image.array / max(high, 1e-9), 0, 1))
 

@@ -76,6 +76,16 @@ def prepare() -> None:
         arguments.d, config, processes=arguments.np, scheduler=arguments.scheduler, device=arguments.device
     )
     logger.info("%s\nThe store is in %s", describe(report.summary), report.folder)
+    if report.summary.get("pairs_apart") and not arguments.register:
+        logger.info("The manifest's column agreement tells which scans lie apart; --register rigid registers them.")
+    noted = (report.manifest["notes"].fillna("") != "").sum() if "notes" in report.manifest else 0
+    if noted:
+        logger.info("%d scans have a note on how they were read or placed, in the manifest's column notes.", noted)
+    cut = (report.manifest["foreground_kept"] < 1).sum() if "foreground_kept" in report.manifest else 0
+    if cut:
+        logger.info("%d scans reach beyond their session's grid; foreground_kept tells how much is left.", cut)
+    if "aligned_to" not in report.manifest or (report.manifest["aligned_to"].fillna("") == "").any():
+        logger.info("Some sessions were prepared before scans were compared; all their modalities count as pairs.")
     skulls = (report.manifest["skull"] == "present").sum()
     if skulls:
         logger.info("%d scans seem to have their skull still; --skull-strip hd-bet removes it.", skulls)

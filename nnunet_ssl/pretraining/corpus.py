@@ -67,7 +67,7 @@ def number_rows(scans: pd.DataFrame) -> pd.DataFrame:
 
 
 def _places(scans: pd.DataFrame) -> pd.Series:
-    """Name where each scan lies: scans of one name share a grid. Where no preparation looked, the session is the place."""
+    """Name where each scan lies: scans of one name share a grid. Where nobody looked, the session is the place."""
     if "aligned_to" not in scans:
         return scans["session"]
     return scans["session"] + "\t" + scans["aligned_to"].fillna("")
@@ -208,8 +208,9 @@ def describe(summary: dict[str, Any]) -> str:
         f"for CL (the same): {summary['sessions_cl']:,}; for MIM only: {summary['sessions_mim_only']:,}",
     ]
     if "pairs" in summary:
+        apart = summary["pairs_apart"]
         lines.append(
-            f"pairs of two modalities in one session: {summary['pairs']:,}; {summary['pairs_apart']:,} of them do not "
-            "lie in one place and serve MIM only"
+            f"pairs of two modalities in one session: {summary['pairs']:,}; "
+            + (f"{apart:,} of them do not lie in one place and serve MIM only" if apart else "all lie in one place")
         )
     return "\n".join(lines)

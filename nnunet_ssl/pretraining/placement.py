@@ -98,7 +98,7 @@ def covered(points: np.ndarray, grid: Volume) -> float:
 
 
 def pair_agreements(looks: Mapping[Key, Look]) -> dict[tuple[Key, Key], float]:
-    """Measure how well each pair of scans agrees where it lies; see :func:`nnunet_ssl.imaging.registration.agreement`."""
+    """Measure how well each pair of scans agrees; see :func:`nnunet_ssl.imaging.registration.agreement`."""
     return {(one, other): agreement(looks[one].small, looks[other].small) for one, other in combinations(looks, 2)}
 
 
