@@ -200,7 +200,8 @@ def _conclude(folder: Path, scans: pd.DataFrame, results: Sequence[SessionResult
         failures.to_csv(path, sep="\t", index=False)
     if not rows:
         raise UserError(f"Not one of {len(scans)} scans could be prepared. The reasons: {folder / 'failures.tsv'}")
-    manifest = scans.merge(pd.DataFrame(rows), on="scan_id", validate="one_to_one")
+    prepared = pd.DataFrame(rows)
+    manifest = scans.merge(prepared, on="scan_id", validate="one_to_one", suffixes=("_in_table", ""))
     with written_beside(folder / "manifest.tsv") as path:
         manifest.to_csv(path, sep="\t", index=False)
     return PreparationReport(folder=folder, summary=summarize(manifest), manifest=manifest, failures=failures)

@@ -1,5 +1,7 @@
 """Which scans of a session share a grid: nothing is cut, guessed or paired in silence."""
 
+import json
+
 import blosc2
 import nibabel
 import numpy as np
@@ -189,3 +191,36 @@ def test_a_store_of_the_time_before_opens_and_pairs_its_sessions_as_then(session
     corpus = open_corpus(500)
     assert len(corpus.paired_scans()) == 2
     assert "pairs" not in corpus.summary()
+
+
+def test_a_store_of_the_time_before_is_kept_and_the_command_says_what_it_lacks(session, manifest, monkeypatch):
+    manifest()
+    folder = open_corpus(500).folder.parent
+    journal = folder / "nnsslPlans_journal.jsonl"
+    results = [json.loads(line) for line in journal.read_text().splitlines()]
+    for row in results[0]["rows"]:
+        for column in ("aligned_to", "agreement", "foreground_kept", "notes"):
+            del row[column]
+    journal.write_text("".join(f"{json.dumps(result)}\n" for result in results))
+    monkeypatch.setattr("nnunet_ssl.pretraining.session.read_volume", lambda *_: pytest.fail("a scan was read again"))
+    assert "aligned_to" not in manifest()
+    assert len(open_corpus(500).paired_scans()) == 2
+
+
+def test_a_column_of_the_corpus_own_tables_never_hides_what_was_found(session, source, manifest):
+    (source / "participants.tsv").write_text("participant_id\tnotes\nsub_1\tleft-handed\n")
+    rewritten(session / "flair.nii.gz", codes=False)
+    scans = manifest()
+    assert set(scans["notes_in_table"]) == {"left-handed"}
+    assert "no orientation" in scans.loc["flair", "notes"]
+
+
+def test_scans_that_were_normalised_before_agree_too(session, manifest):
+    for path in session.iterdir():
+        image = nibabel.load(path)
+        data = image.get_fdata()
+        inside = data != 0
+        data[inside] = (data[inside] - data[inside].mean()) / data[inside].std()
+        nibabel.save(nibabel.Nifti1Image(data.astype(np.float32), image.affine), path)
+    scans = manifest()
+    assert scans.loc["t1", "aligned_to"] == scans.loc["flair", "aligned_to"]

@@ -50,3 +50,11 @@ def test_a_compression_that_the_name_denies_is_named(write_scan, tmp_path):
         read_volume(tmp_path / "b.nii")
     with pytest.raises(BadScan, match=r"not compressed, though named \.nii\.gz: rename it to end in \.nii$"):
         read_volume(tmp_path / "c.nii.gz")
+
+
+def test_trailing_axes_of_length_one_are_dropped(write_scan, tmp_path):
+    image = nibabel.load(write_scan(tmp_path / "a.nii.gz"))
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata()[..., None, None], image.affine), tmp_path / "b.nii.gz")
+    plain, deep = (read_volume(tmp_path / f"{name}.nii.gz")[0] for name in "ab")
+    np.testing.assert_array_equal(plain.array, deep.array)
+    np.testing.assert_allclose(plain.affine, deep.affine)
