@@ -35,7 +35,8 @@ examples:
     "import": """\
 examples:
   nnssl_weights import umbra_mcl_mim.ckpt -o encoder.safetensors
-  nnssl_weights import model_swinvit.pt -o encoder.safetensors --origin monai
+  nnssl_weights import model_swinvit.pt -o encoder.safetensors
+  nnssl_weights import my_swin_unetr.pt -o encoder.safetensors --merging monai_1.4
 
 Then fine-tune from it: nnssl_checkpoint=encoder.safetensors nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerSSL
 """,
@@ -73,8 +74,18 @@ def _add_origin(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_merging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--merging",
+        metavar="NAME",
+        help="of a Swin encoder whose file does not tell it: monai_1.4 (trained with MONAI up to 1.4), monai (1.5 or "
+        "later) or mergingv2",
+    )
+
+
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     _add_origin(parser)
+    _add_merging(parser)
     parser.add_argument(
         "--minimum_fraction",
         type=float,
@@ -89,11 +100,18 @@ def _add_inspect(commands) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--tensors", action="store_true", help="list every tensor of the encoder")
     _add_origin(parser)
+    _add_merging(parser)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    pretrained, report = _read(arguments.file, arguments.origin, minimum_fraction=0)
+    from nnunet_ssl.architectures.weights import read_checkpoint
+
+    pretrained = read_checkpoint(arguments.file, arguments.origin, arguments.merging)
     logger.info("%s", describe(pretrained))
+    architecture = dict(pretrained.architecture)
+    if architecture.get("merging", "monai") is None:  # tensors fit whatever the merging
+        del architecture["merging"]
+    pretrained, report = _loaded(dataclasses.replace(pretrained, architecture=architecture), minimum_fraction=0)
     if arguments.tensors:
         for name, tensor in pretrained.tensors.items():
             logger.info("  %-60s %s", name, tuple(tensor.shape))
@@ -110,7 +128,7 @@ def _add_import(commands) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    pretrained, report = _read(arguments.file, arguments.origin, arguments.minimum_fraction)
+    pretrained, report = _read(arguments.file, arguments)
     _write_own(arguments.o, arguments.file, pretrained, report)
 
 
@@ -131,7 +149,7 @@ def _add_export(commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    pretrained, report = _read(arguments.file, arguments.origin, arguments.minimum_fraction)
+    pretrained, report = _read(arguments.file, arguments)
     if arguments.format == "safetensors":
         _write_own(arguments.o, arguments.file, pretrained, report)
     elif arguments.format == "monai":
@@ -149,9 +167,19 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _say_what_monai_needs(pretrained: PretrainedEncoder) -> None:
     has_convs = "stages.0.conv.conv1.weight" in pretrained.tensors
-    logger.info("A state dict for monai.networks.nets.swin_unetr.SwinTransformer(use_v2=%s).", has_convs)
+    architecture = pretrained.architecture
+    merging = architecture.get("merging", "monai")
+    version = "before 1.5" if merging == "monai_1.4" else "1.5 or later"
+    downsample = ", downsample='mergingv2'" if merging == "mergingv2" else ""
+    logger.info(
+        "A state dict for monai.networks.nets.swin_unetr.SwinTransformer(use_v2=%s%s) of MONAI %s.",
+        has_convs, downsample, version,
+    )  # fmt: skip
     if "stages.0.conv.norm1.weight" in pretrained.tensors:
-        logger.info("Replace its InstanceNorms by torch.nn.GroupNorm(8, channels) first: these weights need them.")
+        groups = architecture.get("conv_groups", 8)
+        logger.info(
+            "Replace its InstanceNorms by torch.nn.GroupNorm(%d, channels) first: these weights need them.", groups
+        )
     if "mask_token" in pretrained.tensors:
         logger.info("The mask token is left out: MONAI's class has none.")
 
@@ -176,22 +204,27 @@ def _fetch(arguments: argparse.Namespace) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error at the end says enough
     dataset = full_name(arguments.d)
     file = locate(arguments.source, arguments.filename, arguments.revision)
-    pretrained, report = _read(file, arguments.origin, arguments.minimum_fraction)
+    pretrained, report = _read(file, arguments)
     recipe = arguments.recipe or (pretrained.method if pretrained.origin == "nnunet_ssl" else None)
     if recipe is None:
         raise UserError(f"{file} does not say by which recipe it was trained. Say it: --recipe mcl_mim")
     _write_own(destination(recipe, dataset), file, pretrained, report)
 
 
-def _read(file: Path, origin: str | None, minimum_fraction: float) -> tuple[PretrainedEncoder, LoadReport]:
-    """Read the encoder in a file and load it into a network of its architecture, which shows whether it is whole.
+def _read(file: Path, arguments: argparse.Namespace) -> tuple[PretrainedEncoder, LoadReport]:
+    from nnunet_ssl.architectures.weights import read_checkpoint
+
+    return _loaded(read_checkpoint(file, arguments.origin, arguments.merging), arguments.minimum_fraction)
+
+
+def _loaded(pretrained: PretrainedEncoder, minimum_fraction: float) -> tuple[PretrainedEncoder, LoadReport]:
+    """Load an encoder into a network of its architecture, which shows whether it is whole.
 
     What is returned has the tensors that were loaded, each once, by the network's names.
     """
     from nnunet_ssl.architectures.networks import build_encoder
-    from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
+    from nnunet_ssl.architectures.weights import load_encoder
 
-    pretrained = read_checkpoint(file, origin)
     encoder = build_encoder(pretrained.architecture)
     report = load_encoder(encoder, pretrained, minimum_fraction=minimum_fraction)
     state = encoder.state_dict()
@@ -244,6 +277,12 @@ def describe(pretrained: PretrainedEncoder) -> str:
         "tensors": f"{len(pretrained.tensors)}, of {numbers:,} numbers",
         "left out": ", ".join(f"{module} ({number})" for module, number in pretrained.left_out.items()) or "nothing",
     }
+    architecture = pretrained.architecture
+    assumptions = [f"{key} {architecture[key]} ({why})" for key, why in pretrained.assumed.items()]
+    if architecture.get("merging", "") is None:
+        assumptions.append("merging unknown: using these weights takes --merging monai_1.4, monai or mergingv2")
+    if assumptions:
+        lines["NOT TOLD"] = "; ".join(assumptions)
     indent = " " * 15
     return "\n".join(textwrap.fill(f"{name:<14} {text}", 120, subsequent_indent=indent) for name, text in lines.items())
 

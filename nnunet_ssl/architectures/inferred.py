@@ -17,7 +17,8 @@ def swin_architecture(tensors: Tensors) -> dict[str, Any]:
     """Return what :func:`networks.build_encoder` takes, from tensors by SwinEncoder's names.
 
     The bias table of an attention has (2 * window - 1)**3 rows and a column for each head. Norms of the conv blocks
-    that have weights are GroupNorms of 8 groups: MONAI's InstanceNorms have none.
+    that have weights are taken as GroupNorms: MONAI's InstanceNorms have none. How many groups those have, and which
+    tokens the mergings take, no tensor tells: these keys are left to the caller.
 
     Raises:
         UserError: tensors are missing, or the encoder is of a kind that SwinEncoder cannot be.
@@ -36,10 +37,6 @@ def swin_architecture(tensors: Tensors) -> dict[str, Any]:
             f"The encoder has patches of {list(patch)} voxels and {[table.shape[0] for table in tables]} relative "
             "positions per window; SwinEncoder has cubic patches and cubic windows."
         )
-    if "stages.0.conv.conv1.weight" not in tensors:
-        conv_norm = None
-    else:
-        conv_norm = "group" if "stages.0.conv.norm1.weight" in tensors else "instance"
     return {
         "backbone": "swin",
         "in_channels": in_channels,
@@ -49,9 +46,26 @@ def swin_architecture(tensors: Tensors) -> dict[str, Any]:
         "window_size": (side + 1) // 2,
         "patch_size": patch[0],
         "mlp_ratio": _required(tensors, "stages.0.blocks.0.mlp.0.weight").shape[0] / width,
-        "conv_norm": conv_norm,
+        "conv_norm": _conv_norm(tensors, len(depths)),
         "mask_token": "mask_token" in tensors,
     }
+
+
+def _conv_norm(tensors: Tensors, stages: int) -> str | None:
+    """Return the norm of the conv blocks; what lies beside the convolutions must be the same in all stages."""
+    pattern = re.compile(r"stages\.(\d+)\.conv\.(?!conv\d\.)(.+)")
+    matches = [match for match in map(pattern.match, tensors) if match]
+    norms = [{match[2] for match in matches if int(match[1]) == stage} for stage in range(stages)]
+    group = {f"norm{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")}
+    if all(one == group for one in norms):
+        return "group"
+    if any(norms):
+        raise UserError(
+            "the norms of the encoder's conv blocks are of an unknown kind: they have "
+            f"{', '.join(sorted(set().union(*norms)))}. SwinEncoder's have weight and bias in all {stages} stages "
+            "(group norms), or nothing (instance norms)."
+        )
+    return "instance" if "stages.0.conv.conv1.weight" in tensors else None
 
 
 def resenc_architecture(tensors: Tensors) -> dict[str, Any]:

@@ -8,11 +8,14 @@ are for.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nnunet_ssl.architectures.inferred import resenc_architecture, swin_architecture
@@ -35,6 +38,21 @@ TOP_MODULES = ("patch_embed.", "mask_token", "layers", "stages.", "stem.")
 COPIES = ("encoder_m", "key", "decoder")
 """Modules that hold the encoder a second time: UMBRA's and our moving averages, the alias in nnU-Net's decoder."""
 
+UMBRAS_MODES = {
+    "mae_only": ["masked"],
+    "contrastive_only": ["contrastive"],
+    "combined": ["contrastive", "masked"],
+}
+"""By UMBRA's word for a mode of its pre-training: the branches that it has."""
+
+BEFORE_MONAI_1_5 = re.compile(
+    r"model_swinvit|swin_unetr\.(base|small|tiny)_5000ep|swin_unetr_btcv|fold\d_f\d+_ep300_4gpu|model_bestValRMSE"
+    r"|model_weights_(UKB|BRATS|ATLAS)-pretrain|ATLAS-finetune|best_swin_model",
+    re.IGNORECASE,
+)
+"""Names, of the file or its folder, of weights from before MONAI 1.5: MONAI's self-supervised ones, its Swin UNETRs of
+BTCV and BraTS 2021, BrainSegFounder, SwinBrain."""
+
 STATE_DICTS = ("network_weights", "learner", "state_dict", "model_state_dict", "model", "net")
 """Where checkpoints keep their tensors; a file may also be a state dict itself."""
 
@@ -52,6 +70,9 @@ def recognise(file: CheckpointFile) -> str:
         return "nnssl"
     if "trainer_name" in content:
         return "nnunet"
+    settings = _section(content, "hyper_parameters")
+    if "use_swinunetr" in settings or settings.get("pretraining_mode") in UMBRAS_MODES:
+        return "umbra"
     state = state_dict(content)
     if any("mask_token_injector" in name or "feats_decoder" in name or "encoder_m" in name for name in state):
         return "umbra"
@@ -69,35 +90,102 @@ def _read_own(file: CheckpointFile) -> PretrainedEncoder:
         raise UserError(f"its header cannot be read ({error}).") from error
     described = header or {key: file.content[key] for key in DESCRIBED if key in file.content}
     tensors, left_out = _encoder(state_dict(file.content), OWN_SWIN, RESENC)
-    described["metadata"] = described.get("metadata") or {}
-    described["architecture"] = described.get("architecture") or _architecture(tensors)
-    return PretrainedEncoder(tensors=tensors, origin=FORMAT, left_out=left_out, **described)
+    metadata = described["metadata"] = described.get("metadata") or {}
+    architecture = described["architecture"] = dict(described.get("architecture") or _architecture(tensors))
+    assumed: dict[str, str] = {}
+    imported = _section(metadata, "imported")
+    if imported.get("origin") == "monai" and "merging" not in architecture:  # before architectures had mergings
+        architecture["merging"], assumed = _merging_of_monai(str(imported.get("file")), tensors)
+    return PretrainedEncoder(tensors=tensors, origin=FORMAT, left_out=left_out, assumed=assumed, **described)
 
 
 def _read_monai(file: CheckpointFile) -> PretrainedEncoder:
-    tensors, left_out = _encoder(state_dict(file.content), MONAI_SWIN)
-    return PretrainedEncoder(tensors=tensors, architecture=_architecture(tensors), origin="monai", left_out=left_out)
+    state = state_dict(file.content)
+    tensors, left_out = _encoder(state, MONAI_SWIN)
+    architecture = _architecture(tensors)
+    if architecture["conv_norm"] == "group":
+        raise UserError(
+            "the norms of its conv blocks have weights, which MONAI's have not, and it does not tell of which kind "
+            "they are (group norms, of how many groups, or others). Take the file that it was made from, if that tells."
+        )
+    architecture["merging"], assumed = _merging_of_monai("/".join(file.path.absolute().parts[-2:]), state)
+    return PretrainedEncoder(
+        tensors=tensors, architecture=architecture, origin="monai", left_out=left_out, assumed=assumed
+    )
+
+
+def _merging_of_monai(name: str, names: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """Return the merging that weights were trained with, None where nothing tells it, and why it was assumed.
+
+    Args:
+        name: of the file and its folder.
+        names: of its tensors; only weights published long before MONAI 1.5 call the layers of an MLP fc1 and fc2.
+    """
+    if BEFORE_MONAI_1_5.search(name) or any(".mlp.fc1." in tensor for tensor in names):
+        return "monai_1.4", {"merging": f"{name} is known to be from before MONAI 1.5; --merging overrules it"}
+    return None, {}
 
 
 def _read_umbra(file: CheckpointFile) -> PretrainedEncoder:
     """Read a Lightning checkpoint. Whether its pairs were of one or of two modalities, it does not say."""
     content, state = file.content, state_dict(file.content)
+    settings = _section(content, "hyper_parameters")
     tensors, left_out = _encoder(state, MONAI_SWIN)
     if "mask_token" in tensors:
         tensors["mask_token"] = tensors["mask_token"].reshape(-1)
-    branches = {"contrastive": "queue", "masked": "feats_decoder"}
+    architecture = _architecture(tensors)
+    # UMBRA pins MONAI 1.5.1; another merging than its default is a keyword of SwinTransformer.
+    downsample = _section(settings, "extra_swin_kwargs").get("downsample", "merging")
+    architecture["merging"] = {"merging": "monai", "mergingv2": "mergingv2"}.get(str(downsample))
+    assumed: dict[str, str] = {}
+    if architecture["conv_norm"] == "group":
+        architecture["conv_groups"] = _umbras_groups(settings, tensors)
+        if "gn_groups" not in settings:
+            assumed["conv_groups"] = "UMBRA's default; the file does not tell the groups of its group norms"
+    mode = _umbras_mode(settings, state)
     return PretrainedEncoder(
         tensors=tensors,
-        architecture=_architecture(tensors),
+        architecture=architecture,
         origin="umbra",
+        method=mode,
         step=content.get("global_step"),
         metadata=_known(
-            branches=[branch for branch, module in branches.items() if any(module in name for name in state)],
+            branches=UMBRAS_MODES.get(mode or "", ["contrastive"] if "queue" in state else None),
             epoch=content.get("epoch"),
-            hyper_parameters=content.get("hyper_parameters"),
+            hyper_parameters=settings,
         ),
         left_out=left_out,
+        assumed=assumed,
     )
+
+
+def _umbras_mode(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> str | None:
+    """Return the pre-training's mode, in UMBRA's words, "finetuned" for a segmentation network, None if nothing tells.
+
+    Every model has the decoder of masked modelling, whatever its mode. Those with a queue tell their mode in the
+    settings; the one without has the masked branch alone.
+    """
+    if "encoder_prefix_in_ckpt" in settings:
+        return "finetuned"
+    if settings.get("pretraining_mode") in UMBRAS_MODES:
+        return settings["pretraining_mode"]
+    masked_alone = "queue" not in state and any("feats_decoder" in name for name in state)
+    return "mae_only" if masked_alone else None
+
+
+def _umbras_groups(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """Return how many groups the GroupNorms of the conv blocks have."""
+    if "mask_token" not in tensors:
+        raise UserError(
+            "the norms of its conv blocks have weights, but it has no mask token, so they are not UMBRA's, and it does "
+            "not tell of which kind they are."
+        )
+    groups = settings.get("gn_groups", 8)
+    widths = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".conv.norm1.weight")]
+    # UMBRA takes no more groups than there are channels, SwinEncoder none that do not divide them.
+    if not isinstance(groups, int) or groups < 1 or any(min(groups, one) != math.gcd(groups, one) for one in widths):
+        raise UserError(f"SwinEncoder cannot have {plain(groups)} groups in the norms of {widths} channels, as it has.")
+    return groups
 
 
 def _read_nnunet(file: CheckpointFile) -> PretrainedEncoder:
@@ -105,11 +193,12 @@ def _read_nnunet(file: CheckpointFile) -> PretrainedEncoder:
     content, arguments = file.content, _section(file.content, "init_args")
     plans = _section(arguments, "plans")
     configuration = _section(plans, "configurations", arguments.get("configuration"))
-    _refuse_other_strides(_section(configuration, "architecture", "arch_kwargs"))
+    network = _section(configuration, "architecture", "arch_kwargs")
+    _refuse_other_strides(network)
     tensors, left_out = _encoder(state_dict(content), OWN_SWIN, RESENC)
     return PretrainedEncoder(
         tensors=tensors,
-        architecture=_architecture(tensors),
+        architecture=_architecture(tensors) | {key: network[key] for key in UNSEEN if key in network},
         origin="nnunet",
         method=content.get("trainer_name"),
         preprocessing=_preprocessing(plans, configuration),
@@ -183,6 +272,10 @@ def state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
     raise UserError(f"it has no tensors; it has: {', '.join(map(str, list(content)[:8])) or 'nothing'}.")
 
 
+UNSEEN = ("merging", "conv_groups")
+"""Keys of an architecture that leave no trace in tensors."""
+
+
 def _section(content: Mapping[str, Any], *keys: Any) -> Mapping[str, Any]:
     """Return the mapping that lies at `keys`, one in the other; an empty one if there is none."""
     for key in keys:
@@ -223,7 +316,19 @@ def _encoder(
     rename = from_monai if anchor == MONAI_SWIN else str
     # The indices of relative positions are constants, which SwinEncoder computes.
     kept = [name for name in inside if not name.endswith("relative_position_index")]
+    _check_finite({name: state[name] for name in kept})
     return {rename(name[len(prefix) :]): state[name] for name in kept}, dict(sorted(left_out.items()))
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that are not finite, or not in float32, which the encoders compute in."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(tensor.to(torch.float32).isfinite().sum())
+        if bad:
+            raise UserError(
+                f"{bad} of the {tensor.numel()} numbers of its tensor {name} are not finite: a training that failed. "
+                "Take an earlier checkpoint."
+            )
 
 
 def _module(name: str) -> str:

@@ -32,6 +32,7 @@ class PretrainedEncoder:
     preprocessing: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)  # JSON types only
     left_out: dict[str, int] = field(default_factory=dict)  # the file's tensors beside the encoder, by module
+    assumed: dict[str, str] = field(default_factory=dict)  # by key of the architecture: what no file tells, and why so
 
 
 def encoder_file(path: Path) -> Path:

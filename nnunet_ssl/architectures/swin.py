@@ -12,6 +12,7 @@ been measured.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -25,8 +26,16 @@ from nnunet_ssl.architectures.masking import check_mask, expand_mask
 from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
 from nnunet_ssl.errors import UserError
 
-OCTANTS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
-"""The order in which a patch merging concatenates the eight tokens of a 2x2x2 cell (MONAI 1.5 and later)."""
+MERGINGS = {
+    "monai": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
+    "monai_1.4": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
+    "mergingv2": tuple(itertools.product((0, 1), repeat=3)),
+}
+"""The tokens of a 2x2x2 cell that a patch merging concatenates, in their order.
+
+"monai" and "mergingv2" are MONAI's ``downsample="merging"``, its default, and ``"mergingv2"``. Up to version 1.4 its
+default doubled two tokens and left two out, and weights trained so must be computed so: "monai_1.4".
+"""
 
 
 class PatchEmbedding(nn.Module):
@@ -47,12 +56,12 @@ class PatchEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """The convolutions of "V2": two 3x3x3 convs with norm and LeakyReLU, on tokens (B, x, y, z, C)."""
 
-    def __init__(self, channels: int, norm: str):
+    def __init__(self, channels: int, norm: str, groups: int):
         super().__init__()
         self.conv1 = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.conv2 = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
-        self.norm1 = conv_normalization(norm, channels)
-        self.norm2 = conv_normalization(norm, channels)
+        self.norm1 = conv_normalization(norm, channels, groups)
+        self.norm2 = conv_normalization(norm, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 4, 1, 2, 3)  # a view in channels_last_3d
@@ -61,15 +70,15 @@ class ResidualBlock(nn.Module):
         return y.permute(0, 2, 3, 4, 1)
 
 
-def conv_normalization(kind: str, channels: int) -> nn.Module:
+def conv_normalization(kind: str, channels: int, groups: int) -> nn.Module:
     """Return the norm of the conv blocks: "instance" (MONAI's, without parameters) or "group".
 
-    "group" has 8 groups, or the largest number below that divides both 8 and `channels` (4 for 12 channels).
+    "group" has `groups` groups, or the largest number below that divides both it and `channels` (4 for 8 and 12).
     """
     if kind == "instance":
         return nn.InstanceNorm3d(channels)
     if kind == "group":
-        return nn.GroupNorm(math.gcd(8, channels), channels)
+        return nn.GroupNorm(math.gcd(groups, channels), channels)
     raise UserError(f"The norm of the conv blocks is '{kind}'; it can be 'group' or 'instance'.")
 
 
@@ -137,10 +146,11 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve the grid: concatenate the eight tokens of each 2x2x2 cell, normalise, reduce to twice the channels."""
+    """Halve the grid: concatenate eight tokens of each 2x2x2 cell, normalise, reduce to twice the channels."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, merging: str):
         super().__init__()
+        self.octants = MERGINGS[merging]
         self.norm = nn.LayerNorm(8 * channels)
         self.reduction = nn.Linear(8 * channels, 2 * channels, bias=False)
 
@@ -148,19 +158,37 @@ class PatchMerging(nn.Module):
         odd = [size % 2 for size in x.shape[1:4]]
         if any(odd):
             x = F.pad(x, (0, 0, 0, odd[2], 0, odd[1], 0, odd[0]))
-        x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in OCTANTS], dim=-1)
+        x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in self.octants], dim=-1)
         return self.reduction(self.norm(x))
+
+
+def check_merging(merging: str | None) -> None:
+    """Refuse a merging that is not known; None stands for weights whose file does not tell it.
+
+    Raises:
+        UserError: `merging` is no key of :data:`MERGINGS`.
+    """
+    if merging is None:
+        raise UserError(
+            "The file does not tell which tokens the patch mergings of its weights take, and MONAI 1.5 changed that. "
+            "Say it, with --merging or in a fine-tuning with nnssl_settings=merging=...: monai_1.4 (trained with MONAI "
+            "up to 1.4, as most published weights), monai (1.5 or later), or mergingv2 (downsample='mergingv2')."
+        )
+    if merging not in MERGINGS:
+        raise UserError(f"The patch merging is '{merging}'; it can be one of: {', '.join(MERGINGS)}.")
 
 
 class SwinStage(nn.Module):
     """A conv block, Swin blocks with plain and shifted windows in turn, and a patch merging."""
 
-    def __init__(self, channels: int, depth: int, heads: int, window: int, mlp_ratio: float, conv_norm: str | None):
+    def __init__(
+        self, channels: int, depth: int, heads: int, window: int, mlp_ratio: float, *, conv: nn.Module, merging: str
+    ):
         super().__init__()
         self.window = window
-        self.conv = ResidualBlock(channels, conv_norm) if conv_norm is not None else nn.Identity()
+        self.conv = conv
         self.blocks = nn.ModuleList(SwinBlock(channels, heads, window, mlp_ratio) for _ in range(depth))
-        self.merging = PatchMerging(channels)
+        self.merging = PatchMerging(channels, merging)
 
     def forward(self, x: Tensor, *, checkpointing: bool) -> Tensor:
         """Map tokens (B, x, y, z, C) to (B, ceil(x / 2), ceil(y / 2), ceil(z / 2), 2 C)."""
@@ -189,6 +217,8 @@ class SwinEncoder(nn.Module):
         mlp_ratio: hidden width of the MLPs over their channels.
         conv_norm: norm of the conv blocks, "group" (the paper's) or "instance" (MONAI's); None: there are no conv
             blocks, as in the first Swin UNETR.
+        conv_groups: groups of the norm "group".
+        merging: which tokens a patch merging concatenates, a key of :data:`MERGINGS`.
         mask_token: own the learnt vector that stands for hidden tokens; needed to call with a mask.
         checkpointing: recompute the Swin blocks in the backward pass: less memory, about a third more time.
 
@@ -211,6 +241,8 @@ class SwinEncoder(nn.Module):
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
         conv_norm: str | None = "group",
+        conv_groups: int = 8,
+        merging: str = "monai",
         mask_token: bool = True,
         checkpointing: bool = False,
     ):
@@ -223,10 +255,19 @@ class SwinEncoder(nn.Module):
         for heads, channels in zip(num_heads, self.channels, strict=False):
             if channels % heads:
                 raise UserError(f"A stage of {channels} channels cannot have {heads} heads: they must divide it.")
+        check_merging(merging)
         self.patch_embed = PatchEmbedding(in_channels, embed_dim, patch_size)
         self.mask_token = nn.Parameter(torch.zeros(embed_dim)) if mask_token else None
         self.stages = nn.ModuleList(
-            SwinStage(channels, depth, heads, window_size, mlp_ratio, conv_norm)
+            SwinStage(
+                channels,
+                depth,
+                heads,
+                window_size,
+                mlp_ratio,
+                conv=nn.Identity() if conv_norm is None else ResidualBlock(channels, conv_norm, conv_groups),
+                merging=merging,
+            )
             for channels, depth, heads in zip(self.channels, depths, num_heads, strict=False)
         )
         self._initialise()

@@ -6,7 +6,9 @@ entry a JSON string (architecture, method, step, preprocessing, metadata) beside
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from nnunet_ssl.architectures.origins import READERS, recognise
 from nnunet_ssl.architectures.pretrained import DESCRIBED, FORMAT, PretrainedEncoder
 from nnunet_ssl.architectures.safe_files import read_file
+from nnunet_ssl.architectures.swin import check_merging
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 
@@ -26,13 +29,19 @@ __all__ = ["FORMAT", "LoadReport", "PretrainedEncoder", "load_encoder", "read_ch
 SHOWN = 20
 """Names of a kind that a report spells out."""
 
+STEMS = ("patch_embed.proj.weight", "stem.convs.0.conv.weight")
+"""The first convolution of an encoder, which alone may be adapted to another number of input channels."""
+
+TRUNK = re.compile(r"patch_embed\.|stem\.|stages\.(\d+)\.merging\.")
+"""Tensors that everything after them depends on, for no residual connection leads around them."""
+
 
 @dataclass(frozen=True)
 class LoadReport:
     """What became of each tensor when weights were loaded; a tensor is loaded, adapted, missing or mismatched."""
 
     loaded: tuple[str, ...]
-    adapted: tuple[str, ...]  # loaded after repeating a 1-channel stem
+    adapted: tuple[str, ...]  # a stem that was fitted to another number of channels, and how
     missing: tuple[str, ...]  # in the encoder, not in the checkpoint: kept as they were
     mismatched: tuple[str, ...]  # in both, with shapes that do not fit ("name: (2,) in the file, (3,) in ..."): kept
     unexpected: tuple[str, ...]  # in the checkpoint, not in the encoder
@@ -80,38 +89,60 @@ def write_encoder(
         temporary.write_bytes(save(tensors, metadata=header))  # save_file would let nobody else read it
 
 
-def read_checkpoint(path: Path | str, origin: str | None = None) -> PretrainedEncoder:
+def read_checkpoint(path: Path | str, origin: str | None = None, merging: str | None = None) -> PretrainedEncoder:
     """Read the encoder in a checkpoint; code in the file is never executed.
+
+    Where neither the file nor `merging` tells which tokens a Swin encoder's patch mergings take, its architecture says
+    ``merging: None``, and :func:`networks.build_encoder` refuses it.
 
     Args:
         path: the file.
         origin: whose it is, a key of :data:`origins.READERS`; None to find out.
+        merging: a key of :data:`swin.MERGINGS`; None for what the file, or the family that it belongs to, tells.
 
     Raises:
-        UserError: there is no such file, it cannot be read safely, or it holds no encoder that is known here.
+        UserError: there is no such file, it cannot be read safely, it holds no encoder that is known here, some of its
+            numbers are not finite, or it tells another merging.
     """
     if origin not in (None, *READERS):
         raise UserError(f"There is no origin '{origin}'; there are: {', '.join(READERS)}.")
     file = read_file(path)
     try:
-        return READERS[origin or recognise(file)](file)
+        pretrained = READERS[origin or recognise(file)](file)
+        return pretrained if merging is None else _with_merging(pretrained, merging)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
+
+
+def _with_merging(pretrained: PretrainedEncoder, merging: str) -> PretrainedEncoder:
+    """Say of weights with which merging they were trained; what is only known of their family may be overruled."""
+    check_merging(merging)
+    if pretrained.architecture["backbone"] != "swin":
+        raise UserError("it holds a residual encoder, which has no patch mergings.")
+    told = pretrained.architecture.get("merging", "monai")
+    if pretrained.origin in (FORMAT, "nnunet") and "merging" not in pretrained.assumed and told not in (merging, None):
+        raise UserError(f"its patch merging is {told}, not {merging}.")
+    assumed = {key: why for key, why in pretrained.assumed.items() if key != "merging"}
+    return dataclasses.replace(
+        pretrained, architecture={**pretrained.architecture, "merging": merging}, assumed=assumed
+    )
 
 
 def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_fraction: float = 0.9) -> LoadReport:
     """Copy pre-trained weights into `encoder`, in place.
 
-    A convolution that takes one channel in the file and N in the encoder is repeated N times and divided by N, so an
-    image given N times yields the features of the image given once.
+    The first convolution may have another number of input channels than the file's. It is then averaged over those of
+    the file, repeated for each of the encoder's N, and divided by N: an image given N times yields the features of a
+    1-channel file's image given once.
 
     Args:
         encoder: the network to fill.
         pretrained: what :func:`read_checkpoint` returned.
-        minimum_fraction: of the encoder's numbers that must come from the file.
+        minimum_fraction: of the encoder's numbers that must come from the file. 0 only tells what would be loaded.
 
     Raises:
-        UserError: less than that was loaded. The encoder is then unchanged.
+        UserError: less than that was loaded, or a tensor was not that all others depend on. The encoder is then
+            unchanged.
     """
     own = encoder.state_dict()
     each = _names_of_each(own)
@@ -125,9 +156,9 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
         elif source.shape == target.shape:
             kinds["loaded"].append(name)
             fitted[name] = source
-        elif _is_stem(source, target):
-            kinds["adapted"].append(name)
-            fitted[name] = source.expand_as(target) / target.shape[1]
+        elif _is_stem(names, source, target):
+            kinds["adapted"].append(f"{name}: {_adaptation(source.shape[1], target.shape[1])}")
+            fitted[name] = source.mean(dim=1, keepdim=True).expand_as(target) / target.shape[1]
         else:
             kinds["mismatched"].append(f"{name}: {tuple(source.shape)} in the file, {tuple(target.shape)} here")
     report = LoadReport(
@@ -140,6 +171,12 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
             f"The weights ({pretrained.origin}) fill only {report.fraction:.1%} of the encoder, less than the "
             f"{minimum_fraction:.0%} asked for: is it built with the checkpoint's architecture "
             f"{pretrained.architecture}?\n{report}"
+        )
+    not_loaded = [names[0] for names in each if names[0] not in fitted and _is_in_the_trunk(names[0], own)]
+    if not_loaded and minimum_fraction > 0:
+        raise UserError(
+            f"The weights ({pretrained.origin}) cannot be used: all features depend on {', '.join(not_loaded)}, which "
+            f"the file lacks or has in another shape.\n{report}"
         )
     with torch.no_grad():
         for name, source in fitted.items():
@@ -155,11 +192,19 @@ def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return list(names.values())
 
 
-def _is_stem(source: Tensor, target: Tensor) -> bool:
-    """Tell whether `source` is a convolution on one channel and `target` the same convolution on more."""
-    return (
-        source.ndim >= 4
-        and source.shape[0] == target.shape[0]
-        and source.shape[1] == 1
-        and source.shape[2:] == target.shape[2:]
-    )
+def _is_stem(names: list[str], source: Tensor, target: Tensor) -> bool:
+    """Tell whether both are an encoder's first convolution and differ in their input channels alone."""
+    same = source.ndim == target.ndim and source.shape[0] == target.shape[0] and source.shape[2:] == target.shape[2:]
+    return same and bool(set(names) & set(STEMS))
+
+
+def _adaptation(theirs: int, ours: int) -> str:
+    averaged = f"averaged over the file's {theirs} channels" if theirs > 1 else ""
+    repeated = f"repeated for {ours} channels and divided by {ours}" if ours > 1 else ""
+    return " and ".join(filter(None, (averaged, repeated)))
+
+
+def _is_in_the_trunk(name: str, own: Mapping[str, Tensor]) -> bool:
+    """Tell whether all other features depend on a tensor; on the last merging, only the last map does."""
+    match = TRUNK.match(name)
+    return match is not None and (match[1] is None or any(f"stages.{int(match[1]) + 1}." in other for other in own))

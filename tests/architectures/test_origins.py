@@ -16,9 +16,9 @@ SIZES = {"embed_dim": 12, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 6), "wi
 X = torch.randn(2, 1, 40, 36, 33, generator=torch.Generator().manual_seed(0))
 
 
-def rebuilt(path, origin=None):
+def rebuilt(path, merging=None):
     """Return what was read, and the encoder that it fills completely."""
-    pretrained = read_checkpoint(path, origin)
+    pretrained = read_checkpoint(path, merging=merging)
     encoder = build_encoder(pretrained.architecture)
     report = load_encoder(encoder, pretrained)
     assert report.fraction == 1 and not report.unexpected, report
@@ -38,7 +38,7 @@ def test_monai_state_dict(stored, prefix, holder):
     state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
     if "swinViT" in prefix:
         state[prefix.replace("swinViT", "encoder1") + "layer.conv1.conv.weight"] = torch.randn(3)
-    pretrained, encoder = rebuilt(stored({holder: state} if holder else state))
+    pretrained, encoder = rebuilt(stored({holder: state} if holder else state), merging="monai")
     assert pretrained.origin == "monai"
     assert pretrained.architecture["num_heads"] == [1, 2, 4, 6]
     assert_same_maps(encoder, theirs)
@@ -52,7 +52,7 @@ def test_monai_without_conv_blocks_and_with_its_old_names(stored):
         for new, old in names.items():
             name = name.replace(new, old)
         state[f"module.{name}"] = tensor
-    pretrained, encoder = rebuilt(stored({"state_dict": state}))
+    pretrained, encoder = rebuilt(stored({"state_dict": state}), merging="monai")
     assert pretrained.architecture["conv_norm"] is None
     assert_same_maps(encoder, theirs)
 
@@ -64,8 +64,78 @@ def test_umbra_checkpoint_of_every_mode(stored, mode):
     assert (pretrained.origin, pretrained.step) == ("umbra", 200_000)
     assert pretrained.architecture["conv_norm"] == "group"
     assert pretrained.metadata["branches"] == {"both": ["contrastive", "masked"]}.get(mode, [mode])
+    assert pretrained.method == {"contrastive": "contrastive_only", "masked": "mae_only", "both": "combined"}[mode]
     assert torch.equal(encoder.mask_token, theirs.patch_embed.mask_token_injector.mask_token.flatten())
     assert_same_maps(encoder, theirs)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8, 16])
+def test_umbras_groups_are_those_of_the_file(stored, groups):
+    theirs = foreign.umbra_encoder(groups=groups)
+    content = foreign.umbra_checkpoint(theirs, "masked")
+    content["hyper_parameters"]["gn_groups"] = groups
+    pretrained, encoder = rebuilt(stored(content))
+    assert pretrained.architecture["conv_groups"] == groups and not pretrained.assumed
+    assert_same_maps(encoder, theirs)
+
+
+def test_umbras_bare_encoder_gets_its_default_groups_and_says_so(stored):
+    theirs = foreign.umbra_encoder()
+    pretrained, encoder = rebuilt(stored(theirs.state_dict()))
+    assert pretrained.architecture["conv_groups"] == 8 and "UMBRA's default" in pretrained.assumed["conv_groups"]
+    assert pretrained.method is None
+    assert_same_maps(encoder, theirs)
+
+
+@pytest.mark.parametrize("groups", [0, 5, "8", 24, None])
+def test_groups_that_cannot_be_built_are_refused(stored, groups):
+    content = foreign.umbra_checkpoint(foreign.umbra_encoder(), "masked")
+    content["hyper_parameters"]["gn_groups"] = groups
+    with pytest.raises(UserError, match=r"cannot have .* groups in the norms of \[16, 32, 64, 128\] channels"):
+        read_checkpoint(stored(content))
+
+
+def norms_of_another_kind(change):
+    """MONAI's tensors, with others beside those of the conv blocks."""
+    state = foreign.monai_encoder(**SIZES).state_dict()
+    for stage, width in enumerate((12, 24, 48, 96), start=1):
+        for norm in ("norm1", "norm2"):
+            change(state, stage, f"layers{stage}c.0.layer.{norm}", width)
+    return state
+
+
+def affine(state, stage, norm, width):
+    state |= {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
+
+
+def batch_norm(state, stage, norm, width):
+    affine(state, stage, norm, width)
+    state |= {f"{norm}.running_mean": torch.zeros(width), f"{norm}.num_batches_tracked": torch.tensor(3)}
+
+
+def half_affine(state, stage, norm, width):
+    if stage % 2:
+        affine(state, stage, norm, width)
+
+
+def without_biases(state, stage, norm, width):
+    state |= {f"{norm}.weight": torch.ones(width)}
+
+
+@pytest.mark.parametrize("change", [affine, batch_norm, half_affine, without_biases])
+@pytest.mark.parametrize("extra", [{}, {"encoder_m.a": torch.zeros(1)}], ids=["as MONAI's", "as UMBRA's"])
+def test_norms_of_an_unknown_kind_are_refused(stored, change, extra):
+    with pytest.raises(
+        UserError, match="the norms of (the encoder's|its) conv blocks (are of an unknown|have weights)"
+    ):
+        read_checkpoint(stored({"state_dict": norms_of_another_kind(change) | extra}), merging="monai")
+
+
+def test_a_contrastive_umbra_checkpoint_without_its_settings_is_not_called_masked(stored):
+    content = foreign.umbra_checkpoint(foreign.umbra_encoder(), "contrastive")
+    del content["hyper_parameters"]
+    pretrained = read_checkpoint(stored(content))
+    assert (pretrained.method, pretrained.metadata["branches"]) == (None, ["contrastive"])
 
 
 def test_our_pretraining_checkpoint(stored, tiny_recipe):
@@ -118,8 +188,9 @@ def nnunet_checkpoint(network, arch_kwargs) -> dict:
     }
 
 
-def test_our_finetuned_nnunet_checkpoint(stored):
-    sizes = {**SIZES, "conv_norm": "group"}
+@pytest.mark.parametrize("extra", [{}, {"merging": "monai_1.4", "conv_groups": 4}], ids=["before mergings", "today"])
+def test_our_finetuned_nnunet_checkpoint(stored, extra):
+    sizes = {**SIZES, "conv_norm": "group", **extra}
     network = SwinFPN(1, 2, **sizes)
     pretrained, encoder = rebuilt(stored(nnunet_checkpoint(network, sizes)))
     assert (pretrained.origin, pretrained.method) == ("nnunet", "nnUNetTrainerMCLMIM")

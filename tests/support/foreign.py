@@ -47,14 +47,14 @@ class MaskablePatchEmbedding(nn.Module):
         return self.patch_embed(x)
 
 
-def umbra_encoder(*, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), window_size=4) -> nn.Module:
-    """Build UMBRA's encoder from MONAI's: GroupNorm(8) in the conv blocks, and a mask token."""
+def umbra_encoder(*, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), window_size=4, groups=8) -> nn.Module:
+    """Build UMBRA's encoder from MONAI's: group norms in the conv blocks, and a mask token."""
     torch.manual_seed(1)
     encoder = monai_encoder(embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size)
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.InstanceNorm3d):
-                norm = nn.GroupNorm(8, child.num_features)
+                norm = nn.GroupNorm(min(groups, child.num_features), child.num_features)
                 nn.init.normal_(norm.weight, 1, 0.1)
                 nn.init.normal_(norm.bias, 0, 0.1)
                 setattr(module, name, norm)
@@ -63,14 +63,20 @@ def umbra_encoder(*, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), 
 
 
 def umbra_checkpoint(encoder: nn.Module, mode: str) -> dict:
-    """Build the Lightning checkpoint of one of UMBRA's pre-trainings: "contrastive", "masked" or "both"."""
+    """Build the Lightning checkpoint of one of UMBRA's pre-trainings: "contrastive", "masked" or "both".
+
+    Each has the decoder of masked modelling. MAEPretrainer has no argument for the mode, ContrastiveMAEPretrainer none
+    for the groups.
+    """
     state = {f"model.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    if mode != "contrastive":
-        state |= {
-            "model.feats_decoder.lat1.weight": torch.randn(32, 16, 1, 1, 1),
-            "model.feats_decoder.smooth1.norm.weight": torch.ones(32),
-            "model.head.proj.weight": torch.randn(8, 32, 1, 1, 1),
-        }
+    state |= {
+        "model.feats_decoder.lat1.weight": torch.randn(32, 16, 1, 1, 1),
+        "model.feats_decoder.smooth1.norm.weight": torch.ones(32),
+        "model.head.proj.weight": torch.randn(8, 32, 1, 1, 1),
+    }
+    settings = {"learning_rate": 1e-4, "mask_ratio": [0.5, 0.75], "extra_swin_kwargs": None, "gn_groups": 8}
+    if mode != "masked":
+        settings |= {"pretraining_mode": {"contrastive": "contrastive_only", "both": "combined"}[mode]}
     if mode != "masked":
         state |= {f"encoder_m.{name}": tensor + 1 for name, tensor in encoder.state_dict().items()}
         state |= {"projection.0.weight": torch.randn(512, 256), "projection_m.0.weight": torch.randn(512, 256)}
@@ -82,7 +88,7 @@ def umbra_checkpoint(encoder: nn.Module, mode: str) -> dict:
         "state_dict": state,
         "optimizer_states": [{"state": {}, "param_groups": []}],
         "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5), "best_model_path": "x.ckpt"}},
-        "hyper_parameters": {"lr": 1e-4, "mode": mode},
+        "hyper_parameters": settings,
     }
 
 
