@@ -2,6 +2,7 @@
 
 Everywhere `embeddings` is (N, D), one row per scan, and `patient` and `modality` hold one label per row. All measures
 look at directions only: rows are L2-normalised first. A row of zeros has no direction and is at distance 1 from all.
+Rows that are not finite leave the measures without a value; a caller who must know the reason looks before.
 """
 
 from __future__ import annotations

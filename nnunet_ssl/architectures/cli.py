@@ -200,14 +200,22 @@ def _add_fetch(commands) -> None:
 
 def _fetch(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.architectures.fetching import destination, full_name, locate
+    from nnunet_ssl.architectures.pretrained import UMBRAS_RECIPES
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error at the end says enough
     dataset = full_name(arguments.d)
     file = locate(arguments.source, arguments.filename, arguments.revision)
     pretrained, report = _read(file, arguments)
-    recipe = arguments.recipe or (pretrained.method if pretrained.origin == "nnunet_ssl" else None)
-    if recipe is None:
-        raise UserError(f"{file} does not say by which recipe it was trained. Say it: --recipe mcl_mim")
+    own = (pretrained.method,) if pretrained.origin == "nnunet_ssl" and pretrained.method else ()
+    candidates = UMBRAS_RECIPES.get(pretrained.method or "", own)
+    if arguments.recipe is None and len(candidates) != 1:
+        known = f" It may be: {', '.join(candidates)}." if candidates else ""
+        raise UserError(f"{file} does not say by which recipe it was trained.{known} Say it: --recipe mcl_mim")
+    recipe = arguments.recipe or candidates[0]
+    if not pretrained.may_be_of(recipe):
+        logger.warning(
+            "The file says that its weights were trained by %s; the recipe %s is another.", pretrained.method, recipe
+        )
     _write_own(destination(recipe, dataset), file, pretrained, report)
 
 

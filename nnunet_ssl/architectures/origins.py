@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnunet_ssl.architectures.inferred import resenc_architecture, swin_architecture
 from nnunet_ssl.architectures.monai_names import from_monai
-from nnunet_ssl.architectures.pretrained import DESCRIBED, FORMAT, PretrainedEncoder
+from nnunet_ssl.architectures.pretrained import DESCRIBED, FORMAT, UMBRAS_RECIPES, PretrainedEncoder
 from nnunet_ssl.architectures.safe_files import CheckpointFile
 from nnunet_ssl.errors import UserError
 
@@ -37,13 +37,6 @@ TOP_MODULES = ("patch_embed.", "mask_token", "layers", "stages.", "stem.")
 
 COPIES = ("encoder_m", "key", "decoder")
 """Modules that hold the encoder a second time: UMBRA's and our moving averages, the alias in nnU-Net's decoder."""
-
-UMBRAS_MODES = {
-    "mae_only": ["masked"],
-    "contrastive_only": ["contrastive"],
-    "combined": ["contrastive", "masked"],
-}
-"""By UMBRA's word for a mode of its pre-training: the branches that it has."""
 
 BEFORE_MONAI_1_5 = re.compile(
     r"model_swinvit|swin_unetr\.(base|small|tiny)_5000ep|swin_unetr_btcv|fold\d_f\d+_ep300_4gpu|model_bestValRMSE"
@@ -71,7 +64,7 @@ def recognise(file: CheckpointFile) -> str:
     if "trainer_name" in content:
         return "nnunet"
     settings = _section(content, "hyper_parameters")
-    if "use_swinunetr" in settings or settings.get("pretraining_mode") in UMBRAS_MODES:
+    if "use_swinunetr" in settings or settings.get("pretraining_mode") in UMBRAS_RECIPES:
         return "umbra"
     state = state_dict(content)
     if any("mask_token_injector" in name or "feats_decoder" in name or "encoder_m" in name for name in state):
@@ -150,7 +143,7 @@ def _read_umbra(file: CheckpointFile) -> PretrainedEncoder:
         method=mode,
         step=content.get("global_step"),
         metadata=_known(
-            branches=UMBRAS_MODES.get(mode or "", ["contrastive"] if "queue" in state else None),
+            branches=_umbras_branches(mode, state),
             epoch=content.get("epoch"),
             hyper_parameters=settings,
         ),
@@ -167,10 +160,15 @@ def _umbras_mode(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> st
     """
     if "encoder_prefix_in_ckpt" in settings:
         return "finetuned"
-    if settings.get("pretraining_mode") in UMBRAS_MODES:
+    if settings.get("pretraining_mode") in UMBRAS_RECIPES:
         return settings["pretraining_mode"]
     masked_alone = "queue" not in state and any("feats_decoder" in name for name in state)
     return "mae_only" if masked_alone else None
+
+
+def _umbras_branches(mode: str | None, state: Mapping[str, Tensor]) -> list[str]:
+    contrastive, masked = mode in ("contrastive_only", "combined") or "queue" in state, mode in ("mae_only", "combined")
+    return ["contrastive"] * contrastive + ["masked"] * masked
 
 
 def _umbras_groups(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:

@@ -20,6 +20,14 @@ DESCRIBED = ("architecture", "method", "step", "preprocessing", "metadata")
 """What those files tell of the weights, beside the weights."""
 
 
+UMBRAS_RECIPES = {
+    "mae_only": ("mim",),
+    "contrastive_only": ("cl", "mcl"),
+    "combined": ("cl_mim", "mcl_mim", "mcl_mim_balanced"),
+}
+"""By UMBRA's word for a mode of its pre-training: the recipes it may be, since no file tells what the pairs were of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainedEncoder:
     """An encoder's weights and what is known about them."""
@@ -33,6 +41,10 @@ class PretrainedEncoder:
     metadata: dict[str, Any] = field(default_factory=dict)  # JSON types only
     left_out: dict[str, int] = field(default_factory=dict)  # the file's tensors beside the encoder, by module
     assumed: dict[str, str] = field(default_factory=dict)  # by key of the architecture: what no file tells, and why so
+
+    def may_be_of(self, recipe: str) -> bool:
+        """Tell whether the weights may come from a recipe, as far as the file says."""
+        return self.method in (None, recipe, f"{recipe}_resenc") or recipe in UMBRAS_RECIPES.get(self.method or "", ())
 
 
 def encoder_file(path: Path) -> Path:

@@ -21,12 +21,22 @@ class Embeddings:
     """One vector per scan.
 
     Attributes:
-        vectors: (N, D) float64.
+        vectors: (N, D) float64, finite.
         scans: N rows of strings, at least patient_id, session_id, filename (together unique) and modality.
     """
 
     vectors: np.ndarray
     scans: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        """Raise UserError where a vector is not finite: any measure would be of nothing."""
+        broken = np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))
+        if len(broken):
+            first = ", ".join(f"{name} {self.scans[name].iloc[broken[0]]}" for name in IDENTITY if name in self.scans)
+            raise UserError(
+                f"{len(broken)} of {len(self.vectors)} embeddings are not finite, the first that of {first}: the "
+                "encoder or the scan holds numbers that are not finite or far too large."
+            )
 
     def __len__(self) -> int:
         return len(self.scans)

@@ -69,7 +69,9 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     pretrained = read_checkpoint(encoder_file(checkpoint))
     corpus = open_corpus(dataset)
     _compare_preprocessing(pretrained, corpus)
-    encoder = build_encoder(pretrained.architecture)
+    encoder = build_encoder({**pretrained.architecture, "in_channels": 1})  # scans are encoded one by one
+    for key, why in pretrained.assumed.items():
+        logger.warning("Assumed of the checkpoint: %s %s (%s).", key, pretrained.architecture[key], why)
     logger.info("%s", load_encoder(encoder, pretrained))
     rows = choose_rows(corpus, pretrained, config)
     patch_size = config.patch_size or _pretraining(pretrained).get("patch_size", DEFAULT_PATCH)

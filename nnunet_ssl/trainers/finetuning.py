@@ -29,7 +29,7 @@ from nnunet_ssl.trainers.networks import (
     plans_residual_unet,
     stage_differences,
 )
-from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer
+from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer, refuse_lost_epoch
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
 from nnunet_ssl.trainers.settings import Settings
@@ -84,7 +84,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.encoder_checked = False
         self.step_in_epoch = 0
         if self.settings.suffix():
-            self.print_to_log_file(f"Settings are in the plans; nnU-Net's other commands take -p {plans['plans_name']}")
+            self.print_to_log_file(
+                f"Settings are in the plans, so nnU-Net's other commands need -p {plans['plans_name']}, "
+                "nnUNetv2_predict among them: without it they take another model or find none."
+            )
 
     # ---- network and weights -----------------------------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def _read_checkpoint(self, path: Path) -> PretrainedEncoder:
         use = "Taking the network's sizes, not its weights, from" if self.from_scratch else "Pre-trained encoder:"
         self.print_to_log_file(f"{use} {path}")
-        return read_checkpoint(path)
+        return read_checkpoint(path, merging=self.settings.merging)
 
     def _choose_network(self, architecture: dict[str, Any]) -> dict[str, Any]:
         """Build around the checkpoint's backbone, whatever network the plans were made for, and say so."""
@@ -163,8 +166,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def _load_encoder(self, pretrained: PretrainedEncoder, source: dict[str, str], entry: dict[str, Any]) -> None:
         self.print_to_log_file(f"origin {pretrained.origin}, method {pretrained.method}, step {pretrained.step}")
-        if self.recipe and pretrained.method not in (None, self.recipe, f"{self.recipe}_resenc"):
+        if self.recipe and not pretrained.may_be_of(self.recipe):
             self.print_to_log_file(f"WARNING: {type(self).__name__} starts from a pre-training by {pretrained.method}.")
+        for key, why in pretrained.assumed.items():
+            self.print_to_log_file(f"WARNING: assumed of the checkpoint: {key} {pretrained.architecture[key]} ({why})")
         minimum = MINIMUM_FRACTION[pretrained.architecture["backbone"]]
         report = load_encoder(unwrapped(self.network).encoder, pretrained, minimum_fraction=minimum)
         self.print_to_log_file(str(report))
@@ -220,6 +225,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        losses = [float(output["loss"]) for output in train_outputs]
+        with exit_on_user_error():
+            refuse_lost_epoch(losses, self.current_epoch, self.is_ddp)
+        super().on_train_epoch_end(train_outputs)
 
     def _prepare_step(self) -> None:
         """Set learning rates for the coming step, and freeze or unfreeze the encoder when its time has come."""

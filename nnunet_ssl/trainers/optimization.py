@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from nnunet_ssl.decay import decay_groups
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.schedules import warmup_cosine
 
 # arXiv 2511.11311, fine-tuning recipe
@@ -49,3 +53,25 @@ class StepSchedule:
     def _rate(self, step: int, steps: int, peak: float) -> float:
         warmup = round(WARMUP_SHARE * self.steps)
         return warmup_cosine(step, steps=steps, warmup=warmup, peak=peak, floor=FLOOR_OF_PEAK * peak)
+
+
+def refuse_lost_epoch(losses: Sequence[float], epoch: int, is_ddp: bool) -> None:
+    """End a training that nothing can be learnt in any more, before nnU-Net writes a checkpoint of the epoch.
+
+    Args:
+        losses: of the epoch's steps, on this rank.
+        is_ddp: other ranks have losses of their own; all must call this.
+
+    Raises:
+        UserError: none of the losses, on any rank, is finite.
+    """
+    ranks = [losses]
+    if is_ddp:
+        ranks = [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(ranks, losses)
+    if not any(math.isfinite(loss) for rank in ranks for loss in rank):
+        raise UserError(
+            f"The loss was not finite in any step of epoch {epoch}, so the training ends here; the checkpoint of the "
+            "epoch before it, if there is one, is kept. Look for images with numbers that are not finite, or train "
+            "slower: nnssl_settings=lr=..."
+        )

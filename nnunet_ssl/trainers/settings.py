@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nnunet_ssl.architectures.swin import MERGINGS
 from nnunet_ssl.errors import UserError
 
 VARIABLE = "nnssl_settings"
@@ -29,6 +30,7 @@ class Settings:
         patch_size: patch in voxels, in the plans' axis order. ``None``: the plans'.
         batch_size: patches per step. ``None``: the plans'.
         fraction: per cent of the fold's training subjects to train on; smaller fractions are subsets of larger ones.
+        merging: of a Swin checkpoint whose file does not tell it, a key of :data:`architectures.swin.MERGINGS`.
         seed: draws the order of subjects for `fraction`, and the initial weights of what is not pre-trained.
         name: keeps apart what no other setting does, such as models that start from different checkpoints.
     """
@@ -41,6 +43,7 @@ class Settings:
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
     fraction: int = 100
+    merging: str | None = None
     seed: int = 0
     name: str = ""
 
@@ -60,6 +63,10 @@ class Settings:
         _require(
             self.patch_size is None or (len(self.patch_size) == 3 and min(self.patch_size) >= 1),
             f"patch_size={self.patch_size} must be three positive numbers, such as 96x96x96",
+        )
+        _require(
+            self.merging is None or self.merging in MERGINGS,
+            f"merging={self.merging} must be one of {', '.join(MERGINGS)}",
         )
         _require(self.seed >= 0, f"seed={self.seed} must not be negative")
         _require(re.fullmatch("[A-Za-z0-9]*", self.name) is not None, f"name={self.name} may hold letters and digits")
@@ -110,6 +117,7 @@ class Settings:
 
 _READERS = {
     "str": str,
+    "str | None": str,
     "int": int,
     "int | None": int,
     "float": float,
@@ -122,6 +130,7 @@ _SHORT = {
     "encoder_lr": "encoderlr",
     "patch_size": "patch",
     "batch_size": "batch",
+    "merging": "merging-",
     "name": "name-",
 }
 

@@ -69,9 +69,9 @@ def test_the_mergings_differ(weights):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("nnssl_monai_1_4" not in os.environ, reason="nnssl_monai_1_4 names no folder with MONAI 1.4")
+@pytest.mark.skipif("NNSSL_MONAI_1_4" not in os.environ, reason="NNSSL_MONAI_1_4 names no folder with MONAI 1.4")
 def test_the_reference_is_what_monai_1_4_computes(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.environ["nnssl_monai_1_4"]}
+    environment = os.environ | {"PYTHONPATH": os.environ["NNSSL_MONAI_1_4"]}
     subprocess.run([sys.executable, monai_1_4.__file__, tmp_path / "again.npz"], env=environment, check=True)
     with np.load(tmp_path / "again.npz") as again, np.load(REFERENCE) as reference:
         assert set(again) == set(reference)
@@ -149,7 +149,7 @@ def test_our_own_weights_without_the_key_are_computed_as_before(tmp_path):
 
 
 def test_an_unknown_merging_is_refused(weights):
-    with pytest.raises(UserError, match="'v3'; it can be one of: monai, monai_1.4, mergingv2"):
+    with pytest.raises(UserError, match=r"'v3'; it can be one of: monai, monai_1\.4, mergingv2"):
         read_checkpoint(weights(), merging="v3")
 
 

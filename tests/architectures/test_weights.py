@@ -83,6 +83,73 @@ def test_an_image_given_n_times_yields_the_maps_of_the_image_given_once(architec
             torch.testing.assert_close(own, reference, rtol=0, atol=1e-7)  # the division was done in float32
 
 
+@pytest.mark.parametrize("architecture", [SWIN, RESENC], ids=["swin", "resenc"])
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 1), (2, 1), (4, 2), (2, 3)])
+def test_a_stem_of_several_channels_is_averaged_and_said_so(architecture, theirs, ours):
+    source = build_encoder({**architecture, "in_channels": theirs})
+    encoder = build_encoder({**architecture, "in_channels": ours})
+    report = load_encoder(encoder, pretrained_of(source, {**architecture, "in_channels": theirs}))
+    (name,) = [name for name in ("patch_embed.proj.weight", "stem.convs.0.conv.weight") if name in source.state_dict()]
+    expected = source.state_dict()[name].mean(dim=1, keepdim=True) / ours
+    torch.testing.assert_close(encoder.state_dict()[name], expected.expand_as(encoder.state_dict()[name]))
+    assert report.fraction == 1 and f"{name}: averaged over the file's {theirs} channels" in str(report)
+
+
+def trunk(names):
+    """Every tensor that no residual connection leads around, of all but the last stage."""
+    starts = ("patch_embed.", "stem.", *(f"stages.{stage}.merging." for stage in range(2)))
+    return [name for name in names if name.startswith(starts)]
+
+
+@pytest.mark.parametrize("architecture", [{**SWIN, "depths": [1, 1, 1], "num_heads": [1, 2, 2]}, RESENC])
+@pytest.mark.parametrize("change", ["missing", "of another shape"])
+def test_no_encoder_is_used_without_what_all_else_depends_on(architecture, change):
+    """Whatever its share of the numbers."""
+    complete = build_encoder(architecture).state_dict()
+    names = trunk(complete)
+    assert names
+    for name in names:
+        twins = [other for other in complete if complete[other].data_ptr() == complete[name].data_ptr()]
+        source = {other: tensor for other, tensor in complete.items() if other not in twins}
+        if change != "missing":
+            source |= {other: complete[name][:1].clone() for other in twins}
+        pretrained = PretrainedEncoder(tensors=source, architecture=architecture, origin="nnunet_ssl")
+        encoder = build_encoder(architecture)
+        before = {other: tensor.clone() for other, tensor in encoder.state_dict().items()}
+        with pytest.raises(UserError, match="all features depend on"):
+            load_encoder(encoder, pretrained, minimum_fraction=0.01)
+        assert all(torch.equal(tensor, before[other]) for other, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", [SWIN, RESENC], ids=["swin", "resenc"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e300], ids=str)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_numbers_that_are_not_finite_are_refused_by_the_tensors_name(tmp_path, architecture, number, suffix):
+    tensors = {name: tensor.clone().double() for name, tensor in build_encoder(architecture).state_dict().items()}
+    name = list(tensors)[-1]
+    tensors[name].view(-1)[-1] = number
+    path = tmp_path / f"encoder.{suffix}"
+    if suffix == "pth":
+        torch.save(tensors, path)
+    else:
+        write_encoder(path, tensors, architecture=architecture, **DESCRIPTION)
+    with pytest.raises(UserError, match=r"1 of the \d+ numbers of its tensor .* are not finite") as caught:
+        read_checkpoint(path)
+    assert name in str(caught.value)
+
+
+def test_what_lies_beside_the_encoder_may_be_anything(tmp_path):
+    tensors = build_encoder(SWIN).state_dict()
+    torch.save(
+        {
+            "learner": {f"query.encoder.{name}": tensor for name, tensor in tensors.items()}
+            | {"queue": torch.full((3,), float("nan"))}
+        },
+        tmp_path / "checkpoint.pth",
+    )
+    assert read_checkpoint(tmp_path / "checkpoint.pth").left_out == {"queue": 1}
+
+
 def test_report_names_what_became_of_each_tensor():
     source = build_encoder(SWIN).state_dict()
     del source["mask_token"]

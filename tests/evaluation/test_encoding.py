@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.architectures.weights import write_encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import read_embeddings
@@ -14,6 +16,7 @@ from nnunet_ssl.pretraining.corpus import open_corpus
 
 CPU = torch.device("cpu")
 PATCH = (32, 32, 32)
+TINY_ENCODER = {"backbone": "swin", "in_channels": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
 
 
 @pytest.fixture
@@ -121,3 +124,29 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device here"):
             find_device("cuda")
+
+
+def test_an_encoder_of_several_channels_sees_each_scan_through_their_mean(write_corpus, tmp_path):
+    write_corpus(n_subjects=2)
+    wide = build_encoder({**TINY_ENCODER, "in_channels": 4})
+    single = {**wide.state_dict()}
+    single["patch_embed.proj.weight"] = single["patch_embed.proj.weight"].mean(dim=1, keepdim=True)
+    vectors = []
+    for channels, state in ((4, wide.state_dict()), (1, single)):
+        architecture = {**TINY_ENCODER, "in_channels": channels}
+        path = tmp_path / f"{channels}.safetensors"
+        write_encoder(path, state, architecture=architecture, method=None, step=None, preprocessing=None, metadata={})
+        vectors.append(embed_corpus(path, 500, EncodingConfig(patch_size=PATCH), CPU).vectors)
+    np.testing.assert_allclose(*vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_that_are_not_finite_are_their_own_error(write_corpus, tmp_path):
+    """The weights are finite, but what they make of a scan is not."""
+    write_corpus(n_subjects=2)
+    encoder = build_encoder(TINY_ENCODER)
+    encoder.patch_embed.proj.weight.data.fill_(3e38)
+    path = tmp_path / "encoder.safetensors"
+    described = {"method": None, "step": None, "preprocessing": None, "metadata": {}}
+    write_encoder(path, encoder.state_dict(), architecture=TINY_ENCODER, **described)
+    with pytest.raises(UserError, match=r"4 of 4 embeddings are not finite, the first that of patient_id A/sub_0"):
+        embed_corpus(path, 500, EncodingConfig(patch_size=PATCH), CPU)

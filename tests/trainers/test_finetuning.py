@@ -5,6 +5,7 @@ import itertools
 import shutil
 from pathlib import Path
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
+from nnunet_ssl.architectures.swin import MERGINGS
 from nnunet_ssl.architectures.weights import read_checkpoint, write_encoder
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
@@ -354,6 +356,68 @@ def test_another_checkpoint_needs_a_name_of_its_own(workplace, swin_checkpoint, 
     named.initialize()
     assert named.plans_manager.plans["nnunet_ssl"]["pretrained"]["file"] == str(other)
     assert "_name-other__" in named.output_folder_base
+
+
+@pytest.fixture
+def monai_file(tmp_path, monkeypatch):
+    """A state dict of MONAI's SwinUNETR that trainers start from; nothing in it tells its merging."""
+    state = foreign.monai_encoder(embed_dim=6, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=3).state_dict()
+    torch.save({"state_dict": {f"swinViT.{name}": tensor for name, tensor in state.items()}}, tmp_path / "model.pt")
+    monkeypatch.setenv("nnssl_checkpoint", str(tmp_path / "model.pt"))
+    return tmp_path / "model.pt"
+
+
+def test_a_merging_that_no_file_tells_is_asked_for_and_kept_in_the_plans(workplace, monai_file, monkeypatch):
+    with pytest.raises(SystemExit, match=r"nnssl_settings=merging="):
+        workplace.trainer(nnUNetTrainerSSL).initialize()
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},merging=monai_1.4")
+    trainer = workplace.trainer(nnUNetTrainerSSL)
+    trainer.initialize()
+    assert trainer.network.encoder.stages[0].merging.octants == MERGINGS["monai_1.4"]
+    assert trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]["merging"] == "monai_1.4"
+    assert "_merging-monai_1.4__" in trainer.output_folder_base
+    workplace.save_model(trainer)
+    monkeypatch.delenv("nnssl_settings")
+    plans = Path(trainer.output_folder_base).name.split("__")[1]
+    again = workplace.trainer(nnUNetTrainerSSL, plans=plans)
+    again.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+    assert again.network.encoder.stages[0].merging.octants == MERGINGS["monai_1.4"]
+
+
+def test_what_is_assumed_of_a_checkpoint_stands_in_the_log(workplace, monai_file, monkeypatch):
+    known = monai_file.rename(monai_file.with_name("model_swinvit.pt"))
+    monkeypatch.setenv("nnssl_checkpoint", str(known))
+    trainer = workplace.trainer(nnUNetTrainerSSL)
+    trainer.initialize()
+    assert "WARNING: assumed of the checkpoint: merging monai_1.4 " in log_of(trainer)
+
+
+def test_the_stem_of_several_channels_is_averaged_and_the_log_says_so(
+    workplace, write_checkpoint, swin_checkpoint, tmp_path, monkeypatch
+):
+    architecture = read_checkpoint(swin_checkpoint).architecture | {"in_channels": 4}
+    path = write_checkpoint(tmp_path, architecture)
+    monkeypatch.setenv("nnssl_checkpoint", str(path))
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    expected = read_checkpoint(path).tensors["patch_embed.proj.weight"].mean(dim=1, keepdim=True)
+    torch.testing.assert_close(trainer.network.encoder.patch_embed.proj.weight.detach(), expected)
+    assert "patch_embed.proj.weight: averaged over the file's 4 channels" in log_of(trainer)
+
+
+def test_an_epoch_whose_losses_are_all_not_finite_ends_the_training(workplace):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    lost = [{"loss": np.array(number, np.float32)} for number in (np.nan, np.inf)]
+    trainer.on_train_epoch_end([*lost, {"loss": np.array(0.5, np.float32)}])
+    with pytest.raises(SystemExit, match="not finite in any step of epoch 0"):
+        trainer.on_train_epoch_end(lost)
+
+
+def test_the_log_says_what_prediction_needs(workplace):
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    name = trainer.plans_manager.plans_name
+    assert f"need -p {name}, nnUNetv2_predict among them" in log_of(trainer)
 
 
 def test_an_arm_says_when_its_checkpoint_is_of_another_recipe(workplace):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from nnunet_ssl.architectures.swin import MERGINGS
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import Settings
@@ -21,6 +22,7 @@ all_settings = st.builds(
     patch_size=st.none() | st.tuples(*[st.integers(1, 320)] * 3),
     batch_size=st.none() | st.integers(1, 64),
     fraction=st.integers(1, 100),
+    merging=st.none() | st.sampled_from(sorted(MERGINGS)),
     seed=st.integers(0, 10**6),
     name=st.text("abcXYZ019", max_size=5) | st.sampled_from(["seed1", "lr", "steps500"]),
 )
