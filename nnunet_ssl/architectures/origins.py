@@ -141,7 +141,7 @@ def _read_umbra(file: CheckpointFile) -> PretrainedEncoder:
         architecture=architecture,
         origin="umbra",
         method=mode,
-        step=content.get("global_step"),
+        step=plain(content.get("global_step")),
         metadata=_known(
             branches=_umbras_branches(mode, state),
             epoch=content.get("epoch"),
@@ -198,7 +198,7 @@ def _read_nnunet(file: CheckpointFile) -> PretrainedEncoder:
         tensors=tensors,
         architecture=_architecture(tensors) | {key: network[key] for key in UNSEEN if key in network},
         origin="nnunet",
-        method=content.get("trainer_name"),
+        method=plain(content.get("trainer_name")),
         preprocessing=_preprocessing(plans, configuration),
         metadata=_known(
             dataset=plans.get("dataset_name"),
@@ -231,7 +231,7 @@ def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
         tensors=tensors,
         architecture=_architecture(tensors),
         origin="nnssl",
-        method=content.get("trainer_name"),
+        method=plain(content.get("trainer_name")),
         preprocessing=_preprocessing(pretraining, configuration),
         metadata=_known(nnssl_adaptation_plan=plan, citations=content.get("citations")),
         left_out=left_out,

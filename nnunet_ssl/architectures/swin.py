@@ -171,8 +171,8 @@ def check_merging(merging: str | None) -> None:
     if merging is None:
         raise UserError(
             "The file does not tell which tokens the patch mergings of its weights take, and MONAI 1.5 changed that. "
-            "Say it, in nnssl_weights with --merging, in a fine-tuning with nnssl_settings=merging=...: monai_1.4 (trained "
-            "with MONAI up to 1.4, as most published weights), monai (1.5 or later), or mergingv2 (its downsample)."
+            "Say it, to nnssl_weights with --merging, to a fine-tuning with nnssl_settings=merging=...: monai_1.4 "
+            "(trained with MONAI up to 1.4, as most published weights), monai (1.5 or later), or mergingv2."
         )
     if merging not in MERGINGS:
         raise UserError(f"The patch merging is '{merging}'; it can be one of: {', '.join(MERGINGS)}.")

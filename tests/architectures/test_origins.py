@@ -1,9 +1,17 @@
 """Every kind of checkpoint that can be read gives the features that its own network computes."""
 
+import json
+from pathlib import Path
+
 import foreign
 import numpy as np
 import pytest
 import torch
+from monai.inferers.inferer import SlidingWindowInferer
+from monai.losses.dice import DiceCELoss
+from monai.metrics.hausdorff_distance import HausdorffDistanceMetric
+from monai.metrics.meandice import DiceMetric
+from monai.transforms import Activations, AsDiscrete, Compose
 from torch.nn import functional as F
 
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
@@ -93,6 +101,37 @@ def test_groups_that_cannot_be_built_are_refused(stored, groups):
     content["hyper_parameters"]["gn_groups"] = groups
     with pytest.raises(UserError, match=r"cannot have .* groups in the norms of \[16, 32, 64, 128\] channels"):
         read_checkpoint(stored(content))
+
+
+def test_umbras_finetuning_checkpoint_with_its_modules_pickled(stored):
+    """Lightning keeps every argument of the module: networks, MONAI's losses, metrics, inferers and transforms."""
+    theirs = foreign.umbra_encoder(groups=4)
+    content = foreign.umbra_checkpoint(theirs, "masked")
+    content["hyper_parameters"] = {
+        "model": theirs,
+        "loss_fn": DiceCELoss(sigmoid=True),
+        "metrics": {"dice": DiceMetric(), "hausdorff": HausdorffDistanceMetric(percentile=0.95)},
+        "inferer": SlidingWindowInferer(roi_size=96, overlap=0.25),
+        "postprocess": Compose([Activations(sigmoid=True), AsDiscrete(threshold=0.5)]),
+        "load_encoder_from": Path("/checkpoints/pretrained.ckpt"),
+        "encoder_prefix_in_ckpt": "model.encoder",
+        "gn_groups": 4,
+        "use_swinunetr": False,
+    }
+    pretrained, encoder = rebuilt(stored(content))
+    assert (pretrained.origin, pretrained.method) == ("umbra", "finetuned")
+    assert "branches" not in pretrained.metadata
+    assert json.dumps(pretrained.metadata)
+    assert_same_maps(encoder, theirs)
+
+
+def test_umbras_finetuned_swin_unetr(stored):
+    theirs = foreign.monai_encoder(**SIZES)
+    state = {f"model.swinViT.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    settings = {"use_swinunetr": True, "encoder_prefix_in_ckpt": "model.encoder", "gn_groups": 8}
+    pretrained, encoder = rebuilt(stored({"state_dict": state, "hyper_parameters": settings}))
+    assert (pretrained.origin, pretrained.method, pretrained.architecture["merging"]) == ("umbra", "finetuned", "monai")
+    assert_same_maps(encoder, theirs)
 
 
 def norms_of_another_kind(change):

@@ -1,8 +1,14 @@
 """No file can run code, and a file that cannot be used says why in one line."""
 
+import argparse
+import collections
+import importlib
 import os
 import pathlib
 import pickle
+import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -10,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nnunet_ssl.architectures.safe_files import read_file
+from nnunet_ssl.architectures.safe_files import Placeholder, read_file
 from nnunet_ssl.errors import UserError
 
 
@@ -50,9 +56,106 @@ def test_plain_pickle_is_refused_and_not_run(tmp_path):
     assert not victim.exists()
 
 
-def test_objects_of_somebody_elses_classes_are_refused_by_name(tmp_path):
-    torch.save({"hyper_parameters": pathlib.PurePosixPath("/data")}, tmp_path / "model.ckpt")
-    assert "pathlib.PurePosixPath" in refusal(tmp_path / "model.ckpt").replace("._local", "")
+class Victimiser:
+    """Whatever is done with it, it makes a folder; as a class of a package that is nobody's but the file's."""
+
+    victim: pathlib.Path
+
+    def __new__(cls, *arguments):
+        cls.victim.mkdir(exist_ok=True)
+        return super().__new__(cls)
+
+    def __reduce__(self):
+        return Victimiser, (1,), {"state": 2}
+
+    def __setstate__(self, state):
+        self.victim.mkdir(exist_ok=True)
+
+
+def test_objects_of_other_packages_become_placeholders_and_none_of_their_code_runs(tmp_path):
+    Victimiser.victim = tmp_path / "victim"
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "hyper_parameters": {"model": Victimiser(), "lr": 0.1}}, path)
+    Victimiser.victim.rmdir()
+    content = read_file(path).content
+    assert torch.equal(content["state_dict"]["weight"], torch.ones(2)) and content["hyper_parameters"]["lr"] == 0.1
+    assert repr(content["hyper_parameters"]["model"]).endswith("Victimiser>")
+    assert not Victimiser.victim.exists()
+    torch.load(path, weights_only=False)
+    assert Victimiser.victim.exists()
+
+
+def test_no_package_is_imported_for_a_placeholder(tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "victims_package.py").write_text("import os\nos.mkdir('victim')\nclass Model: pass\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages")}
+    code = "import torch, victims_package as v; torch.save({'model': v.Model(), 'x': torch.ones(1)}, 'model.ckpt')"
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
+    (tmp_path / "victim").rmdir()
+    code = "from nnunet_ssl.architectures.safe_files import read_file; print(read_file('model.ckpt').content)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert "<victims_package.Model>" in done.stdout and not (tmp_path / "victim").exists()
+
+
+def test_paths_and_modules_among_the_hyper_parameters_do_not_matter(tmp_path):
+    settings = {
+        "path": pathlib.PurePosixPath("/data"),
+        "model": torch.nn.Linear(2, 2),
+        "names": argparse.Namespace(a=1),
+    }
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "hyper_parameters": settings}, tmp_path / "model.ckpt")
+    content = read_file(tmp_path / "model.ckpt").content
+    assert all(isinstance(value, Placeholder) for value in content["hyper_parameters"].values())
+
+
+class Calls:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (eval, "eval"),
+        (exec, "exec"),
+        (__import__, "__import__"),
+        (subprocess.Popen, "Popen"),
+        (shutil.rmtree, "shutil.rmtree"),
+        (importlib.import_module, "importlib.import_module"),
+        (os.system, "system"),
+    ],
+)
+def test_calls_of_pythons_library_are_refused_by_name(tmp_path, function, name, as_zip):
+    path, content = tmp_path / "model.ckpt", {"state_dict": {"weight": torch.ones(2)}, "x": Calls(function, "argument")}
+    torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+    message = refusal(path)
+    assert name in message and "store the weights alone" in message
+
+
+def test_a_whole_network_is_refused_with_the_way_to_its_weights(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    message = refusal(tmp_path / "model.pt")
+    assert "holds a torch.nn.modules.linear.Linear" in message and "network.state_dict()" in message
+
+
+def test_what_only_its_own_class_could_fill_is_refused_with_the_way_out(tmp_path):
+    torch.save({"hyper_parameters": collections.defaultdict(list, a=[1])}, tmp_path / "model.ckpt")
+    assert "store the weights alone" in refusal(tmp_path / "model.ckpt")
+
+
+def test_an_archive_of_checkpoints_is_to_be_unpacked(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "fold0.zip", "w") as archive:
+        archive.write(tmp_path / "model.pt", "fold0/model.pt")
+    assert "unpack it, and take fold0/model.pt" in refusal(tmp_path / "fold0.zip")
 
 
 def test_objects_hidden_in_numpys_arrays_are_refused(tmp_path):
