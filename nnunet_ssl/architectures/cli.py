@@ -49,6 +49,7 @@ examples:
     "fetch": """\
 examples:
   nnssl_weights fetch OWNER/REPOSITORY checkpoint.ckpt --recipe mcl_mim
+  nnssl_weights fetch https://huggingface.co/OWNER/REPOSITORY --recipe mim
   nnssl_weights fetch /data/shared/checkpoints mcl_mim/encoder.safetensors
 
 Writes $nnUNet_results/DATASET/RECIPE/encoder.safetensors, where the recipe's trainer finds it.
@@ -188,8 +189,10 @@ def _add_fetch(commands) -> None:
     parser = add_subcommand(
         commands, "fetch", _fetch, "Put a published encoder where the trainers look for it.", _EXAMPLES["fetch"]
     )
-    parser.add_argument("source", metavar="REPO_OR_PATH", help="of Hugging Face, or a local folder or file")
-    parser.add_argument("filename", nargs="?", metavar="FILENAME", help="inside the repository or folder")
+    parser.add_argument(
+        "source", metavar="REPO_OR_PATH", help="id or web address on Hugging Face, or a local folder or file"
+    )
+    parser.add_argument("filename", nargs="?", metavar="FILENAME", help="inside it, if it holds several")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository")
     parser.add_argument("--recipe", metavar="NAME", help="whose trainer shall find it (default: the file's method)")
     parser.add_argument(
