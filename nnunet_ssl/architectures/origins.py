@@ -89,6 +89,9 @@ def _read_own(file: CheckpointFile) -> PretrainedEncoder:
     imported = _section(metadata, "imported")
     if imported.get("origin") == "monai" and "merging" not in architecture:  # before architectures had mergings
         architecture["merging"], assumed = _merging_of_monai(str(imported.get("file")), tensors)
+        if architecture["merging"] is None:
+            why = "as before architectures told it; the weights are MONAI's, and --merging may overrule it"
+            architecture["merging"], assumed = "monai", {"merging": why}
     return PretrainedEncoder(tensors=tensors, origin=FORMAT, left_out=left_out, assumed=assumed, **described)
 
 

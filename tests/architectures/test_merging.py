@@ -125,8 +125,10 @@ def test_what_is_said_overrules_what_is_assumed_but_not_what_a_file_tells(weight
         read_checkpoint(own, merging="mergingv2")
 
 
-@pytest.mark.parametrize(("file", "merging"), [("model_swinvit.pt", "monai_1.4"), ("other.pt", None)])
-def test_files_imported_before_architectures_had_mergings_are_asked_again(weights, tmp_path, file, merging):
+@pytest.mark.parametrize(("file", "merging"), [("model_swinvit.pt", "monai_1.4"), ("other.pt", "monai")])
+def test_files_imported_before_architectures_had_mergings_still_open_and_can_be_overruled(
+    weights, tmp_path, file, merging
+):
     pretrained = read_checkpoint(weights(), merging="monai")
     architecture = {key: value for key, value in pretrained.architecture.items() if key != "merging"}
     metadata = {"imported": {"file": file, "origin": "monai"}}
@@ -134,7 +136,9 @@ def test_files_imported_before_architectures_had_mergings_are_asked_again(weight
     described = {"method": None, "step": None, "preprocessing": None}
     write_encoder(own, pretrained.tensors, architecture=architecture, metadata=metadata, **described)
     assert read_checkpoint(own).architecture["merging"] == merging
-    assert read_checkpoint(own, merging="monai").architecture["merging"] == "monai"
+    assert "merging" in read_checkpoint(own).assumed
+    for said in MERGINGS:
+        assert read_checkpoint(own, merging=said).architecture["merging"] == said
 
 
 def test_our_own_weights_without_the_key_are_computed_as_before(tmp_path):

@@ -14,6 +14,8 @@ from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
 from nnunet_ssl.trainers.checkpoints import find_checkpoint
 
+SIZES = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 6), "window_size": 3}
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
@@ -73,6 +75,47 @@ def test_import_then_export_gives_monai_what_umbra_had(run, umbra, tmp_path):
     with torch.no_grad():
         for own, expected in zip(theirs(x), reference(x), strict=True):
             torch.testing.assert_close(own, expected)
+
+
+@pytest.fixture
+def monai(stored) -> Path:
+    return stored({"state_dict": foreign.monai_encoder(**SIZES).state_dict()}, "swin.pt")
+
+
+def test_a_merging_that_no_file_tells_is_asked_for_and_then_written(run, monai, tmp_path):
+    for arguments in (
+        ("import", monai, "-o", "encoder.safetensors"),
+        ("export", monai, "-o", "m.pt", "--format", "monai"),
+        ("fetch", monai, "--recipe", "mim"),
+    ):
+        text = run(*arguments, fails=True)
+        assert "--merging" in text and "monai_1.4" in text and "\n" not in text
+    assert not list(tmp_path.rglob("encoder.safetensors"))
+    text = run("inspect", monai)
+    assert "merging unknown" in text and "100.0% of the encoder" in text
+    run("import", monai, "-o", "encoder.safetensors", "--merging", "monai_1.4")
+    assert read_checkpoint(tmp_path / "encoder.safetensors").architecture["merging"] == "monai_1.4"
+    assert "of MONAI before 1.5" in run("export", "encoder.safetensors", "-o", "m.pt", "--format", "monai")
+    run("fetch", monai, "--recipe", "mim", "--merging", "mergingv2")
+    found = tmp_path / "results" / "Dataset500_FOMO60K" / "mim" / "encoder.safetensors"
+    assert read_checkpoint(found).architecture["merging"] == "mergingv2"
+    assert "downsample='mergingv2') of MONAI 1.5 or later" in run("export", found, "-o", "m.pt", "--format", "monai")
+
+
+def test_what_is_assumed_of_a_known_file_is_said(run, monai):
+    known = monai.rename(monai.with_name("model_swinvit.pt"))
+    for arguments in (("inspect", known), ("import", known, "-o", "encoder.safetensors")):
+        assert "NOT TOLD       merging monai_1.4 (" in run(*arguments)
+
+
+def test_fetch_knows_the_recipe_that_a_mode_leaves_and_warns_of_another(run, stored, tmp_path):
+    masked = stored(foreign.umbra_checkpoint(foreign.umbra_encoder(), "masked"), "masked.ckpt")
+    run("fetch", masked)
+    assert (tmp_path / "results" / "Dataset500_FOMO60K" / "mim" / "encoder.safetensors").is_file()
+    contrastive = stored(foreign.umbra_checkpoint(foreign.umbra_encoder(), "contrastive"), "contrastive.ckpt")
+    assert "It may be: cl, mcl." in run("fetch", contrastive, fails=True)
+    assert "recipe mcl_mim is another" in run("fetch", contrastive, "--recipe", "mcl_mim")
+    assert "is another" not in run("fetch", contrastive, "--recipe", "mcl")
 
 
 def test_fetch_puts_the_encoder_where_the_trainer_finds_it(run, umbra, tmp_path, monkeypatch):
