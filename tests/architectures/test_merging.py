@@ -109,7 +109,7 @@ def test_where_nothing_tells_nothing_is_computed(weights):
     pretrained = read_checkpoint(weights())
     assert pretrained.architecture["merging"] is None
     for build in (build_encoder, lambda found: SwinFPN(1, 2, **network_entry(found, {})["arch_kwargs"])):
-        with pytest.raises(UserError, match=r"--merging .* monai_1\.4 .*, monai .*, or mergingv2"):
+        with pytest.raises(UserError, match=r"--merging.* monai_1\.4 .*, monai .*, or mergingv2"):
             build(pretrained.architecture)
 
 
