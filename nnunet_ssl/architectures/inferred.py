@@ -12,6 +12,13 @@ from nnunet_ssl.errors import UserError
 
 Tensors = Mapping[str, Tensor]
 
+PARTS_OF_A_STAGE = re.compile(
+    r"stages\.\d+\.(conv\..+|merging\.(norm|reduction)\.(weight|bias)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.0|mlp\.2)\.(weight|bias)"
+    r"|blocks\.\d+\.attn\.relative_position_bias_table)"
+)
+"""The tensors that a stage of SwinEncoder may have."""
+
 
 def swin_architecture(tensors: Tensors) -> dict[str, Any]:
     """Return what :func:`networks.build_encoder` takes, from tensors by SwinEncoder's names.
@@ -25,6 +32,12 @@ def swin_architecture(tensors: Tensors) -> dict[str, Any]:
     """
     if "patch_embed.norm.weight" in tensors:
         raise UserError("The encoder normalises its patch embedding (patch_norm=True), which SwinEncoder does not.")
+    in_stages = [name for name in tensors if name.startswith(("stages.", "layers"))]
+    if others := [name for name in in_stages if not PARTS_OF_A_STAGE.fullmatch(name)]:
+        raise UserError(
+            "The encoder's stages have parts that SwinEncoder's have not, so its features would be others: "
+            f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''}."
+        )
     projection = _required(tensors, "patch_embed.proj.weight")
     width, in_channels, *patch = projection.shape
     depths = _counts(tensors, r"stages\.(\d+)\.blocks\.(\d+)\.")

@@ -297,6 +297,15 @@ def test_normalised_patch_embedding_is_refused(stored):
         read_checkpoint(stored(state))
 
 
+@pytest.mark.parametrize(
+    "name", ["layers2c.0.inner.conv1.conv.weight", "layers1.0.blocks.0.attn.q_norm.weight", "layers3.0.gate.weight"]
+)
+def test_parts_of_a_stage_that_would_be_left_out_are_refused(stored, name):
+    state = foreign.monai_encoder(**SIZES).state_dict() | {name: torch.ones(12)}
+    with pytest.raises(UserError, match="parts that SwinEncoder's have not"):
+        read_checkpoint(stored({"state_dict": state}), merging="monai")
+
+
 def test_foreign_network_is_refused_with_its_names(stored):
     with pytest.raises(UserError, match=r"no encoder of a kind known here; its first tensors are fc\.weight"):
         read_checkpoint(stored({"state_dict": {"fc.weight": torch.zeros(2)}}))

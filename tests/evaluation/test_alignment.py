@@ -38,6 +38,15 @@ def test_the_published_embeddings_give_the_published_figures(arm, mean, std):
     assert cross_modality["n_patients"] == 147
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_refused_by_the_scan(number):
+    embeddings = synthetic()
+    vectors = embeddings.vectors.copy()
+    vectors[4, 2] = number
+    with pytest.raises(UserError, match=r"1 of 36 embeddings are not finite, the first that of patient_id site/sub_1"):
+        Embeddings(vectors=vectors, scans=embeddings.scans)
+
+
 def test_alignment_separates_an_aligned_representation_from_one_that_is_not():
     aligned, scattered = measure_alignment(synthetic(noise=0.05)), measure_alignment(synthetic(noise=5.0))
     assert aligned["cross_modality"]["mean"] < 0.05 < scattered["cross_modality"]["mean"]
