@@ -85,8 +85,8 @@ def build(network: str, arguments: argparse.Namespace) -> nn.Module:
     from monai.networks.nets.swin_unetr import SwinTransformer
 
     from nnunet_ssl.architectures.compiling import compile_parts
-    from nnunet_ssl.architectures.monai_names import from_monai
     from nnunet_ssl.architectures.swin import SwinEncoder
+    from nnunet_ssl.weights.monai_names import from_monai
 
     torch.manual_seed(0)
     width, depths, heads = arguments.embed_dim, (2, 2, 6, 2), (3, 6, 12, 24)

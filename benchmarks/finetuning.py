@@ -26,12 +26,12 @@ from tables import markdown
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
-from nnunet_ssl.architectures.nnssl import unet_arguments
 from nnunet_ssl.architectures.resenc import PRESETS
 from nnunet_ssl.trainers.finetuning import GRADIENT_CLIP
 from nnunet_ssl.trainers.freezing import with_trainable_encoder
 from nnunet_ssl.trainers.networks import RESIDUAL_UNET, network_entry
 from nnunet_ssl.trainers.optimization import build_optimizer
+from nnunet_ssl.weights.nnssl import unet_arguments
 
 ARCHITECTURES = {"swin": PAPER_ENCODER, "resenc": {"backbone": "resenc", "in_channels": 1, **PRESETS["resenc_l"]}}
 SMALL = {

@@ -52,11 +52,11 @@ from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_p
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from scipy.ndimage import zoom
 
-from nnunet_ssl.pretraining.augmentation import AugmentationConfig, augment
-from nnunet_ssl.pretraining.corpus import Corpus, number_rows
-from nnunet_ssl.pretraining.loading import make_loader
-from nnunet_ssl.pretraining.sampling import SamplingConfig
-from nnunet_ssl.pretraining.store import to_half, write_case
+from nnunet_ssl.corpus.prepared import Corpus, number_rows
+from nnunet_ssl.corpus.store import to_half, write_case
+from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig, augment
+from nnunet_ssl.pretraining.views.loading import make_loader
+from nnunet_ssl.pretraining.views.sampling import SamplingConfig
 
 SHAPE = (160, 200, 170)
 PATCH = (96, 96, 96)

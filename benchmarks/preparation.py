@@ -22,10 +22,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from nnunet_ssl.corpus.indexing import index_corpus
+from nnunet_ssl.corpus.plans import PreparationConfig, make_plans
+from nnunet_ssl.corpus.prepared import DATA_IDENTIFIER
 from nnunet_ssl.phantom.layouts import write_fomo
-from nnunet_ssl.pretraining.corpus import DATA_IDENTIFIER
-from nnunet_ssl.pretraining.indexing import index_corpus
-from nnunet_ssl.pretraining.plans import PreparationConfig, make_plans
 
 OURS, STOCK = "Dataset500_FOMO60K", "Dataset900_Stock"
 COMMANDS = {

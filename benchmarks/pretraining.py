@@ -37,13 +37,13 @@ import torch
 from loading import write_store
 from tables import markdown
 
+from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.pretraining import step as steps
-from nnunet_ssl.pretraining import streams
 from nnunet_ssl.pretraining.config import PretrainingConfig, load_config
-from nnunet_ssl.pretraining.corpus import Corpus
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
-from nnunet_ssl.pretraining.speed import peak_memory_gib
+from nnunet_ssl.pretraining.run.speed import peak_memory_gib
+from nnunet_ssl.pretraining.views import streams
 
 SMALL = [
     "encoder.embed_dim=12",

@@ -23,13 +23,13 @@ from pathlib import Path
 import pandas as pd
 from tables import markdown
 
+from nnunet_ssl.corpus.indexing import index_corpus
+from nnunet_ssl.corpus.prepare import PreparationConfig, prepare_corpus
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.phantom.layouts import write_fomo
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.distributed import launch
-from nnunet_ssl.pretraining.indexing import index_corpus
 from nnunet_ssl.pretraining.loop import pretrain
-from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
 
 CORPUS = "Dataset500_FOMO60K"
 

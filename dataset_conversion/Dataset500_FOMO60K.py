@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 
 from nnunet_ssl.console import command
-from nnunet_ssl.pretraining.corpus import describe, summarize
-from nnunet_ssl.pretraining.indexing import index_corpus, read_exclusions
-from nnunet_ssl.pretraining.layouts import LAYOUTS
+from nnunet_ssl.corpus.indexing import index_corpus, read_exclusions
+from nnunet_ssl.corpus.layouts import LAYOUTS
+from nnunet_ssl.corpus.prepared import describe, summarize
 
 EXAMPLE = """\
 example:

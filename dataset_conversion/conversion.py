@@ -17,12 +17,12 @@ import report
 from discovery import RECORDS, Skipped
 from tqdm import tqdm
 
+from nnunet_ssl.corpus.workers import WorkerDied, run_locally
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, same_grid, write_volume
 from nnunet_ssl.imaging.skull_strip import STRIPPED_MAXIMUM_ML, brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.nnunet_folders import folder_of
-from nnunet_ssl.pretraining.workers import WorkerDied, run_locally
 
 logger = logging.getLogger(__name__)
 

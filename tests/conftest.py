@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+pytest_plugins = ["corpora"]
+
 # Before torch is imported, and for the commands that tests start: with two test processes on two cores, more threads
 # only get in each other's way; the allocator's thresholds make convolutions on a CPU about twice as fast.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

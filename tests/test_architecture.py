@@ -10,9 +10,11 @@ MAY_USE = {
     "architectures": set(),
     "imaging": set(),
     "phantom": set(),
-    "pretraining": {"architectures", "imaging"},
-    "trainers": {"architectures", "pretraining", "imaging"},
-    "evaluation": {"architectures", "imaging", "pretraining", "trainers"},
+    "weights": {"architectures"},
+    "corpus": {"imaging"},
+    "pretraining": {"architectures", "weights", "corpus"},
+    "trainers": {"architectures", "weights", "pretraining", "imaging"},
+    "evaluation": {"architectures", "weights", "corpus", "imaging", "pretraining", "trainers"},
     "demo": {"evaluation", "trainers"},
 }
 

@@ -15,11 +15,11 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.architectures.pretrained import encoder_file
-from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
+from nnunet_ssl.corpus.prepared import Corpus, open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
-from nnunet_ssl.pretraining.corpus import Corpus, open_corpus
+from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
+from nnunet_ssl.weights.pretrained import encoder_file
 
 DEFAULT_PATCH = (96, 96, 96)
 INTERNAL_COLUMNS = (

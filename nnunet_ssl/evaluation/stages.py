@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
-from nnunet_ssl.architectures.pretrained import encoder_file
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of, folders_with_id
@@ -22,6 +21,7 @@ from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import VARIABLE, Settings
+from nnunet_ssl.weights.pretrained import encoder_file
 
 
 @dataclass(frozen=True, kw_only=True)

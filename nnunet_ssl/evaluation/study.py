@@ -14,8 +14,8 @@ import yaml
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.lesions import PRESETS
 from nnunet_ssl.evaluation.segmentations import METRICS
-from nnunet_ssl.pretraining.typed import build
 from nnunet_ssl.trainers.settings import Settings
+from nnunet_ssl.typed import build
 
 T = TypeVar("T")
 

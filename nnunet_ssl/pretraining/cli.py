@@ -1,4 +1,4 @@
-"""The console commands of pre-training: ``nnssl_prepare`` and ``nnssl_pretrain``."""
+"""The console command of pre-training: ``nnssl_pretrain``."""
 
 from __future__ import annotations
 
@@ -15,84 +15,7 @@ from nnunet_ssl.pretraining.recipes import about_recipes
 if TYPE_CHECKING:
     from nnunet_ssl.pretraining.config import PretrainingConfig
 
-EXIT_WITH_FAILURES = 3
-"""``nnssl_prepare`` finished and the store can be used, but some scans are not in it."""
-
 logger = logging.getLogger(__name__)
-
-_PREPARE_EXAMPLE = f"""\
-examples:
-  nnssl_prepare -d 500 -np 8
-  nnssl_prepare -d 500 --skull-strip hd-bet -device cuda
-  nnssl_prepare -d 500 --scheduler tcp://host:8786
-
-It may be interrupted at any time; the same call goes on where it stopped.
-Exit status: 0 all scans prepared; {EXIT_WITH_FAILURES} finished, some scans are in failures.tsv; 1 not finished.
-"""
-
-
-@command
-def prepare() -> None:
-    parser = argparse.ArgumentParser(
-        prog="nnssl_prepare",
-        description="Preprocess an indexed corpus of brain MRI for pre-training.",
-        epilog=_PREPARE_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("-d", required=True, metavar="DATASET", help="the corpus' number or name, as indexed")
-    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="let the workers of this Dask scheduler do it instead")
-    parser.add_argument(
-        "--spacing", type=float, nargs=3, default=(1.0, 1.0, 1.0), metavar="MM", help="voxel size (default: 1 1 1)"
-    )
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="(default: float16)")
-    parser.add_argument("--skull-strip", choices=("hd-bet",), help="strip the sessions that are not stripped yet")
-    parser.add_argument(
-        "--register",
-        choices=("rigid",),
-        help="register the scans of a session that lie on another grid or do not agree in place",
-    )
-    parser.add_argument(
-        "--stripped", nargs="+", default=(), metavar="DATASET", help="these are stripped, whatever they look like"
-    )
-    parser.add_argument("--not-stripped", nargs="+", default=(), metavar="DATASET", help="and these are not")
-    parser.add_argument("-device", default="cpu", help="where HD-BET runs: cpu, cuda, cuda:1, ... (default: cpu)")
-    arguments = parser.parse_args()
-    if arguments.np < 1:
-        parser.error("-np must be at least 1")
-
-    from nnunet_ssl.pretraining.corpus import describe
-    from nnunet_ssl.pretraining.prepare import PreparationConfig, prepare_corpus
-
-    config = PreparationConfig(
-        spacing=tuple(arguments.spacing),
-        dtype=arguments.dtype,
-        skull_strip=arguments.skull_strip,
-        register=arguments.register,
-        stripped=tuple(arguments.stripped),
-        not_stripped=tuple(arguments.not_stripped),
-    )
-    report = prepare_corpus(
-        arguments.d, config, processes=arguments.np, scheduler=arguments.scheduler, device=arguments.device
-    )
-    logger.info("%s\nThe store is in %s", describe(report.summary), report.folder)
-    if report.summary.get("pairs_apart") and not arguments.register:
-        logger.info("The manifest's column agreement tells which scans lie apart; --register rigid registers them.")
-    noted = (report.manifest["notes"].fillna("") != "").sum() if "notes" in report.manifest else 0
-    if noted:
-        logger.info("%d scans have a note on how they were read or placed, in the manifest's column notes.", noted)
-    cut = (report.manifest["foreground_kept"] < 1).sum() if "foreground_kept" in report.manifest else 0
-    if cut:
-        logger.info("%d scans reach beyond their session's grid; foreground_kept tells how much is left.", cut)
-    if "aligned_to" not in report.manifest or (report.manifest["aligned_to"].fillna("") == "").any():
-        logger.info("Some sessions were prepared before scans were compared; all their modalities count as pairs.")
-    skulls = (report.manifest["skull"] == "present").sum()
-    if skulls:
-        logger.info("%d scans seem to have their skull still; --skull-strip hd-bet removes it.", skulls)
-    if len(report.failures):
-        logger.info("%d scans could not be used, see %s", len(report.failures), report.folder / "failures.tsv")
-        sys.exit(EXIT_WITH_FAILURES)
-
 
 _PRETRAIN_EXAMPLE = """\
 examples:
@@ -166,9 +89,9 @@ def pretrain() -> None:
 
 def _settings_of_the_run(config: PretrainingConfig, dataset: str, overrides: list[str]) -> PretrainingConfig:
     """What the run to be continued was told when it began, changed by `overrides` alone; `config` if there is none."""
-    from nnunet_ssl.pretraining.checkpointing import numbered
     from nnunet_ssl.pretraining.config import load_config
-    from nnunet_ssl.pretraining.outputs import CONFIG, results_folder
+    from nnunet_ssl.pretraining.run.checkpointing import numbered
+    from nnunet_ssl.pretraining.run.outputs import CONFIG, results_folder
 
     folder = results_folder(dataset_folder(dataset, "nnUNet_preprocessed").name, config.recipe)
     if not numbered(folder) or not (folder / CONFIG).is_file():
@@ -179,7 +102,7 @@ def _settings_of_the_run(config: PretrainingConfig, dataset: str, overrides: lis
 
 def _default_corpus() -> str:
     """Dataset500 if it is prepared, else the only prepared corpus."""
-    from nnunet_ssl.pretraining.corpus import PLANS_NAME
+    from nnunet_ssl.corpus.prepared import PLANS_NAME
 
     root = folder_of("nnUNet_preprocessed")
     prepared = sorted(path.parent.name for path in root.glob(f"Dataset*/{PLANS_NAME}.json"))

@@ -16,15 +16,15 @@ import yaml
 
 from nnunet_ssl.architectures.resenc import PRESETS
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.augmentation import AugmentationConfig
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective
 from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
 from nnunet_ssl.pretraining.objectives.masked import MaskedConfig
 from nnunet_ssl.pretraining.recipes import read_recipe, recipe_file
-from nnunet_ssl.pretraining.sampling import SamplingConfig
-from nnunet_ssl.pretraining.typed import assign, build, check_ranges, ranged
+from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig
+from nnunet_ssl.pretraining.views.sampling import SamplingConfig
 from nnunet_ssl.schedules import Ramp
+from nnunet_ssl.typed import assign, build, check_ranges, ranged
 
 _OWN_SECTIONS = {kind.section for kind in OWN}
 

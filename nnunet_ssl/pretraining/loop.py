@@ -10,20 +10,21 @@ from pathlib import Path
 
 import torch
 
+from nnunet_ssl.corpus.prepared import Corpus, describe, open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.pretraining import checkpointing, distributed, outputs
+from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.config import PretrainingConfig
-from nnunet_ssl.pretraining.corpus import Corpus, describe, open_corpus
 from nnunet_ssl.pretraining.interruption import stop_requests
-from nnunet_ssl.pretraining.loading import lost_workers_explained
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.monitoring import Validation
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
-from nnunet_ssl.pretraining.records import Records
-from nnunet_ssl.pretraining.speed import Stopwatch
+from nnunet_ssl.pretraining.run import checkpointing, outputs
+from nnunet_ssl.pretraining.run.records import Records
+from nnunet_ssl.pretraining.run.speed import Stopwatch
 from nnunet_ssl.pretraining.step import training_step
-from nnunet_ssl.pretraining.streams import Stream
+from nnunet_ssl.pretraining.views.loading import lost_workers_explained
+from nnunet_ssl.pretraining.views.streams import Stream
 
 logger = logging.getLogger(__name__)
 

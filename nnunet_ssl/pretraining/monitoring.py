@@ -11,17 +11,17 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from nnunet_ssl.corpus.modalities import UNKNOWN
+from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.config import PretrainingConfig
-from nnunet_ssl.pretraining.corpus import Corpus
-from nnunet_ssl.pretraining.modalities import UNKNOWN
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives.base import HeldOut
 from nnunet_ssl.pretraining.objectives.contrastive import pooled
 from nnunet_ssl.pretraining.passes import key_pass, query_passes
-from nnunet_ssl.pretraining.records import Records
-from nnunet_ssl.pretraining.streams import Stream
+from nnunet_ssl.pretraining.run.records import Records
+from nnunet_ssl.pretraining.views.streams import Stream
 from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance, effective_rank
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nnunet_ssl.architectures.pretrained import ENCODER, encoder_file
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.weights.pretrained import ENCODER, encoder_file
 
 VARIABLE = "nnssl_checkpoint"
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from nnunet_ssl.architectures.compiling import compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
-from nnunet_ssl.architectures.weights import PretrainedEncoder, load_encoder, read_checkpoint
 from nnunet_ssl.console import exit_on_user_error
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.learning import check_gradients
@@ -33,6 +32,7 @@ from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer, refu
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
 from nnunet_ssl.trainers.settings import Settings
+from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
 
 GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
 MINIMUM_FRACTION = {"swin": 0.9, "resenc": 0.5}

@@ -6,9 +6,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nnunet_ssl.architectures.monai_names import from_monai
 from nnunet_ssl.architectures.swin import SwinEncoder
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.weights.monai_names import from_monai
 
 SMALL = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4}
 TINY = {"embed_dim": 6, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 3, 4)}

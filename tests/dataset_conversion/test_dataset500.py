@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from nnunet_ssl.corpus.indexing import index_corpus
+from nnunet_ssl.corpus.layouts import detect_layout, find_scans
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.indexing import index_corpus
-from nnunet_ssl.pretraining.layouts import detect_layout, find_scans
 
 SCRIPT = Path(__file__).parents[2] / "dataset_conversion" / "Dataset500_FOMO60K.py"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.architectures.weights import write_encoder
+from nnunet_ssl.weights.encoders import write_encoder
 
 TINY_ENCODER = {
     "backbone": "swin",

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.architectures.weights import write_encoder
+from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import read_embeddings
 from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device, patch_starts
 from nnunet_ssl.evaluation.probes import probe
-from nnunet_ssl.pretraining.corpus import open_corpus
+from nnunet_ssl.weights.encoders import write_encoder
 
 CPU = torch.device("cpu")
 PATCH = (32, 32, 32)

@@ -3,8 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nnunet_ssl.corpus.layouts import detect_layout, find_scans
 from nnunet_ssl.phantom.layouts import write_fomo
-from nnunet_ssl.pretraining.layouts import detect_layout, find_scans
 
 FAST = {"voxel_mm": 6.0, "seed": 1}
 

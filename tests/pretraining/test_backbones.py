@@ -6,11 +6,11 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
 from nnunet_ssl.architectures.networks import PAPER_ENCODER, build_encoder
-from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.config import from_dict, load_config
 from nnunet_ssl.pretraining.loop import pretrain
 from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
 
 FAST = ["mim", "mcl_mim", "mcl_ibot"]  # every branch once
 SLOW = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("cl", "mcl", "cl_mim", "mcl_mim_balanced")]

@@ -8,7 +8,7 @@ from golden import recorded
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.loop import pretrain
 from nnunet_ssl.pretraining.recipes import recipes
-from nnunet_ssl.pretraining.records import Records
+from nnunet_ssl.pretraining.run.records import Records
 
 SMALL = [
     "encoder.embed_dim=8",

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.architectures.weights import load_encoder, read_checkpoint
+from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining import loop, outputs
+from nnunet_ssl.pretraining import loop
 from nnunet_ssl.pretraining.config import load_config
-from nnunet_ssl.pretraining.corpus import open_corpus
 from nnunet_ssl.pretraining.loop import pretrain
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.optimization import build_optimizer
-from nnunet_ssl.pretraining.records import Records
+from nnunet_ssl.pretraining.run import outputs
+from nnunet_ssl.pretraining.run.records import Records
 from nnunet_ssl.pretraining.step import training_step
+from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
 
 RECIPES = ["cl", "mcl", "mim", "cl_mim", "mcl_mim", "mcl_mim_balanced", "mcl_ibot"]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.pretraining.config import load_config
-from nnunet_ssl.pretraining.corpus import open_corpus
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.monitoring import alignment, read_held_out
 from nnunet_ssl.pretraining.objectives.contrastive import Queue, pooled, queue_figures

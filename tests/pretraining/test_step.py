@@ -7,7 +7,6 @@ import torch
 import torch.multiprocessing as mp
 
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.augmentation import Batch
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives.base import Examples
@@ -15,6 +14,7 @@ from nnunet_ssl.pretraining.objectives.contrastive import symmetric_info_nce
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks, reconstruction_error
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
 from nnunet_ssl.pretraining.step import training_step
+from nnunet_ssl.pretraining.views.augmentation import Batch
 
 PATCH = (64, 32, 32)
 TINY = [

@@ -5,8 +5,8 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import nn
 
-from nnunet_ssl.architectures.monai_names import from_monai
 from nnunet_ssl.architectures.swin import SwinEncoder
+from nnunet_ssl.weights.monai_names import from_monai
 
 SMALL = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4}
 

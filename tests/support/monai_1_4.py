@@ -3,7 +3,7 @@
 MONAI 1.5 changed what a patch merging computes, so the version before it needs a folder of its own::
 
     pip install --no-deps --target FOLDER monai==1.4.0
-    PYTHONPATH=FOLDER python tests/support/monai_1_4.py tests/architectures/reference/monai_1_4.npz
+    PYTHONPATH=FOLDER python tests/support/monai_1_4.py tests/weights/reference/monai_1_4.npz
 """
 
 import sys

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.architectures.weights import write_encoder
+from nnunet_ssl.weights.encoders import write_encoder
 
 SWIN = {
     "backbone": "swin",

@@ -14,9 +14,9 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_ssl.architectures.weights import read_checkpoint
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM
 from nnunet_ssl.trainers.freezing import unwrapped
+from nnunet_ssl.weights.encoders import read_checkpoint
 
 
 def run_as_one_of_two(rank: int, rendezvous: str, plans: dict, dataset_json: dict, folder: str) -> None:

@@ -16,11 +16,11 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
 from nnunet_ssl.architectures.swin import MERGINGS
-from nnunet_ssl.architectures.weights import read_checkpoint, write_encoder
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
 from nnunet_ssl.trainers.freezing import unwrapped
 from nnunet_ssl.trainers.provenance import source_of
+from nnunet_ssl.weights.encoders import read_checkpoint, write_encoder
 
 STEPS = "steps=6,epoch_steps=2,freeze_share=0.5,lr=0.01"  # the encoder moves from the second step of the second epoch
 

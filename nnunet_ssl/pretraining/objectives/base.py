@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.pretraining.augmentation import AugmentationConfig, Batch
-from nnunet_ssl.pretraining.panels import Panel
+from nnunet_ssl.pretraining.run.panels import Panel
+from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig, Batch
 from nnunet_ssl.schedules import Ramp
 
 if TYPE_CHECKING:

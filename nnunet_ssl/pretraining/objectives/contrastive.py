@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Recipe
-from nnunet_ssl.pretraining.panels import BLUE, GREEN, Curve, Panel, both
-from nnunet_ssl.pretraining.typed import ranged
+from nnunet_ssl.pretraining.run.panels import BLUE, GREEN, Curve, Panel, both
 from nnunet_ssl.representation import effective_rank, uniformity
 from nnunet_ssl.schedules import Ramp
+from nnunet_ssl.typed import ranged
 
 EMPTY = -1
 """The subject of a queue's slot that holds no key yet."""

@@ -17,9 +17,9 @@ from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.objectives.base import Branch, Examples, HeldOut, Network, Objective, Recipe
 from nnunet_ssl.pretraining.objectives.tokens import TokenConfig
-from nnunet_ssl.pretraining.panels import ORANGE, Panel, both
-from nnunet_ssl.pretraining.reconstructions import Reconstruction, reconstructions
-from nnunet_ssl.pretraining.typed import ranged
+from nnunet_ssl.pretraining.run.panels import ORANGE, Panel, both
+from nnunet_ssl.pretraining.run.reconstructions import Reconstruction, reconstructions
+from nnunet_ssl.typed import ranged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

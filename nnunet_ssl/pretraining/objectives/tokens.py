@@ -19,9 +19,9 @@ from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Recipe
-from nnunet_ssl.pretraining.panels import ORANGE, Panel, both
-from nnunet_ssl.pretraining.typed import ranged
+from nnunet_ssl.pretraining.run.panels import ORANGE, Panel, both
 from nnunet_ssl.schedules import Ramp
+from nnunet_ssl.typed import ranged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""A corpus of unlabelled scans: found on disk, brought onto grids, stored, opened again."""

@@ -1,0 +1,115 @@
+"""Enter a corpus into nnU-Net's raw folder: a dataset.json and a manifest; the images stay where they are."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from nnunet_ssl.corpus.layouts import find_scans
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.nnunet_folders import folder_of
+
+TEST_SETS = {"ds004199": ("bonn", "Bonn FCD-II, which Dataset503_FCDBonn fine-tunes and tests on")}
+"""Data that this project tests on and must not pre-train on: OpenNeuro's accession number, a word in its name, what."""
+
+logger = logging.getLogger(__name__)
+
+
+def index_corpus(
+    source: Path, dataset_id: int, name: str, *, layout: str = "auto", exclude: Sequence[str] = ()
+) -> tuple[Path, pd.DataFrame]:
+    """Write `$nnUNet_raw/DatasetXXX_NAME/{dataset.json, manifest.tsv}` for the corpus at `source`.
+
+    Subjects of the :data:`TEST_SETS` are left out, and the log says so.
+
+    Args:
+        source: the corpus' folder, or nnssl's JSON file.
+        dataset_id: nnU-Net's number for it.
+        name: what follows the number in the data set's folder name.
+        layout: see :func:`nnunet_ssl.corpus.layouts.find_scans`.
+        exclude: names (shell wildcards allowed) of datasets, subjects, sessions or scans to leave out.
+
+    Returns:
+        The data set's folder and its manifest.
+
+    Raises:
+        UserError: see :func:`find_scans`; or nothing is left, two scans have one name, or the number belongs to
+            another data set.
+    """
+    raw = folder_of("nnUNet_raw")
+    folder = raw / f"Dataset{dataset_id:03d}_{name}"
+    others = [path.name for path in raw.glob(f"Dataset{dataset_id:03d}_*") if path != folder]
+    if others:
+        raise UserError(f"The id {dataset_id} belongs to {others[0]} in {raw} already. Choose another one with -d.")
+    scans = without_test_sets(without(find_scans(source, layout), exclude))
+    if scans.empty:
+        raise UserError(f"Every scan of {source} is excluded; nothing is left to index.")
+    _check_names(scans)
+    description = {
+        "name": name,
+        "description": f"Unlabelled brain MRI for pre-training; {len(scans)} scans indexed from {source}",
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0},
+        "numTraining": len(scans),
+        "file_ending": ".nii.gz",
+        "overwrite_image_reader_writer": "NibabelIOWithReorient",
+    }
+    with written_beside(folder / "dataset.json") as path:
+        path.write_text(json.dumps(description, indent=4))
+    with written_beside(folder / "manifest.tsv") as path:
+        scans.to_csv(path, sep="\t", index=False)
+    return folder, scans
+
+
+def _check_names(scans: pd.DataFrame) -> None:
+    twins = scans[scans["scan_id"].duplicated(keep=False)].sort_values("scan_id", kind="stable")
+    if not twins.empty:
+        raise UserError(
+            f"Two scans must not have one name: {twins['scan_id'].iloc[0]} stands for "
+            f"{' and '.join(twins['path'].iloc[:2])} ({twins['scan_id'].nunique()} such names in all). Rename one of "
+            "each, or leave out its path with --exclude."
+        )
+
+
+def read_exclusions(path: Path) -> list[str]:
+    """Read a list of names, one a line; empty lines and what follows a ``#`` don't count."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def without(scans: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Leave out the scans whose dataset, subject, session, scan_id or path matches one of `names`."""
+    columns = ["dataset", "subject", "session", "scan_id", "path"]
+    excluded = pd.Series(False, index=scans.index)
+    for name in names:
+        pattern = fnmatch.translate(name)
+        hit = scans[columns].apply(lambda column, pattern=pattern: column.str.match(pattern)).any(axis=1)
+        if not hit.any():
+            logger.warning("The exclusion '%s' matches no dataset, subject, session, scan or path.", name)
+        excluded |= hit
+    if names:
+        logger.info("Excluded as asked: %s of %s scans.", f"{excluded.sum():,}", f"{len(scans):,}")
+    return scans[~excluded].reset_index(drop=True)
+
+
+def without_test_sets(scans: pd.DataFrame) -> pd.DataFrame:
+    """Leave out every subject with a scan that comes from one of the :data:`TEST_SETS`, by its name or its paths."""
+    origins = [name for name in ("dataset", "dataset_doi", "path", "original_path", "old_path") if name in scans]
+    for accession, (word, description) in TEST_SETS.items():
+        hit = scans["dataset"].str.contains(word, case=False, regex=False)
+        for column in origins:
+            hit |= scans[column].str.contains(accession, case=False, regex=False)
+        subjects = scans.loc[hit, "subject"].unique()
+        if len(subjects):
+            logger.warning(
+                "Excluded: %d subjects of %s (%s). Pre-training must not see a test set.",
+                len(subjects), accession, description,
+            )  # fmt: skip
+            scans = scans[~scans["subject"].isin(subjects)]
+    return scans.reset_index(drop=True)

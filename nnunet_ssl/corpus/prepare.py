@@ -1,0 +1,207 @@
+"""From an indexed corpus to a store that a training loop samples from, safe against interruption at any instant.
+
+Three things make it safe. Every stored file appears by one rename, a case's .pkl last (see :mod:`.store`). The
+journal gets a line for each finished session, with a fingerprint of its inputs and options. The manifest, which
+:func:`nnunet_ssl.corpus.prepared.open_corpus` asks for, is there only while the whole store is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pandas as pd
+from tqdm import tqdm
+
+from nnunet_ssl.corpus.journal import fingerprint, finished_sessions, open_journal, write_journal
+from nnunet_ssl.corpus.plans import PreparationConfig, make_plans, settle_plans
+from nnunet_ssl.corpus.prepared import DATA_IDENTIFIER, summarize
+from nnunet_ssl.corpus.session import ScanTask, SessionResult, SessionTask, prepare_session
+from nnunet_ssl.corpus.store import SUFFIXES
+from nnunet_ssl.corpus.workers import run_locally, run_on_cluster
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import remove_leftovers, written_beside
+from nnunet_ssl.imaging.skull_strip import require_hd_bet
+from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationReport:
+    """What a finished preparation leaves behind: the data set's folder, counts, and the tables that lie in it."""
+
+    folder: Path
+    summary: dict[str, Any]
+    manifest: pd.DataFrame
+    failures: pd.DataFrame
+
+
+def prepare_corpus(
+    dataset: int | str,
+    config: PreparationConfig,
+    *,
+    processes: int = 1,
+    scheduler: str | None = None,
+    device: str = "cpu",
+) -> PreparationReport:
+    """Prepare an indexed corpus, or what is missing of it, into `$nnUNet_preprocessed`.
+
+    Args:
+        dataset: id (500) or name (Dataset500_FOMO60K) of a corpus that was indexed into `$nnUNet_raw`.
+        config: must equal the one that an earlier run began with.
+        processes: how many processes work on this machine.
+        scheduler: address of a Dask scheduler whose workers do it instead.
+        device: where HD-BET runs.
+
+    Raises:
+        UserError: no such corpus, other options than before, another run at work, no scan could be prepared, ...
+        OSError: the store cannot be written.
+    """
+    raw = dataset_folder(dataset, "nnUNet_raw")
+    scans = _read_raw_manifest(raw)
+    if config.skull_strip and not scheduler:
+        require_hd_bet()
+    folder = folder_of("nnUNet_preprocessed") / raw.name
+    (folder / DATA_IDENTIFIER).mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        remove_leftovers(folder)
+        plans = settle_plans(folder, make_plans(raw.name, config))
+        with written_beside(folder / "dataset.json") as path:
+            path.write_text((raw / "dataset.json").read_text())
+        tasks = _make_tasks(scans, config, plans, folder / DATA_IDENTIFIER, device)
+        done = finished_sessions(folder, tasks)
+        pending = [task for task in tasks if task.session not in done]
+        strangers = _strangers(folder / DATA_IDENTIFIER, scans["scan_id"])
+        if pending or strangers:
+            (folder / "manifest.tsv").unlink(missing_ok=True)
+        for path in strangers:
+            path.unlink()
+        if scheduler:
+            outcomes = run_on_cluster(prepare_session, pending, scheduler)
+        else:
+            outcomes = run_locally(prepare_session, pending, processes)
+        done |= _work(folder, tasks, done, outcomes)
+        return _conclude(folder, scans, [done[task.session] for task in tasks])
+
+
+def _read_raw_manifest(raw: Path) -> pd.DataFrame:
+    path = raw / "manifest.tsv"
+    if not path.is_file():
+        raise UserError(
+            f"{raw} has no manifest.tsv, so it is no corpus for pre-training. Index one first: "
+            "python dataset_conversion/Dataset500_FOMO60K.py -i DIR"
+        )
+    return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one run at a time work on a store; the lock falls with its process, even by kill -9."""
+    lock = filelock.FileLock(folder / ".nnssl_prepare.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"Another nnssl_prepare is at work on {folder}. Wait for it, or stop it.") from error
+    except NotImplementedError:
+        logger.warning("%s lies on a file system without locks: see to it yourself that one run works on it.", folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make_tasks(
+    scans: pd.DataFrame, config: PreparationConfig, plans: Mapping[str, Any], store: Path, device: str
+) -> list[SessionTask]:
+    members: dict[str, list[ScanTask]] = {}
+    for scan in scans[["session", "scan_id", "path", "modality", "dataset"]].itertuples():
+        stripped = config.is_stripped(scan.dataset) if config.skull_strip else None
+        task = ScanTask(scan_id=scan.scan_id, path=scan.path, modality=scan.modality, stripped=stripped)
+        members.setdefault(scan.session, []).append(task)
+    options = json.dumps([plans["configurations"], plans["preprocessing"]], sort_keys=True)
+    return [
+        SessionTask(
+            session=session,
+            fingerprint=fingerprint(group, options),
+            scans=tuple(group),
+            folder=str(store),
+            plans=plans,
+            device=device,
+        )
+        for session, group in members.items()
+    ]
+
+
+def _strangers(store: Path, scan_ids: Collection[str]) -> list[Path]:
+    """What does not belong in the store: files that a kill left half-written, cases that the index no longer has."""
+    expected = {f"{scan_id}{suffix}" for scan_id in scan_ids for suffix in SUFFIXES}
+    strangers = [path for path in store.iterdir() if path.name not in expected]
+    cases = sum(path.suffix == ".pkl" and not path.name.startswith(".") for path in strangers)
+    if cases:
+        logger.info("%d prepared scans are no longer in the index; they are removed.", cases)
+    return strangers
+
+
+def _work(
+    folder: Path,
+    tasks: Sequence[SessionTask],
+    done: Mapping[str, SessionResult],
+    outcomes: Iterator[tuple[SessionTask, SessionResult | BaseException]],
+) -> dict[str, SessionResult]:
+    """Collect the outcomes of the pending tasks into the journal, with a progress bar; return them by session."""
+    write_journal(folder, done.values())
+    results = {}
+    sizes = {task.session: len(task.scans) for task in tasks}
+    already = sum(sizes[session] for session in done)
+    with (
+        contextlib.closing(outcomes),
+        open_journal(folder) as record,
+        # smoothing=0: the remaining time is reckoned from this run's average, not from its last few sessions.
+        tqdm(total=sum(sizes.values()), initial=already, unit="scan", desc="Preparing", smoothing=0) as progress,
+    ):
+        for task, outcome in outcomes:
+            result = _settled(task, outcome)
+            record(result)
+            results[task.session] = result
+            progress.update(len(task.scans))
+    return results
+
+
+def _settled(task: SessionTask, outcome: SessionResult | BaseException) -> SessionResult:
+    """Turn what came of a task into its result. What the user must mend (a full disk, HD-BET's weights) is raised."""
+    if isinstance(outcome, SessionResult):
+        return outcome
+    if isinstance(outcome, (UserError, OSError)):
+        raise outcome
+    logger.error("Session %s could not be prepared: %s", task.session, outcome, exc_info=outcome)
+    result = SessionResult(session=task.session, fingerprint=task.fingerprint)
+    for scan in task.scans:
+        result.fail(scan, f"{type(outcome).__name__}: {outcome}", transient=True)
+    result.remove_failed_cases(task.folder)
+    return result
+
+
+def _conclude(folder: Path, scans: pd.DataFrame, results: Sequence[SessionResult]) -> PreparationReport:
+    """Write journal, failures and, last, the manifest, all in the order of the index."""
+    write_journal(folder, results)
+    failures = pd.DataFrame(
+        [{"session": result.session} | failure for result in results for failure in result.failures],
+        columns=["scan_id", "session", "path", "reason"],
+    )
+    rows = [row for result in results for row in result.rows]
+    with written_beside(folder / "failures.tsv") as path:
+        failures.to_csv(path, sep="\t", index=False)
+    if not rows:
+        raise UserError(f"Not one of {len(scans)} scans could be prepared. The reasons: {folder / 'failures.tsv'}")
+    prepared = pd.DataFrame(rows)
+    manifest = scans.merge(prepared, on="scan_id", validate="one_to_one", suffixes=("_in_table", ""))
+    with written_beside(folder / "manifest.tsv") as path:
+        manifest.to_csv(path, sep="\t", index=False)
+    return PreparationReport(folder=folder, summary=summarize(manifest), manifest=manifest, failures=failures)

@@ -1,0 +1,1 @@
+"""What a training looks at: drawn, read, warped, degraded."""
