@@ -5,7 +5,7 @@ backward pass. All combinations take turns in one process, round by round; times
 
     python benchmarks/backbones.py -device cuda --batch-size 8 --rounds 20
     MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 python benchmarks/backbones.py --rounds 5
-    python benchmarks/backbones.py --sizes 64 -o encoder.embed_dim=12 resenc.features=8,16,32,64,80,80
+    python benchmarks/backbones.py --sizes 64 -o swin.embed_dim=12 resenc.features=8,16,32,64,80,80
 
 FLOPs are those of one patch (multiply and add count as two), activations what one batch's forward pass keeps for its
 backward pass, peak memory what the device held at most, weights and gradients included (GPU only).

@@ -25,11 +25,12 @@ from steps import machine, memory, seconds_per_step
 from tables import markdown
 from torch import Tensor, nn
 
+from nnunet_ssl.architectures.backbones.resenc import RESIDUAL_UNET
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.architectures.resenc import PRESETS
 from nnunet_ssl.trainers.finetuning import GRADIENT_CLIP
 from nnunet_ssl.trainers.freezing import with_trainable_encoder
-from nnunet_ssl.trainers.networks import RESIDUAL_UNET, network_entry
+from nnunet_ssl.trainers.networks import network_entry
 from nnunet_ssl.trainers.optimization import build_optimizer
 from nnunet_ssl.weights.nnssl import unet_arguments
 

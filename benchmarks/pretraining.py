@@ -6,7 +6,7 @@ further steps, with the device waited for at every border, so the parts of a GPU
 does not fit the GPU comes in parts (accumulation).
 
     python benchmarks/pretraining.py -device cuda --also bf16=false compile=true shared_pass=true checkpointing=true \\
-        "compile=true shared_pass=true" encoder.window_size=6
+        "compile=true shared_pass=true" swin.window_size=6
     python benchmarks/pretraining.py --small --also shared_pass=true         a small encoder, for a CPU
     python benchmarks/pretraining.py -device cuda -c mim backbone=resenc     another recipe, settings for all rows
 
@@ -46,10 +46,10 @@ from nnunet_ssl.pretraining.run.speed import peak_memory_gib
 from nnunet_ssl.pretraining.views import streams
 
 SMALL = [
-    "encoder.embed_dim=12",
-    "encoder.depths=1,1,1,1",
-    "encoder.num_heads=1,2,4,4",
-    "encoder.window_size=4",
+    "swin.embed_dim=12",
+    "swin.depths=1,1,1,1",
+    "swin.num_heads=1,2,4,4",
+    "swin.window_size=4",
     "patch_size=64",
     "batch_size=2",
     "masked.unpaired_batch_size=1",

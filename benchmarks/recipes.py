@@ -6,8 +6,8 @@ apart (cross-subject distance); masked modelling beats predicting the mean of wh
     python benchmarks/recipes.py                        under half an hour on two CPU cores that do nothing else
     python benchmarks/recipes.py --recipes mcl cl --steps 50
     python benchmarks/recipes.py --backbone resenc      the same on a small version of nnU-Net's residual encoder
-    python benchmarks/recipes.py -device cuda --steps 5000 --voxel-mm 1 -o encoder.embed_dim=48 patch_size=96 \\
-        encoder.depths=2,2,6,2 encoder.num_heads=3,6,12,24 encoder.window_size=7 batch_size=16 queue_size=4096
+    python benchmarks/recipes.py -device cuda --steps 5000 --voxel-mm 1 -o swin.embed_dim=48 patch_size=96 \\
+        swin.depths=2,2,6,2 swin.num_heads=3,6,12,24 swin.window_size=7 batch_size=16 queue_size=4096
 
 The corpus and the finished runs stay in the folder of -w; a repeated call trains only what is missing. The last line of
 the table is the shared pass: one masked pass of the query network for both branches. Every line is one run with
@@ -45,10 +45,10 @@ RUNS = {
 }
 
 SMALL = [
-    "encoder.embed_dim=16",
-    "encoder.depths=1,1",
-    "encoder.num_heads=2,4",
-    "encoder.window_size=4",
+    "swin.embed_dim=16",
+    "swin.depths=1,1",
+    "swin.num_heads=2,4",
+    "swin.window_size=4",
     "resenc.features=8,16,32,64",
     "resenc.blocks=1,1,2,2",
     "patch_size=32",

@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.fpn import FPNDecoder
-from nnunet_ssl.architectures.resenc import ResEncEncoder
 from nnunet_ssl.architectures.swin import SwinEncoder
 from nnunet_ssl.errors import UserError
-
-ENCODERS = {"swin": SwinEncoder, "resenc": ResEncEncoder}
 
 PAPER_ENCODER = {
     "backbone": "swin",
@@ -30,25 +28,22 @@ PAPER_ENCODER = {
 def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
     """Build an encoder from an architecture as checkpoints carry it.
 
-    An encoder maps (B, C, X, Y, Z), and optionally a boolean mask on the grid of its coarsest map, to a list of feature
-    maps, finest first, level i of shape (B, channels[i], ceil(X / strides[i]), ...); `channels` and `strides` are its
-    attributes.
-
     Args:
-        architecture: ``{"backbone": "swin" or "resenc", "in_channels": 1, ...}``; every other key is a keyword of
-            :class:`SwinEncoder` or :class:`ResEncEncoder`. JSON-serialisable.
+        architecture: ``{"backbone": the name of one, "in_channels": 1, ...}``; every other key is a keyword of the
+            backbone's class. JSON-serialisable.
+
+    Returns:
+        A module that is an :class:`nnunet_ssl.architectures.backbones.base.Encoder`.
 
     Raises:
         UserError: an unknown backbone or keyword, or sizes that do not fit each other.
     """
     settings = dict(architecture)
-    backbone = settings.pop("backbone", None)
-    if backbone not in ENCODERS:
-        raise UserError(f"The backbone is '{backbone}'; it can be one of: {', '.join(ENCODERS)}.")
+    backbone = backbone_of(settings.pop("backbone", None))
     try:
-        return ENCODERS[backbone](**settings)
+        return backbone.encoder(**settings)
     except TypeError as error:
-        raise UserError(f"The architecture of the '{backbone}' encoder does not fit: {error}.") from error
+        raise UserError(f"The architecture of the '{backbone.name}' encoder does not fit: {error}.") from error
 
 
 class SwinFPN(nn.Module):

@@ -14,10 +14,10 @@ TRAINER = "nnUNetTrainerMCLMIM"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 SMALL_PRETRAINING = (
-    "encoder.embed_dim=16",
-    "encoder.depths=1,1,1",
-    "encoder.num_heads=1,2,4",
-    "encoder.window_size=4",
+    "swin.embed_dim=16",
+    "swin.depths=1,1,1",
+    "swin.num_heads=1,2,4",
+    "swin.window_size=4",
     "patch_size=32,32,32",
     "batch_size=4",
     "masked.unpaired_batch_size=1",

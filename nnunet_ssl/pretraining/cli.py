@@ -21,7 +21,7 @@ _PRETRAIN_EXAMPLE = """\
 examples:
   nnssl_pretrain -c mcl_mim                            on Dataset500 or the only prepared corpus
   nnssl_pretrain -c mcl_mim --c                        go on where it stopped
-  nnssl_pretrain -c mim -o recipe=mim_small steps=50000 encoder.embed_dim=24
+  nnssl_pretrain -c mim -o recipe=mim_small steps=50000 swin.embed_dim=24
   nnssl_pretrain -c mcl_mim -o recipe=mcl_mim_resenc backbone=resenc
   nnssl_pretrain -c mcl_mim -num_gpus 4
   torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host:29500 \\

@@ -7,14 +7,19 @@ say only what differs from the defaults here.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from nnunet_ssl.architectures.resenc import PRESETS
+from nnunet_ssl.architectures.backbones import RESENC, SWIN, backbone_of
+from nnunet_ssl.architectures.backbones import known as known_backbones
+from nnunet_ssl.architectures.backbones.base import Settings
+from nnunet_ssl.architectures.backbones.resenc import ResEncConfig
+from nnunet_ssl.architectures.backbones.swin import SwinConfig
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective
@@ -26,56 +31,14 @@ from nnunet_ssl.pretraining.views.sampling import SamplingConfig
 from nnunet_ssl.schedules import Ramp
 from nnunet_ssl.typed import assign, build, check_ranges, ranged
 
-_OWN_SECTIONS = {kind.section for kind in OWN}
+logger = logging.getLogger(__name__)
+
+_OWN_SECTIONS = {kind.section for kind in OWN} | {SWIN.name, RESENC.name}
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(f"{message}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwinConfig:
-    """Of ``backbone: swin``; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
-
-    embed_dim: int = ranged(48, "at least 1")
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = ranged(7, "at least 1")  # tokens; 6 is faster at 96^3 (no padding), but not the paper's
-    mlp_ratio: float = ranged(4.0, "positive")
-    conv_norm: Literal["group", "instance"] = "group"
-
-    @property
-    def maps(self) -> int:
-        """How many maps it has: the patch embedding's, and one of each stage's merging."""
-        return len(self.depths) + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResEncConfig:
-    """Of ``backbone: resenc``; see :class:`nnunet_ssl.architectures.resenc.ResEncEncoder`."""
-
-    preset: Literal["resenc_m", "resenc_l"] = "resenc_l"  # nnU-Net's; M and L are one encoder, see docs/backbones.md
-    features: tuple[int, ...] | None = None  # channels per stage, in place of the preset's
-    blocks: tuple[int, ...] | None = None  # residual blocks per stage, in place of the preset's
-
-    def __post_init__(self) -> None:
-        sizes = self.sizes()
-        _require(
-            len(sizes["features"]) == len(sizes["blocks"]) >= 2,
-            f"resenc.features {list(sizes['features'])} and resenc.blocks {list(sizes['blocks'])} must have one number "
-            "for each stage, and two stages at least",
-        )
-
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The numbers that build the encoder."""
-        given = {"features": self.features, "blocks": self.blocks}
-        return PRESETS[self.preset] | {name: values for name, values in given.items() if values is not None}
-
-    @property
-    def maps(self) -> int:
-        """How many maps it has: one of each stage but the first, which works at full resolution."""
-        return len(self.sizes()["features"]) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +60,12 @@ class PretrainingConfig:
 
     recipe: str  # names the results folder
 
-    backbone: Literal["swin", "resenc"] = "swin"  # which of the next two is pre-trained
-    encoder: SwinConfig = SwinConfig()
+    backbone: str = "swin"  # whose section says the sizes of the encoder
+    swin: SwinConfig = SwinConfig()
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
-    others: Mapping[str, Any] = field(default_factory=dict)  # the sections of other packages' objectives, by name
+    others: Mapping[str, Any] = field(default_factory=dict)  # the sections of what other packages announce, by name
     shared_pass: bool = False  # one masked pass of the query network for all branches: faster, not the paper's
     queue_size: int = ranged(16384, "at least 1")  # keys kept as negatives
     momentum: Ramp = ranged(Ramp(low=0.996, high=0.999, begin=0.05, until=0.2), "between 0 and 1")  # of the key network
@@ -173,12 +136,13 @@ class PretrainingConfig:
             f"{single}, of which the masked branch could hide all or nothing: use a larger patch",
         )
         _require(
-            self.backbone != "resenc", f"{single}, which the residual encoder cannot normalise: use a larger patch"
+            not backbone_of(self.backbone).normalises_maps,
+            f"{single}, which the encoder of backbone {self.backbone} cannot normalise: use a larger patch",
         )
 
     @property
-    def _network(self) -> SwinConfig | ResEncConfig:
-        return self.encoder if self.backbone == "swin" else self.resenc
+    def _network(self) -> Settings:
+        return self.section(backbone_of(self.backbone).name) or backbone_of(self.backbone).settings()
 
     @property
     def stride(self) -> int:
@@ -191,7 +155,7 @@ class PretrainingConfig:
         return self._network.maps
 
     def section(self, name: str) -> Any:
-        """The settings of the objective whose section is `name`; None where the recipe has none."""
+        """The settings of an objective or a backbone, by the section's name; None where the recipe has none."""
         return getattr(self, name) if name in _OWN_SECTIONS else self.others.get(name)
 
     @functools.cached_property
@@ -216,11 +180,11 @@ class PretrainingConfig:
 
     def architecture(self) -> dict[str, Any]:
         """What :func:`nnunet_ssl.architectures.networks.build_encoder` takes, in types that JSON keeps."""
-        if self.backbone == "swin":
-            own = {**self.as_dict()["encoder"], "mask_token": self.has_masked}
-        else:
-            own = {name: list(values) for name, values in self.resenc.sizes().items()}
-        return {"backbone": self.backbone, "in_channels": 1, **own}
+        return {
+            "backbone": self.backbone,
+            "in_channels": 1,
+            **self._network.architecture(masked=self.has_masked),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain types (tuples as lists), which :func:`from_dict` reads back."""
@@ -236,7 +200,7 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Pretr
 
     Args:
         recipe: the name of a recipe of the package, or the path of a YAML file.
-        overrides: ``key=value``, nested keys with dots: ``encoder.embed_dim=24``.
+        overrides: ``key=value``, nested keys with dots: ``swin.embed_dim=24``.
 
     Raises:
         UserError: no such recipe or file, an unknown key, a value of the wrong type or out of range.
@@ -255,12 +219,23 @@ def from_dict(values: dict[str, Any]) -> PretrainingConfig:
     Raises:
         UserError: an unknown key, a value of the wrong type or out of range.
     """
+    values = with_todays_names(values)
     elsewhere = {kind.section: kind.section_type for kind in announced()}
+    elsewhere |= {name: one.settings for name, one in known_backbones().items() if name not in _OWN_SECTIONS}
     others = {
         name: build(elsewhere[name], value or {}, f"{name}.") for name, value in values.items() if name in elsewhere
     }
     own = {name: value for name, value in values.items() if name not in elsewhere}
     return build(PretrainingConfig, own, built={"others": others})
+
+
+def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Take settings of version 0.1.0, whose section ``swin`` was called ``encoder``."""
+    if "encoder" not in values:
+        return dict(values)
+    logger.info("The section 'encoder' is called 'swin' now: write swin.embed_dim for encoder.embed_dim.")
+    rest = {name: value for name, value in values.items() if name != "encoder"}
+    return rest | {"swin": {**(rest.get("swin") or {}), **(values["encoder"] or {})}}
 
 
 class _Dumper(yaml.SafeDumper):

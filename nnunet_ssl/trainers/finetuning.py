@@ -11,6 +11,7 @@ from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_
 from nnunetv2.utilities.helpers import dummy_context
 from torch import nn
 
+from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.compiling import compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.console import exit_on_user_error
@@ -20,14 +21,7 @@ from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import unwrapped, with_own_buffers, with_trainable_encoder
-from nnunet_ssl.trainers.networks import (
-    check_patch,
-    has_deep_supervision,
-    is_residual_unet,
-    network_entry,
-    plans_residual_unet,
-    stage_differences,
-)
+from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, plans_residual_unet
 from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer, refuse_lost_epoch
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
@@ -35,9 +29,6 @@ from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
 
 GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
-MINIMUM_FRACTION = {"swin": 0.9, "resenc": 0.5}
-"""Of the encoder that a checkpoint must fill. A Swin encoder is built from the checkpoint's own numbers; a residual
-one's stages are planned by nnU-Net for the data set and need not all agree."""
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -155,13 +146,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """Build around the checkpoint's backbone, whatever network the plans were made for, and say so."""
         planned = self.configuration_manager.configuration["architecture"]
         entry = network_entry(architecture, planned)
-        if (architecture["backbone"] == "resenc") != is_residual_unet(planned):
+        if _class_name(entry) != _class_name(planned):
             self.print_to_log_file(
                 f"The network follows the checkpoint's backbone, {architecture['backbone']}: "
                 f"{_class_name(entry)} instead of the plans' {_class_name(planned)}. Patch, batch and spacing stay."
             )
-        if is_residual_unet(entry):
-            check_patch(self.configuration_manager.patch_size, entry)
+        backbone_of(architecture["backbone"]).check_patch(self.configuration_manager.patch_size, entry)
         return entry
 
     def _load_encoder(self, pretrained: PretrainedEncoder, source: dict[str, str], entry: dict[str, Any]) -> None:
@@ -170,12 +160,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             self.print_to_log_file(f"WARNING: {type(self).__name__} starts from a pre-training by {pretrained.method}.")
         for key, why in pretrained.assumed.items():
             self.print_to_log_file(f"WARNING: assumed of the checkpoint: {key} {pretrained.architecture[key]} ({why})")
-        minimum = MINIMUM_FRACTION[pretrained.architecture["backbone"]]
-        report = load_encoder(unwrapped(self.network).encoder, pretrained, minimum_fraction=minimum)
-        self.print_to_log_file(str(report))
-        if is_residual_unet(entry):
-            for line in stage_differences(pretrained.architecture, entry):
-                self.print_to_log_file(line)
+        backbone = backbone_of(pretrained.architecture["backbone"])
+        encoder = unwrapped(self.network).encoder
+        report = load_encoder(encoder, pretrained, minimum_fraction=backbone.minimum_fraction)
+        for line in (str(report), *backbone.differences(pretrained.architecture, entry)):
+            self.print_to_log_file(line)
         if spacing := (pretrained.preprocessing or {}).get("spacing"):
             self.print_to_log_file(f"Spacing in pre-training {spacing}, here {self.configuration_manager.spacing} (mm)")
         self.plans_manager.plans[SECTION]["pretrained"] = source | {

@@ -6,9 +6,9 @@ import re
 
 from torch import Tensor
 
+from nnunet_ssl.architectures.backbones.swin import swin_architecture
 from nnunet_ssl.architectures.swin import relative_positions
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.weights.inferred import swin_architecture
 from nnunet_ssl.weights.pretrained import PretrainedEncoder
 
 # Tried in order; a name that no rule matches is the same in both.

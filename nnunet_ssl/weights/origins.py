@@ -18,22 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_ssl.architectures.backbones import known
+from nnunet_ssl.architectures.backbones.resenc import RESENC
+from nnunet_ssl.architectures.backbones.swin import SWIN
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.weights.inferred import resenc_architecture, swin_architecture
 from nnunet_ssl.weights.monai_names import from_monai
 from nnunet_ssl.weights.pretrained import DESCRIBED, FORMAT, UMBRAS_RECIPES, PretrainedEncoder
 from nnunet_ssl.weights.safe_files import CheckpointFile
 
-OWN_SWIN, MONAI_SWIN, RESENC, PRIMUS = ANCHORS = (
-    "stages.0.blocks.0.attn.qkv.weight",
-    "layers1.0.blocks.0.attn.qkv.weight",
-    "stem.convs.0.conv.weight",
-    "down_projection.proj.weight",
-)
-"""A tensor that every encoder of a kind has: what stands before it in a file's names is the encoder's place."""
+MONAI_SWIN = "layers1.0.blocks.0.attn.qkv.weight"
+PRIMUS = "down_projection.proj.weight"
+ANCHORS = {SWIN.anchor: FORMAT, MONAI_SWIN: "monai", RESENC.anchor: "nnunet", PRIMUS: "nnssl"}
+"""A tensor that every encoder of a kind has, and whose a file is that tells nothing else."""
 
 TOP_MODULES = ("patch_embed.", "mask_token", "layers", "stages.", "stem.")
-"""What an encoder's names begin with, where the encoder is not part of a network."""
+"""What the names of an encoder of :data:`ANCHORS` begin with, where the encoder is not part of a network."""
 
 COPIES = ("encoder_m", "key", "decoder")
 """Modules that hold the encoder a second time: UMBRA's and our moving averages, the alias in nnU-Net's decoder."""
@@ -69,7 +68,7 @@ def recognise(file: CheckpointFile) -> str:
     state = state_dict(content)
     if any("mask_token_injector" in name or "feats_decoder" in name or "encoder_m" in name for name in state):
         return "umbra"
-    for anchor, origin in zip(ANCHORS, (FORMAT, "monai", "nnunet", "nnssl"), strict=True):
+    for anchor, origin in ANCHORS.items():
         if _places(state, anchor):
             return origin
     raise UserError(_nothing_known(state))
@@ -82,7 +81,7 @@ def _read_own(file: CheckpointFile) -> PretrainedEncoder:
     except json.JSONDecodeError as error:
         raise UserError(f"its header cannot be read ({error}).") from error
     described = header or {key: file.content[key] for key in DESCRIBED if key in file.content}
-    tensors, left_out = _encoder(state_dict(file.content), OWN_SWIN, RESENC)
+    tensors, left_out = _encoder(state_dict(file.content), *_own_anchors())
     metadata = described["metadata"] = described.get("metadata") or {}
     architecture = described["architecture"] = dict(described.get("architecture") or _architecture(tensors))
     assumed: dict[str, str] = {}
@@ -196,7 +195,7 @@ def _read_nnunet(file: CheckpointFile) -> PretrainedEncoder:
     configuration = _section(plans, "configurations", arguments.get("configuration"))
     network = _section(configuration, "architecture", "arch_kwargs")
     _refuse_other_strides(network)
-    tensors, left_out = _encoder(state_dict(content), OWN_SWIN, RESENC)
+    tensors, left_out = _encoder(state_dict(content), *_own_anchors())
     return PretrainedEncoder(
         tensors=tensors,
         architecture=_architecture(tensors) | {key: network[key] for key in UNSEEN if key in network},
@@ -227,7 +226,7 @@ def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
         )
     _refuse_other_strides(_section(architecture, "arch_kwargs"))
     place = plan["key_to_encoder"].removesuffix("stages") if plan.get("key_to_encoder") else None
-    tensors, left_out = _encoder(state, RESENC, place=place)
+    tensors, left_out = _encoder(state, RESENC.anchor, place=place)
     pretraining = _section(plan, "pretrain_plan")
     configuration = next(iter(_section(pretraining, "configurations").values()), {})
     return PretrainedEncoder(
@@ -312,7 +311,7 @@ def _encoder(
     if len(found) > 1:
         raise UserError(f"it holds several encoders, at {', '.join(found)}; store the one that is meant alone.")
     ((prefix, anchor),) = found.items()
-    inside = [name for name in state if name.startswith(prefix or TOP_MODULES)]
+    inside = [name for name in state if name.startswith(prefix or (TOP_MODULES if anchor in ANCHORS else ""))]
     left_out = Counter(_module(name) for name in state.keys() - set(inside))
     rename = from_monai if anchor == MONAI_SWIN else str
     # The indices of relative positions are constants, which SwinEncoder computes.
@@ -342,8 +341,12 @@ def _nothing_known(state: Mapping[str, Tensor]) -> str:
     return f"it holds no encoder of a kind known here; its first tensors are {', '.join(list(state)[:3])}."
 
 
+def _own_anchors() -> list[str]:
+    return [backbone.anchor for backbone in known().values()]
+
+
 def _architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return resenc_architecture(tensors) if RESENC in tensors else swin_architecture(tensors)
+    return next((one for one in known().values() if one.anchor in tensors), SWIN).infer(tensors)
 
 
 def _refuse_other_strides(arguments: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nnunet_ssl.demo import cli, running, steps
 
 TINY_PRETRAINING = (
-    *("encoder.embed_dim=8", "encoder.depths=1,1,1", "encoder.num_heads=1,2,2", "encoder.window_size=4"),
+    *("swin.embed_dim=8", "swin.depths=1,1,1", "swin.num_heads=1,2,2", "swin.window_size=4"),
     *("patch_size=32,32,32", "batch_size=2", "masked.unpaired_batch_size=1", "queue_size=16", "steps=4", "workers=0"),
     *("log_every=2", "validation.every=4", "validation.fraction=0.2"),
 )

@@ -127,7 +127,7 @@ def test_the_stride_follows_the_stages():
         ("mim", ["resenc.features=4,8,16"], r"resenc.features \[4, 8, 16\] and resenc.blocks .* one number for each"),
         ("mim", ["resenc.blocks=[1]", "resenc.features=[4]"], "two stages at least"),
         ("mim", ["resenc.block=1"], "did you mean 'resenc.blocks'"),
-        ("mcl", ["backbone=resenc", "patch_size=32"], "single cell of 32 voxels, which the residual encoder cannot"),
+        ("mcl", ["backbone=resenc", "patch_size=32"], "which the encoder of backbone resenc cannot"),
         ("mcl_ibot", ["backbone=resenc", "masked.tokens.level=5"], "the maps are 0 to 4"),
     ],
 )

@@ -63,8 +63,8 @@ def test_overrides_reach_nested_keys_in_every_form():
     config = load_config(
         "mcl_mim",
         [
-            "encoder.depths=2,2,2",
-            "encoder.num_heads=[3, 6, 12]",
+            "swin.depths=2,2,2",
+            "swin.num_heads=[3, 6, 12]",
             "learning_rate=2e-4",
             "patch_size=64",
             "masked.ratio=[0.6, 0.6]",
@@ -72,7 +72,7 @@ def test_overrides_reach_nested_keys_in_every_form():
             "shared_pass=true",
         ],
     )
-    assert config.encoder.depths == (2, 2, 2)
+    assert config.swin.depths == (2, 2, 2)
     assert config.stride == 16
     assert config.learning_rate == 2e-4
     assert config.patch_size == (64, 64, 64)
@@ -89,8 +89,8 @@ def test_an_override_leaves_its_neighbours_at_their_defaults():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("encodr.embed_dim=24", "no key 'encodr'; did you mean 'encoder'"),
-        ("encoder.embd_dim=24", "no key 'encoder.embd_dim'; did you mean 'encoder.embed_dim'"),
+        ("swinn.embed_dim=24", "no key 'swinn'; did you mean 'swin'"),
+        ("swin.embd_dim=24", "no key 'swin.embd_dim'; did you mean 'swin.embed_dim'"),
         ("steps=1.5", "steps is 1.5; it takes a whole number"),
         ("workers=true", "workers is True; it takes a whole number"),
         ("learning_rate=fast", "learning_rate is 'fast'; it takes a number"),
@@ -101,7 +101,7 @@ def test_an_override_leaves_its_neighbours_at_their_defaults():
         ("steps", "not of the form key=value"),
         ("steps.x=3", "steps is .*; it takes a whole number"),
         ("steps=0", "steps is 0; it must be at least 1"),
-        ("encoder.window_size=0", "encoder.window_size is 0; it must be at least 1"),
+        ("swin.window_size=0", "swin.window_size is 0; it must be at least 1"),
         ("learning_rate=nan", "learning_rate is nan; it must be positive"),
         ("learning_rate=1e-6", "minimum_learning_rate is 1e-05, above learning_rate 1e-06"),
         ("momentum.high=1.5", "momentum.high is 1.5; it must be between 0 and 1"),
@@ -169,3 +169,14 @@ def test_the_configuration_cannot_be_changed_afterwards():
     with pytest.raises(AttributeError):
         config.steps = 3
     assert isinstance(config, PretrainingConfig)
+
+
+def test_settings_of_0_1_0_are_read_with_a_hint(caplog):
+    """Its section for the Swin encoder was called "encoder", in files and on command lines."""
+    caplog.set_level("INFO")
+    config = load_config("mim", ["encoder.embed_dim=24", "swin.window_size=6"])
+    assert (config.swin.embed_dim, config.swin.window_size) == (24, 6)
+    assert "write swin.embed_dim for encoder.embed_dim" in caplog.text
+    written = config.as_dict()
+    written["encoder"] = written.pop("swin")
+    assert from_dict(written) == config

@@ -11,10 +11,10 @@ from nnunet_ssl.pretraining.recipes import recipes
 from nnunet_ssl.pretraining.run.records import Records
 
 SMALL = [
-    "encoder.embed_dim=8",
-    "encoder.depths=2,1",  # the second block's windows are shifted
-    "encoder.num_heads=1,2",
-    "encoder.window_size=3",
+    "swin.embed_dim=8",
+    "swin.depths=2,1",  # the second block's windows are shifted
+    "swin.num_heads=1,2",
+    "swin.window_size=3",
     "resenc.features=4,8,12,16",
     "resenc.blocks=1,1,1,1",
     "patch_size=16,24,16",

@@ -190,9 +190,9 @@ def test_a_finished_run_that_is_extended_ends_anew(write_prepared, train, monkey
 def test_a_checkpoint_of_another_architecture_is_refused(write_prepared, train):
     write_prepared()
     folder = train("mim", "steps=2")
-    with pytest.raises(UserError, match=r"encoder.embed_dim was 8, is 16"):
-        train("mim", "steps=4", "encoder.embed_dim=16", "encoder.num_heads=2,2,2,2", resume=True)
-    assert load_config(folder / "config.yaml").encoder.embed_dim == 8, "the settings beside the results are the run's"
+    with pytest.raises(UserError, match=r"swin.embed_dim was 8, is 16"):
+        train("mim", "steps=4", "swin.embed_dim=16", "swin.num_heads=2,2,2,2", resume=True)
+    assert load_config(folder / "config.yaml").swin.embed_dim == 8, "the settings beside the results are the run's"
 
 
 def test_a_changed_setting_is_said_aloud_and_taken(write_prepared, train, caplog):

@@ -18,10 +18,10 @@ from nnunet_ssl.pretraining.views.augmentation import Batch
 
 PATCH = (64, 32, 32)
 TINY = [
-    "encoder.embed_dim=8",
-    "encoder.depths=1,1,1,1",
-    "encoder.num_heads=1,2,2,2",
-    "encoder.window_size=4",
+    "swin.embed_dim=8",
+    "swin.depths=1,1,1,1",
+    "swin.num_heads=1,2,2,2",
+    "swin.window_size=4",
     "patch_size=64,32,32",
     "contrastive.hidden=16",
     "contrastive.dim=8",

@@ -85,10 +85,10 @@ def write_prepared(nnunet_folders):
 def tiny():
     """Overrides that make any recipe a matter of seconds, for corpora of `write_prepared`."""
     return [
-        "encoder.embed_dim=8",
-        "encoder.depths=1,1,1,1",
-        "encoder.num_heads=1,2,2,2",
-        "encoder.window_size=4",
+        "swin.embed_dim=8",
+        "swin.depths=1,1,1,1",
+        "swin.num_heads=1,2,2,2",
+        "swin.window_size=4",
         "patch_size=64,32,32",
         "batch_size=2",
         "contrastive.hidden=16",

@@ -7,8 +7,9 @@ import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunet_ssl.architectures.backbones.resenc import is_residual_unet, stage_differences
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
-from nnunet_ssl.trainers.networks import has_deep_supervision, is_residual_unet, network_entry, stage_differences
+from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry
 from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder
 
 SWIN = {"backbone": "swin", "in_channels": 1, "embed_dim": 6, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_ssl.architectures.backbones.resenc import stage_differences
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM
-from nnunet_ssl.trainers.networks import network_entry, stage_differences
+from nnunet_ssl.trainers.networks import network_entry
 from nnunet_ssl.trainers.planning import PretrainingPlanner, plan_and_preprocess
 
 

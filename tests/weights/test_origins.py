@@ -197,7 +197,7 @@ def test_our_pretraining_checkpoint(stored, tiny_recipe):
 
 @pytest.fixture
 def tiny_recipe():
-    sizes = ["encoder.embed_dim=8", "encoder.depths=1,1", "encoder.num_heads=1,2", "encoder.window_size=3"]
+    sizes = ["swin.embed_dim=8", "swin.depths=1,1", "swin.num_heads=1,2", "swin.window_size=3"]
     return load_config("mcl_mim", [*sizes, "patch_size=32,32,32", "queue_size=32", "contrastive.dim=8"])
 
 

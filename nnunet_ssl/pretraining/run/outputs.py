@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from nnunet_ssl.architectures.backbones import backbone_of
+from nnunet_ssl.architectures.backbones import known as known_backbones
 from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
-from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.pretraining.config import PretrainingConfig, with_todays_names
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives import known
 from nnunet_ssl.pretraining.optimization import restore_optimizer
@@ -32,14 +34,7 @@ CITATIONS = (
     "arXiv 2511.11311.",
     "Isensee et al. nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. "
     "Nature Methods 18, 2021.",
-    "He et al. SwinUNETR-V2: stronger Swin transformers with stagewise convolutions for 3D medical image segmentation. "
-    "MICCAI 2023 (backbone swin).",
-    "Isensee et al. nnU-Net revisited: a call for rigorous validation in 3D medical image segmentation. MICCAI 2024 "
-    "(backbone resenc).",
 )
-
-SHAPES = ("backbone", "encoder", "resenc")
-"""Settings that, with those of the objectives, decide what a checkpoint holds; a run cannot continue with others."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +93,11 @@ def description(corpus: Corpus, config: PretrainingConfig) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("nnunet_ssl", "nnunetv2", "torch")},
         },
-        "citations": [*CITATIONS, *(text for objective in config.objectives for text in objective.citations)],
+        "citations": [
+            *CITATIONS,
+            backbone_of(config.backbone).citation,
+            *(text for objective in config.objectives for text in objective.citations),
+        ],
     }
 
 
@@ -145,8 +144,8 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
         refuse_to_overwrite(folder)
         logger.warning("There is no checkpoint in %s to continue from: the run begins at step 0.", folder)
         return None
-    changes = list(_changes(state["metadata"]["config"], learner.config.as_dict()))
-    shapes = (*SHAPES, *(shape for kind in known() for shape in kind.shapes))
+    changes = list(_changes(with_todays_names(state["metadata"]["config"]), learner.config.as_dict()))
+    shapes = ("backbone", *known_backbones(), *(shape for kind in known() for shape in kind.shapes))
     fatal = [text for key, text in changes if key.startswith(shapes)]
     if fatal:
         raise UserError(

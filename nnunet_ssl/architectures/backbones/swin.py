@@ -1,16 +1,19 @@
-"""The architecture that an encoder's tensors imply: shapes and names say all that its class wants to be told."""
+"""The paper's backbone: a Swin encoder, with an FPN decoder for segmentation."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from torch import Tensor
-
+from nnunet_ssl.architectures.backbones.base import Architecture, Backbone
+from nnunet_ssl.architectures.backbones.tensors import Tensors, counts, required
+from nnunet_ssl.architectures.swin import SwinEncoder
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.typed import ranged
 
-Tensors = Mapping[str, Tensor]
+SWIN_FPN = "nnunet_ssl.architectures.networks.SwinFPN"
 
 PARTS_OF_A_STAGE = re.compile(
     r"stages\.\d+\.(conv\..+|merging\.(norm|reduction)\.(weight|bias)"
@@ -18,6 +21,28 @@ PARTS_OF_A_STAGE = re.compile(
     r"|blocks\.\d+\.attn\.relative_position_bias_table)"
 )
 """The tensors that a stage of SwinEncoder may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig:
+    """Of ``backbone: swin``; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
+
+    embed_dim: int = ranged(48, "at least 1")
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = ranged(7, "at least 1")  # tokens; 6 is faster at 96^3 (no padding), but not the paper's
+    mlp_ratio: float = ranged(4.0, "positive")
+    conv_norm: Literal["group", "instance"] = "group"
+
+    @property
+    def maps(self) -> int:
+        """How many maps it has: the patch embedding's, and one of each stage's merging."""
+        return len(self.depths) + 1
+
+    def architecture(self, *, masked: bool) -> dict[str, Any]:
+        """The keywords of SwinEncoder; without masks it has no mask token, which nothing would train."""
+        sizes = {name: list(one) if isinstance(one, tuple) else one for name, one in asdict(self).items()}
+        return {**sizes, "mask_token": masked}
 
 
 def swin_architecture(tensors: Tensors) -> dict[str, Any]:
@@ -38,11 +63,11 @@ def swin_architecture(tensors: Tensors) -> dict[str, Any]:
             "The encoder's stages have parts that SwinEncoder's have not, so its features would be others: "
             f"{', '.join(others[:4])}{', ...' if len(others) > 4 else ''}."
         )
-    projection = _required(tensors, "patch_embed.proj.weight")
+    projection = required(tensors, "patch_embed.proj.weight")
     width, in_channels, *patch = projection.shape
-    depths = _counts(tensors, r"stages\.(\d+)\.blocks\.(\d+)\.")
+    depths = counts(tensors, r"stages\.(\d+)\.blocks\.(\d+)\.")
     tables = [
-        _required(tensors, f"stages.{stage}.blocks.0.attn.relative_position_bias_table") for stage in range(len(depths))
+        required(tensors, f"stages.{stage}.blocks.0.attn.relative_position_bias_table") for stage in range(len(depths))
     ]
     side = round(tables[0].shape[0] ** (1 / 3))
     if len(patch) != 3 or len(set(patch)) > 1 or any(side**3 != table.shape[0] for table in tables):
@@ -58,7 +83,7 @@ def swin_architecture(tensors: Tensors) -> dict[str, Any]:
         "num_heads": [table.shape[1] for table in tables],
         "window_size": (side + 1) // 2,
         "patch_size": patch[0],
-        "mlp_ratio": _required(tensors, "stages.0.blocks.0.mlp.0.weight").shape[0] / width,
+        "mlp_ratio": required(tensors, "stages.0.blocks.0.mlp.0.weight").shape[0] / width,
         "conv_norm": _conv_norm(tensors, len(depths)),
         "mask_token": "mask_token" in tensors,
     }
@@ -81,37 +106,25 @@ def _conv_norm(tensors: Tensors, stages: int) -> str | None:
     return "instance" if "stages.0.conv.conv1.weight" in tensors else None
 
 
-def resenc_architecture(tensors: Tensors) -> dict[str, Any]:
-    """Return what :func:`networks.build_encoder` takes, from tensors by ResEncEncoder's names.
+def swin_fpn(architecture: Architecture, planned: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of nnU-Net's plans, whatever was planned.
 
-    Raises:
-        UserError: tensors are missing, or the convolutions are not 3x3x3.
+    Channels and classes come from the data set when nnU-Net builds the network; a mask token has no use there.
     """
-    blocks = _counts(tensors, r"stages\.(\d+)\.blocks\.(\d+)\.")
-    stem = _required(tensors, "stem.convs.0.conv.weight")
-    firsts = [_required(tensors, f"stages.{stage}.blocks.0.conv1.conv.weight") for stage in range(len(blocks))]
-    kernels = {tuple(weight.shape[2:]) for weight in (stem, *firsts)}
-    if kernels != {(3, 3, 3)}:
-        raise UserError(f"The residual encoder has kernels of {sorted(kernels)}; only 3x3x3 can be read.")
-    return {
-        "backbone": "resenc",
-        "in_channels": stem.shape[1],
-        "features": [weight.shape[0] for weight in firsts],
-        "blocks": blocks,
-    }
+    encoder = {key: value for key, value in architecture.items() if key not in ("backbone", "in_channels")}
+    return {"network_class_name": SWIN_FPN, "arch_kwargs": encoder | {"mask_token": False}, "_kw_requires_import": []}
 
 
-def _required(tensors: Tensors, name: str) -> Tensor:
-    if name not in tensors:
-        raise UserError(f"The encoder is not complete: it has no tensor {name}.")
-    return tensors[name]
-
-
-def _counts(tensors: Tensors, pattern: str) -> list[int]:
-    """How many blocks each stage has, by names with the numbers of a stage and a block in it."""
-    found = {(int(match[1]), int(match[2])) for match in (re.match(pattern, name) for name in tensors) if match}
-    stages = sorted({stage for stage, _ in found})
-    counts = [sum(stage == other for other, _ in found) for stage in stages]
-    if not stages or stages != list(range(len(stages))) or len(found) != sum(counts):
-        raise UserError(f"The encoder is not complete: it has stages {stages}.")
-    return counts
+SWIN = Backbone(
+    name="swin",
+    encoder=SwinEncoder,
+    settings=SwinConfig,
+    anchor="stages.0.blocks.0.attn.qkv.weight",
+    infer=swin_architecture,
+    minimum_fraction=0.9,  # the encoder is built from the checkpoint's own numbers
+    plans_entry=swin_fpn,
+    network_class=SWIN_FPN,
+    deep_supervision=False,
+    citation="He et al. SwinUNETR-V2: stronger Swin transformers with stagewise convolutions for 3D medical image "
+    "segmentation. MICCAI 2023.",
+)

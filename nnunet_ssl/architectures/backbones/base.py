@@ -1,0 +1,88 @@
+"""What a backbone is: an encoder's class, and everything that the rest of the package has to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Architecture = Mapping[str, Any]
+"""As checkpoints carry it: ``{"backbone": name, "in_channels": 1, ...}``, every other key a keyword of the class."""
+
+
+class Encoder(Protocol):
+    """What every encoder has beside what :class:`torch.nn.Module` has.
+
+    Attributes:
+        channels: of the maps, finest first.
+        strides: voxels per place of the maps, finest first.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Encode volumes.
+
+        Args:
+            x: (B, C, X, Y, Z).
+            mask: boolean, on the grid of the coarsest map, True where a cell is to be hidden.
+
+        Returns:
+            The maps, finest first: level i of shape (B, channels[i], ceil(X / strides[i]), ...).
+        """
+        ...
+
+    def parts(self) -> list[nn.Module]:
+        """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
+        ...
+
+
+class Settings(Protocol):
+    """A backbone's section of a pre-training's recipe, a frozen dataclass."""
+
+    @property
+    def maps(self) -> int:
+        """How many maps the encoder has."""
+        ...
+
+    def architecture(self, *, masked: bool) -> dict[str, Any]:
+        """The keywords of the encoder's class, in types that JSON keeps.
+
+        Args:
+            masked: the encoder will get views with hidden cells.
+        """
+        ...
+
+
+def _nothing_to_say(architecture: Architecture, entry: Mapping[str, Any]) -> list[str]:
+    return []
+
+
+def _any_patch(patch_size: Sequence[int], entry: Mapping[str, Any]) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """One backbone. `docs/extending.md` adds one from outside."""
+
+    name: str  # in architectures and recipes
+    encoder: Callable[..., nn.Module]  # the class; keywords are what an architecture holds, and `checkpointing`
+    settings: type  # a `Settings`, whose defaults are what a recipe gets
+    anchor: str  # a tensor that every encoder of the kind has: what stands before it in a file is the encoder's place
+    infer: Callable[[Mapping[str, Tensor]], dict[str, Any]]  # the architecture that tensors imply, or a UserError
+    minimum_fraction: float  # of an encoder that a checkpoint must fill in fine-tuning
+    plans_entry: Callable[[Architecture, Mapping[str, Any]], dict[str, Any]]
+    """The ``architecture`` entry of a configuration in nnU-Net's plans, from a checkpoint's architecture and the entry
+    that nnU-Net planned. The network has the encoder as its attribute ``encoder``."""
+    network_class: str  # of that network, with its modules
+    deep_supervision: bool  # whether it has outputs at several scales
+    check_patch: Callable[[Sequence[int], Mapping[str, Any]], None] = _any_patch
+    """Refuse, with a UserError, a patch that the network of an entry cannot take."""
+    differences: Callable[[Architecture, Mapping[str, Any]], list[str]] = _nothing_to_say
+    """What differs between a checkpoint's architecture and the network of an entry, a line each."""
+    normalises_maps: bool = False  # over space, so that a patch must be more than a single cell of the coarsest map
+    citation: str

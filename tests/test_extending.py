@@ -1,0 +1,79 @@
+"""An objective and a backbone from a package outside, as docs/extending.md has them: installed, found, trained."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nnunet_ssl.architectures import backbones
+from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.pretraining import objectives
+from nnunet_ssl.pretraining.config import from_dict, load_config
+from nnunet_ssl.pretraining.loop import pretrain
+from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
+
+DOCS = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+FAST = ["patch_size=16", "batch_size=2", "steps=2", "workers=0", "log_every=1", "gradients_every=1"]
+FAST += ["validation.fraction=0.3", "validation.batches=1", "masked.width=8", "masked.unpaired_batch_size=2"]
+SMALL_SWIN = ["swin.embed_dim=8", "swin.depths=1,1", "swin.num_heads=1,2", "swin.window_size=4"]
+
+
+@pytest.fixture
+def my_package(tmp_path, monkeypatch):
+    """The page's code as an installed package."""
+    code = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    points = re.findall(r'```toml\n\[project.entry-points\."(.*?)"\]\n(\w+) = "(.*?)"\n```', DOCS)
+    assert len(code) == len(points) == 2
+    (tmp_path / "my_package.py").write_text("\n\n".join(code))
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(f"[{group}]\n{name} = {where}" for group, name, where in points))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for cached in (objectives.announced, backbones.known):
+        cached.cache_clear()
+    yield
+    for cached in (objectives.announced, backbones.known):
+        cached.cache_clear()
+    sys.modules.pop("my_package", None)
+
+
+def figures_of(nnunet_folders, recipe):
+    return (nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / recipe / "progress.csv").read_text()
+
+
+def test_an_objective_from_outside_learns_beside_ours(my_package, write_prepared, nnunet_folders, tmp_path):
+    write_prepared()
+    recipe = tmp_path / "mim_brightness.yaml"
+    recipe.write_text(re.search(r"```yaml\n(.*?)```", DOCS, re.DOTALL)[1])
+    config = load_config(recipe, [*FAST, *SMALL_SWIN])
+    assert from_dict(yaml.safe_load(config.as_yaml())) == config
+    assert [objective.name for objective in config.objectives] == ["masked", "brightness"]
+    pretrain(config, 500, False, torch.device("cpu"))
+    header = figures_of(nnunet_folders, "mim_brightness").splitlines()[0]
+    assert {"loss/brightness", "gradient/brightness", "gradient/masked", "gradient/cosine"} <= set(header.split(","))
+    with pytest.raises(Exception, match=r"did you mean 'brightness\.weight'"):
+        load_config(recipe, ["brightness.weigt=1"])
+
+
+def test_a_backbone_from_outside_is_pretrained_and_read_back(my_package, write_prepared, nnunet_folders):
+    write_prepared()
+    config = load_config("mim", [*FAST, "backbone=pooled", "pooled.width=8"])
+    assert from_dict(yaml.safe_load(config.as_yaml())) == config
+    pretrain(config, 500, False, torch.device("cpu"))
+    folder = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mim"
+    for file in ("encoder.safetensors", "checkpoint_final.pth"):
+        pretrained = read_checkpoint(folder / file)
+        assert pretrained.architecture == {"backbone": "pooled", "in_channels": 1, "width": 8}
+        encoder = build_encoder(pretrained.architecture)
+        assert load_encoder(encoder, pretrained).fraction == 1.0
+
+
+def test_an_unknown_backbone_is_an_error_that_lists_the_known(my_package):
+    with pytest.raises(Exception, match="'primus'; it can be swin, resenc, pooled"):
+        build_encoder({"backbone": "primus"})
+    with pytest.raises(Exception, match="'primus'; it can be swin, resenc, pooled"):
+        load_config("mim", ["backbone=primus"])
