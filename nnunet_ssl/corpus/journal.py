@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from nnunet_ssl.corpus.prepared import DATA_IDENTIFIER, PLANS_NAME
 from nnunet_ssl.corpus.session import ScanTask, SessionResult, SessionTask
-from nnunet_ssl.corpus.store import SUFFIXES
+from nnunet_ssl.corpus.store import SUFFIXES, is_whole, remove_case
 from nnunet_ssl.files import written_beside
 
 JOURNAL = f"{PLANS_NAME}_journal.jsonl"
@@ -35,33 +35,53 @@ def fingerprint(scans: Sequence[ScanTask], options: str) -> str:
 
 
 def finished_sessions(folder: Path, tasks: Sequence[SessionTask]) -> dict[str, SessionResult]:
-    """The sessions that need no work: journalled from the same inputs, with nothing to try again, all files there."""
+    """The sessions that need no work: journalled from the same inputs, with nothing to try again, all files whole.
+
+    A file is whole if it has the size that the journal recorded, or the length that it names itself where an older
+    journal recorded none. What is left of a damaged case is removed, so that the case is made again.
+    """
     fingerprints = {task.session: task.fingerprint for task in tasks}
-    present = {path.name for path in (folder / DATA_IDENTIFIER).iterdir()}
-    done, changed = {}, 0
-    for result in _read_journal(folder):
-        if result.session not in fingerprints:
+    store = folder / DATA_IDENTIFIER
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(store)}
+    done, damaged, changed = {}, [], 0
+    for session, result in {result.session: result for result in _read_journal(folder)}.items():
+        if session not in fingerprints:
             continue
-        same = result.fingerprint == fingerprints[result.session]
-        changed += not same
-        complete = all(row["scan_id"] + suffix in present for row in result.rows for suffix in SUFFIXES)
-        if same and complete and not result.transient:
-            done[result.session] = result
-        else:
-            done.pop(result.session, None)
+        if result.fingerprint != fingerprints[session]:
+            changed += 1
+        elif not result.transient:
+            scans = [row["scan_id"] for row in result.rows if not _is_intact(store, row["scan_id"], result, sizes)]
+            damaged += scans
+            if not scans:
+                done[session] = result
     if changed:
         logger.info("The images of %d sessions changed since they were prepared; these are prepared again.", changed)
+    if damaged:
+        logger.warning(
+            "The stored files of %d scans are missing or damaged, such as those of %s; they are made again.",
+            len(damaged), damaged[0],
+        )  # fmt: skip
+    for scan_id in damaged:
+        remove_case(store / scan_id)
     return done
 
 
+def _is_intact(store: Path, scan_id: str, result: SessionResult, sizes: Mapping[str, int]) -> bool:
+    """Compare a case's files with what the journal recorded of them, or record it, once they are known to be whole."""
+    found = [sizes.get(scan_id + suffix) for suffix in SUFFIXES]
+    if scan_id not in result.sizes and is_whole(store / scan_id):
+        result.sizes[scan_id] = found
+    return found == result.sizes.get(scan_id)
+
+
 def _read_journal(folder: Path) -> Iterator[SessionResult]:
-    """The journal's entries, in the order written. A last line without an end was cut off by a kill: it is no entry."""
+    """The journal's entries, in the order written. A line that a kill cut off, or that is damaged, is no entry."""
     path = folder / JOURNAL
     if not path.is_file():
         return
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
-            if line.endswith("\n"):
+            with suppress(ValueError, TypeError):
                 yield SessionResult(**json.loads(line))
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import pandas as pd
 
 from nnunet_ssl.corpus.modalities import MODALITIES, UNKNOWN
+from nnunet_ssl.corpus.store import UnreadableScan, read_box
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder
 
@@ -113,17 +113,56 @@ class Corpus:
         return self.scans[["x0", "x1", "y0", "y1", "z0", "z1"]].iloc[row].to_numpy(int).reshape(3, 2)
 
     def read_patch(self, row: int, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """Read (1, *size) voxels from `start` on; beyond the volume its edge repeats."""
-        array = blosc2.open(str(self.path(row)), mode="r")
-        start, length = np.array(start), np.array(array.shape[1:])
+        """Read (1, *size) voxels from `start` on; beyond the volume its edge repeats.
+
+        Raises:
+            UnreadableScan: the scan's file is missing or damaged.
+        """
+        start, length = np.array(start), self.scans[["size_x", "size_y", "size_z"]].iloc[row].to_numpy(int)
         first, last = start.clip(0, length), (start + size).clip(0, length)
         missing = np.stack([first - start, start + size - last], axis=1)
-        voxels = array[(slice(0, 1), *map(slice, first.tolist(), last.tolist()))]
-        return np.pad(voxels, [(0, 0), *missing], mode="edge")
+        voxels = read_box(self.path(row), length, np.stack([first, last], axis=1))
+        return np.pad(voxels, missing, mode="edge")[None]
 
     def read_central_patch(self, row: int, size: Sequence[int]) -> np.ndarray:
         """Read (1, *size) voxels around the centre of a scan's foreground; beyond the volume its edge repeats."""
         return self.read_patch(row, (self.foreground_box(row).sum(axis=1) - size) // 2, size)
+
+    def readable(self) -> Corpus:
+        """The scans whose files can be opened, judged by a voxel of each; the others are left out, with a warning.
+
+        Raises:
+            UserError: not one can be opened.
+        """
+        failures = {}
+        for row in range(len(self)):
+            try:
+                self.read_central_patch(row, (1, 1, 1))
+            except UnreadableScan as failure:
+                failures[row] = failure
+        self.warn_of_unreadable(list(failures.values()), len(self))
+        return self._subset(~self.scans.index.isin(failures)) if failures else self
+
+    def warn_of_unreadable(self, failures: Sequence[UnreadableScan], wanted: int) -> None:
+        """Warn that so many of the `wanted` scans cannot be read and are left out.
+
+        Raises:
+            UserError: they are all.
+        """
+        if failures and len(failures) == wanted:
+            raise UserError(f"Not one of {wanted} scans can be read. The first: {failures[0]}. {self.how_to_mend}")
+        for failure in failures:
+            logger.warning("%s; the scan is left out.", failure)
+        if failures:
+            logger.warning("%d of %d scans are left out, unreadable. %s", len(failures), wanted, self.how_to_mend)
+
+    @property
+    def how_to_mend(self) -> str:
+        """What to do about files that cannot be read."""
+        return (
+            "Is the disk still there? Damaged files are mended by deleting them and running the store's nnssl_prepare "
+            f"-d {self.folder.parent.name} again."
+        )
 
     def split(self, validation_fraction: float = 0.02, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Split by subject into training and validation, at least one subject on each side.
@@ -140,7 +179,7 @@ class Corpus:
         validation = self.scans["subject"].isin(names[:count])
         return self._subset(~validation), self._subset(validation)
 
-    def _subset(self, rows: pd.Series) -> Corpus:
+    def _subset(self, rows: pd.Series | np.ndarray) -> Corpus:
         return Corpus(self.folder, self.scans[rows], self.preprocessing)
 
     def paired_scans(self) -> np.ndarray:

@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.corpus.placement import Group, Look, best_reference, look_at, make_groups, pair_agreements
 from nnunet_ssl.corpus.prepared import CONFIGURATION
-from nnunet_ssl.corpus.store import finished_row, flush_folder, remove_case, to_half, write_case
+from nnunet_ssl.corpus.store import file_sizes, finished_row, flush_folder, remove_case, to_half, write_case
 from nnunet_ssl.corpus.volumes import foreground_box, read_volume
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.imaging.geometry import Volume, canonical, onto_grid, same_grid
@@ -69,6 +69,7 @@ class SessionResult:
     """What became of a session: a manifest row for each stored scan, a reason for each other one.
 
     `transient` says that a failure need not come again (no memory, a dead worker): the next run tries once more.
+    `sizes` holds the bytes of each stored scan's files (see :func:`file_sizes`), by which a later run knows damage.
     """
 
     session: str
@@ -76,6 +77,7 @@ class SessionResult:
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     transient: bool = False
+    sizes: dict[str, list[int]] = field(default_factory=dict)
 
     def fail(self, scan: ScanTask, reason: str, *, transient: bool) -> None:
         """Note why a scan was not stored."""
@@ -115,6 +117,7 @@ def prepare_session(task: SessionTask) -> SessionResult:
         rows = _attempt(lambda scan, box=box: session.store(scan, box, agreements), boxes, result)
         result.rows += rows.values()
     result.remove_failed_cases(task.folder)
+    result.sizes = {row["scan_id"]: file_sizes(Path(task.folder, row["scan_id"])) for row in result.rows}
     flush_folder(Path(task.folder))
     return result
 

@@ -1,4 +1,4 @@
-"""The files of a prepared store: write a case so that nnU-Net reads it, and recognise one that is finished."""
+"""The files of a prepared store: write a case so that nnU-Net reads it, recognise one that is whole, read from it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 
 HALF_STEP = 2.0**-10
 """Half-precision values are no finer than this (standard deviations): finer bits are noise, and do not compress."""
+
+
+class UnreadableScan(Exception):
+    """A stored scan that is damaged, gone, or another than the manifest says; the message names the file."""
 
 
 def to_half(image: np.ndarray) -> np.ndarray:
@@ -69,11 +73,60 @@ def write_case(
 
 
 def finished_row(case: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest row of a case that is complete and made from the same inputs, or None."""
-    if not all(Path(f"{case}{suffix}").is_file() for suffix in SUFFIXES):
+    """The manifest row of a case that is whole and made from the same inputs, or None."""
+    record = _record(case)
+    return record["row"] if record and record["fingerprint"] == fingerprint else None
+
+
+def is_whole(case: Path) -> bool:
+    """Whether a case's arrays are there and as long as they say themselves, and its properties can be read."""
+    return _record(case) is not None
+
+
+def file_sizes(case: Path) -> list[int]:
+    """The bytes of a case's files, in the order of :data:`SUFFIXES`."""
+    return [Path(f"{case}{suffix}").stat().st_size for suffix in SUFFIXES]
+
+
+def read_box(path: Path, shape: Sequence[int], box: Sequence[Sequence[int]]) -> np.ndarray:
+    """Decompress a part of a stored scan, (X, Y, Z): whoever reads voxels from a store does it here.
+
+    Not memory-mapped, which would be a tenth faster: a mapped file that shrinks or vanishes kills the process.
+
+    Args:
+        path: the scan's .b2nd file.
+        shape: (X, Y, Z) that the manifest gives the scan.
+        box: (3, 2) half-open voxel ranges inside the scan.
+
+    Raises:
+        UnreadableScan: the file is missing or damaged, or its shape is another one.
+    """
+    expected = (1, *map(int, shape))
+    try:
+        array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+        if array.shape != expected:
+            raise ValueError(f"its shape is {array.shape}, the manifest says {expected}")
+        return array[(slice(0, 1), *(slice(int(start), int(stop)) for start, stop in box))][0]
+    except Exception as error:  # blosc2 answers damaged files with any kind of exception
+        raise UnreadableScan(f"{path} cannot be read ({error})") from error
+
+
+def _record(case: Path) -> dict[str, Any] | None:
+    """What :func:`write_case` noted beside nnU-Net's properties; None if a file is missing, cut off or damaged."""
+    try:
+        if not all(_is_as_long_as_it_says(Path(f"{case}{suffix}")) for suffix in SUFFIXES[:2]):
+            return None
+        return pickle.loads(Path(f"{case}.pkl").read_bytes())["nnunet_ssl"]
+    except Exception:  # a damaged pickle raises anything
         return None
-    stored = pickle.loads(Path(f"{case}.pkl").read_bytes())["nnunet_ssl"]
-    return stored["row"] if stored["fingerprint"] == fingerprint else None
+
+
+def _is_as_long_as_it_says(path: Path) -> bool:
+    """Compare a file's size with the length in its first bytes, see Blosc2's "contiguous frame format"."""
+    with path.open("rb") as file:
+        start = file.read(24)
+        size = os.fstat(file.fileno()).st_size
+    return start[2:9] == b"b2frame" and int.from_bytes(start[16:24], "big") == size
 
 
 def remove_case(case: Path) -> None:

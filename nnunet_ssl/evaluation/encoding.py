@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import Corpus, open_corpus
+from nnunet_ssl.corpus.store import UnreadableScan
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
@@ -55,7 +56,7 @@ class EncodingConfig:
 
 
 def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, device: torch.device) -> Embeddings:
-    """Embed the scans of a prepared corpus.
+    """Embed the scans of a prepared corpus; those that cannot be read are left out, with a warning.
 
     An embedding is the encoder's bottleneck (its last map, stride 32) averaged over space, before any projection head:
     the quantity whose distances arXiv 2511.11311 publishes.
@@ -64,7 +65,7 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
         checkpoint: what ``nnssl_weights`` reads, or the folder of a finished pre-training.
 
     Raises:
-        UserError: the checkpoint or the corpus cannot be read.
+        UserError: the checkpoint or the corpus cannot be read, or not one of its scans.
     """
     pretrained = read_checkpoint(encoder_file(checkpoint))
     corpus = open_corpus(dataset)
@@ -75,7 +76,7 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     logger.info("%s", load_encoder(encoder, pretrained))
     rows = choose_rows(corpus, pretrained, config)
     patch_size = config.patch_size or _pretraining(pretrained).get("patch_size", DEFAULT_PATCH)
-    vectors = encode_scans(encoder.to(device).eval(), corpus, rows, tuple(patch_size), config)
+    rows, vectors = encode_scans(encoder.to(device).eval(), corpus, rows, tuple(patch_size), config)
     scans = corpus.scans.loc[rows].reset_index(drop=True)
     identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)
     known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(object)
@@ -110,26 +111,51 @@ def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingC
 @torch.no_grad()
 def encode_scans(
     encoder: nn.Module, corpus: Corpus, rows: np.ndarray, patch_size: tuple[int, int, int], config: EncodingConfig
-) -> np.ndarray:
-    """Return (len(rows), D): the pooled bottleneck of each scan, averaged over its patches."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embed the scans in `rows` that can be read.
+
+    Returns:
+        their row numbers (N,), and the pooled bottleneck of each, averaged over its patches, (N, D).
+
+    Raises:
+        UserError: not one of them can be read.
+    """
     device = next(encoder.parameters()).device
     places = [
         (place, start) for place, row in enumerate(rows) for start in patch_starts(corpus, row, patch_size, config)
     ]
     progress = tqdm(total=len(places), desc="embedding patches", disable=None)
+    failures: dict[int, UnreadableScan] = {}
+    patches = _read_patches(corpus, rows, places, patch_size, failures)
     sums, counts = None, np.zeros(len(rows))
-    for batch in _batched(places, config.batch_size):
+    while batch := list(itertools.islice(patches, config.batch_size)):
         owners = np.array([place for place, _ in batch])
-        patches = np.stack([corpus.read_patch(rows[place], start, patch_size) for place, start in batch])
-        pooled = (
-            encoder(torch.from_numpy(patches).to(device).float())[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
-        )
+        views = torch.from_numpy(np.stack([patch for _, patch in batch]))
+        pooled = encoder(views.to(device).float())[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
         sums = np.zeros((len(rows), pooled.shape[1])) if sums is None else sums
         np.add.at(sums, owners, pooled)
         np.add.at(counts, owners, 1)
         progress.update(len(batch))
     progress.close()
-    return sums / counts[:, None]
+    corpus.warn_of_unreadable(list(failures.values()), len(rows))
+    good = ~np.isin(np.arange(len(rows)), list(failures))
+    return rows[good], sums[good] / counts[good, None]
+
+
+def _read_patches(
+    corpus: Corpus,
+    rows: np.ndarray,
+    places: list[tuple[int, tuple[int, int, int]]],
+    patch_size: tuple[int, int, int],
+    failures: dict[int, UnreadableScan],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each scan's place in `rows` with one of its patches; scans that cannot be read go to `failures`."""
+    for place, start in places:
+        if place not in failures:
+            try:
+                yield place, corpus.read_patch(rows[place], start, patch_size)
+            except UnreadableScan as failure:
+                failures[place] = failure
 
 
 def patch_starts(
@@ -180,8 +206,3 @@ def _compare_preprocessing(pretrained: PretrainedEncoder, corpus: Corpus) -> Non
             "The corpus is not prepared as the checkpoint's was: %s differ. Embeddings are of what the encoder sees.",
             ", ".join(different),
         )
-
-
-def _batched(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

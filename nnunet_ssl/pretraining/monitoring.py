@@ -7,12 +7,14 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.corpus.prepared import Corpus
+from nnunet_ssl.corpus.store import UnreadableScan
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.config import PretrainingConfig
@@ -31,12 +33,18 @@ class Validation:
     """Measures on subjects that are not trained on, the same scans and masks every time.
 
     Args:
-        corpus: the held-out subjects.
+        corpus: the held-out subjects. Scans that cannot be read are left out, with a warning.
         config: the recipe.
         device: of this process.
+
+    Raises:
+        UserError: not one of the held-out scans can be read.
     """
 
     def __init__(self, corpus: Corpus, config: PretrainingConfig, device: torch.device) -> None:
+        corpus = corpus.readable()
+        # What a damaged scan gives way to here is another draw, however often: it must not end a training.
+        config = replace(config, sampling=replace(config.sampling, max_failed_share=1.0))
         self.open_stream = functools.partial(Stream, corpus, config, device=device, start=0, workers=0)
         self.batches = config.validation.batches
         try:
@@ -68,7 +76,13 @@ class Validation:
 
 
 def read_held_out(corpus: Corpus, config: PretrainingConfig) -> HeldOut:
-    """Read one scan of each known modality from up to `validation.sessions` sessions, different subjects first."""
+    """Read one scan of each known modality from up to `validation.sessions` sessions, different subjects first.
+
+    Scans that cannot be read are left out, with a warning.
+
+    Raises:
+        UserError: not one can be read.
+    """
     scans = corpus.scans[corpus.scans["modality"] != UNKNOWN]
     scans = scans.drop_duplicates(["session_index", "modality"])
     modalities = scans.groupby("session_index")["modality"].transform("size")
@@ -77,9 +91,16 @@ def read_held_out(corpus: Corpus, config: PretrainingConfig) -> HeldOut:
     scans = scans.sort_values(["several", "visit", "session_index"], ascending=[False, True, True], kind="stable")
     chosen = scans["session_index"].drop_duplicates().head(config.validation.sessions)
     scans = scans[scans["session_index"].isin(chosen)]
-    patches = [corpus.read_central_patch(row, config.patch_size).astype(np.float16) for row in scans.index]
+    patches, failures = {}, []
+    for row in scans.index:
+        try:
+            patches[row] = corpus.read_central_patch(row, config.patch_size).astype(np.float16)
+        except UnreadableScan as failure:
+            failures.append(failure)
+    corpus.warn_of_unreadable(failures, len(scans))
+    scans = scans.loc[list(patches)]
     return HeldOut(
-        patches=torch.from_numpy(np.stack(patches)) if patches else torch.zeros(0, 1, *config.patch_size),
+        patches=torch.from_numpy(np.stack([*patches.values()])) if patches else torch.zeros(0, 1, *config.patch_size),
         subject=scans["subject_index"].to_numpy(),
         modality=scans["modality"].to_numpy(str),
     )

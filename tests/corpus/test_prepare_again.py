@@ -1,5 +1,9 @@
 """A second run over a store: what is finished stays, what changed is done again or refused, never mixed."""
 
+import itertools
+import json
+import logging
+
 import pytest
 
 from nnunet_ssl.corpus.prepared import open_corpus
@@ -77,6 +81,94 @@ def test_a_deleted_result_is_made_again(prepare, source, write_scan, contents):
     (folder / "nnsslPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd").unlink()
     prepare()
     assert contents(folder) == before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def lose_the_last_byte(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def swap(path):
+    """Put a whole file of another scan in its place."""
+    other = path.with_name(path.name.replace("sub_1", "sub_2"))
+    path.write_bytes(other.read_bytes())
+
+
+def forget_sizes(journal):
+    """Make the journal what it was before it recorded sizes."""
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in entries:
+        del entry["sizes"]
+    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "recorded"),
+    [
+        *itertools.product([".b2nd", "_seg.b2nd", ".pkl"], [cut, lose_the_last_byte, empty], [True, False]),
+        (".b2nd", swap, True),
+    ],
+)
+def test_a_damaged_result_is_made_again_and_only_that(
+    prepare, source, write_scan, contents, caplog, suffix, damage, recorded
+):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    write_scan(source / "sub_1/ses_1/t2.nii.gz", contrast=0.5)
+    write_scan(source / "sub_2/ses_1/t1.nii.gz", shape=(22, 24, 26), seed=3)
+    folder = prepare().folder
+    before = contents(folder)
+    if not recorded:
+        forget_sizes(folder / "nnsslPlans_journal.jsonl")
+    store = folder / "nnsslPlans_3d_fullres"
+    damaged = store / f"fomo__sub_1__ses_1__t1{suffix}"
+    damage(damaged)
+    others = [path for path in store.iterdir() if not path.name.startswith("fomo__sub_1__ses_1__t1")]
+    times = {path: path.stat().st_mtime_ns for path in others}
+    with caplog.at_level(logging.WARNING):
+        prepare()
+    assert "1 scans are missing or damaged, such as those of fomo__sub_1__ses_1__t1" in caplog.text
+    assert contents(folder) == before
+    assert times == {path: path.stat().st_mtime_ns for path in others}
+
+
+def test_a_damaged_case_of_an_unfinished_session_is_not_taken_for_done(prepare, source, write_scan, contents):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    before = contents(folder)
+    (folder / "nnsslPlans_journal.jsonl").unlink()
+    cut(folder / "nnsslPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd")
+    prepare()
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("line", [b"{\n", b"\x00\xff\n", b"[1]\n", b'{"session": "fomo/sub_1/ses_1"}\n'])
+def test_a_damaged_line_of_the_journal_costs_nothing(prepare, source, write_scan, contents, line):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    write_scan(source / "sub_2/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    before = contents(folder)
+    journal = folder / "nnsslPlans_journal.jsonl"
+    journal.write_bytes(line + journal.read_bytes().splitlines(keepends=True)[1])
+    prepare()
+    assert contents(folder) == before
+
+
+def test_a_store_without_recorded_sizes_is_not_redone_and_learns_them(prepare, source, write_scan, contents):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    before, store = contents(folder), folder / "nnsslPlans_3d_fullres"
+    times = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    forget_sizes(folder / "nnsslPlans_journal.jsonl")
+    prepare()
+    assert contents(folder) == before
+    assert times == {path: path.stat().st_mtime_ns for path in store.iterdir()}
 
 
 def test_leftovers_of_a_kill_are_no_results(prepare, source, write_scan, contents):

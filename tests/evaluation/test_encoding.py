@@ -150,3 +150,27 @@ def test_embeddings_that_are_not_finite_are_their_own_error(write_corpus, tmp_pa
     write_encoder(path, encoder.state_dict(), architecture=TINY_ENCODER, **described)
     with pytest.raises(UserError, match=r"4 of 4 embeddings are not finite, the first that of patient_id A/sub_0"):
         embed_corpus(path, 500, EncodingConfig(patch_size=PATCH), CPU)
+
+
+@pytest.mark.parametrize("view", ["centre", "tiles"])
+def test_damaged_scans_are_left_out_and_the_others_keep_their_embeddings(write_corpus, checkpoint, caplog, view):
+    write_corpus()
+    config = EncodingConfig(view=view, patch_size=(16, 32, 32), batch_size=3)
+    whole = embed_corpus(checkpoint, 500, config, CPU)
+    corpus = open_corpus(500)
+    damaged = [0, 5, 6]
+    for row in damaged:
+        corpus.path(row).write_bytes(corpus.path(row).read_bytes()[:700])
+    rest = embed_corpus(checkpoint, 500, config, CPU)
+    names = [name for row, name in enumerate(whole.scans["filename"]) if row not in damaged]
+    assert rest.scans["filename"].tolist() == names
+    np.testing.assert_allclose(rest.vectors, np.delete(whole.vectors, damaged, axis=0), rtol=1e-4, atol=1e-5)
+    assert "3 of 12 scans are left out" in caplog.text
+
+
+def test_a_corpus_damaged_throughout_is_an_error_that_says_what_to_do(write_corpus, checkpoint):
+    folder = write_corpus()
+    for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"Not one of 12 scans can be read.*\.b2nd.*nnssl_prepare -d Dataset500"):
+        embed_corpus(checkpoint, 500, EncodingConfig(), CPU)

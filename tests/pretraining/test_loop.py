@@ -259,6 +259,32 @@ def test_a_worker_that_dies_during_a_step_is_explained(write_prepared, train, mo
         train("mim")
 
 
+def held_out_files():
+    _, validation = open_corpus(500).split(0.3)
+    return [validation.path(row) for row in range(len(validation))]
+
+
+@pytest.mark.parametrize("recipe", ["mcl_mim", "mim"])
+def test_damaged_held_out_scans_are_left_out_and_the_training_ends_well(write_prepared, train, caplog, recipe):
+    write_prepared()
+    damaged = held_out_files()[0]
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    folder = train(recipe)
+    assert (folder / "encoder.safetensors").is_file()
+    assert f"{damaged} cannot be read (" in caplog.text
+    assert f"1 of {len(held_out_files())} scans are left out" in caplog.text
+    figures = pd.read_csv(folder / "progress.csv")
+    assert figures["validation/cross_modality_distance"].notna().any()
+
+
+def test_a_training_whose_held_out_scans_are_all_damaged_does_not_begin(write_prepared, train):
+    write_prepared()
+    for path in held_out_files():
+        path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"Not one of \d+ scans can be read. The first: .*nnssl_prepare -d"):
+        train("mim")
+
+
 def spoil(folder):
     """Fill every scan of a prepared corpus with values that are no numbers."""
     for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd"):

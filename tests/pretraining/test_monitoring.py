@@ -1,10 +1,14 @@
 """What is measured on held-out subjects."""
 
+from pathlib import Path
+
+import blosc2
 import numpy as np
 import pytest
 import torch
 
 from nnunet_ssl.corpus.prepared import open_corpus
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.monitoring import alignment, read_held_out
@@ -19,8 +23,6 @@ def corpus(write_prepared):
 
 
 def test_patches_are_central_and_only_of_known_modality(corpus, tiny):
-    import blosc2
-
     held_out = read_held_out(corpus, load_config("mim", tiny))
     assert held_out.patches.shape == (9, 1, 64, 32, 32)
     assert sorted(set(held_out.modality)) == ["flair", "t1", "t2"]
@@ -42,6 +44,43 @@ def test_different_subjects_come_first(corpus, tiny):
     held_out = read_held_out(corpus, load_config("mim", [*tiny, "validation.sessions=2"]))
     assert len(set(held_out.subject)) == 2
     assert len(held_out.patches) == 6
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def garble(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def reshape(path):
+    path.unlink()
+    blosc2.asarray(np.zeros((1, 5, 6, 7), np.float16), urlpath=str(path))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, garble, reshape])
+def test_scans_that_cannot_be_read_are_left_out_and_counted(corpus, tiny, caplog, damage):
+    config = load_config("mim", tiny)
+    whole = read_held_out(corpus, config)
+    damaged = corpus.scans.index[corpus.scans["modality"] == "t2"][:2]
+    for row in damaged:
+        damage(corpus.path(row))
+    held_out = read_held_out(corpus, config)
+    assert len(held_out.patches) == len(held_out.subject) == len(held_out.modality) == 7
+    kept = [any(torch.equal(one, other) for other in held_out.patches) for one in whole.patches]
+    assert kept == [modality != "t2" or subject == 2 for modality, subject in zip(whole.modality, whole.subject)]
+    assert all(f"{corpus.path(row)} cannot be read (" in caplog.text for row in damaged)
+    assert "2 of 9 scans are left out, unreadable" in caplog.text
+    assert len(corpus.readable()) == len(corpus) - 2
+
+
+def test_nothing_readable_is_an_error_that_names_a_file_and_what_to_do(corpus, tiny):
+    for row in range(len(corpus)):
+        truncate(corpus.path(row))
+    for look in (corpus.readable, lambda: read_held_out(corpus, load_config("mim", tiny))):
+        with pytest.raises(UserError, match=r"Not one of .*t1\.b2nd cannot be read.*nnssl_prepare -d Dataset500"):
+            look()
 
 
 def test_alignment_is_taken_on_the_pooled_bottleneck_before_the_projection(corpus, tiny):

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nnunet_ssl.corpus.prepared import Corpus
+from nnunet_ssl.corpus.store import UnreadableScan, read_box
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.interruption import heed_parent_only, helpers_shielded
 from nnunet_ssl.pretraining.views.augmentation import (
@@ -119,7 +120,7 @@ def make_loader(
         # Processes that torch.multiprocessing spawned would spawn workers too: seconds for each, and nothing shared.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    return Batches(loader, sampling.max_failed_share)
+    return Batches(loader, sampling.max_failed_share, corpus.how_to_mend)
 
 
 @contextmanager
@@ -145,11 +146,13 @@ class Batches:
     Args:
         loader: yields what :class:`ExampleReader` returns.
         max_failed_share: of the scans drawn so far, taken as at least :data:`DRAWS_BEFORE_JUDGEMENT`.
+        how_to_mend: what to do about files that cannot be read.
     """
 
-    def __init__(self, loader: DataLoader, max_failed_share: float) -> None:
+    def __init__(self, loader: DataLoader, max_failed_share: float, how_to_mend: str) -> None:
         self.loader = loader
         self.max_failed_share = max_failed_share
+        self.how_to_mend = how_to_mend
 
     def __iter__(self) -> Iterator[RawBatch]:
         with helpers_shielded():
@@ -175,8 +178,8 @@ class Batches:
                 share = f"more than sampling.max_failed_share={self.max_failed_share:g} allows"
                 raise UserError(
                     f"{failed} of the {drawn} scans drawn could not be read, "
-                    f"{f'{ATTEMPTS} in a row' if read.batch is None else share}. The last: {read.failures[-1]}. Is the "
-                    "disk still there? Damaged files are mended by deleting them and running nnssl_prepare again."
+                    f"{f'{ATTEMPTS} in a row' if read.batch is None else share}. The last: {read.failures[-1]}. "
+                    f"{self.how_to_mend}"
                 )
             yield read.batch
 
@@ -250,7 +253,7 @@ class ExampleReader(Dataset):
                     for view in views:
                         drawn += 1
                         crops.append(self._read(view))
-                except _Unreadable as failure:
+                except UnreadableScan as failure:
                     failures.append(str(failure))
                 else:
                     examples.append(list(zip(views, crops)))
@@ -274,19 +277,9 @@ class ExampleReader(Dataset):
         return views
 
     def _read(self, view: View) -> np.ndarray:
-        """Decompress the box of a view, (X, Y, Z).
-
-        Not memory-mapped, which would be a tenth faster: a mapped file that shrinks or vanishes kills the process.
-        """
+        """Decompress the box of a view, (X, Y, Z)."""
         path = self.folder / f"{self.scan_ids[view.row].decode()}.b2nd"
-        shape = (1, *self.sizes[view.row].tolist())
-        try:
-            array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
-            if array.shape != shape:
-                raise ValueError(f"its shape is {array.shape}, the manifest says {shape}")
-            return array[(slice(0, 1), *(slice(*ends) for ends in view.box.tolist()))][0]
-        except Exception as error:  # blosc2 answers damaged files with any kind of exception
-            raise _Unreadable(f"{path} cannot be read ({error})") from error
+        return read_box(path, self.sizes[view.row], view.box)
 
     def _collate(self, examples: Sequence[Sequence[tuple[View, np.ndarray]]], step: int) -> RawBatch:
         """Lay the views one after the other, those of view 0 first."""
@@ -315,10 +308,6 @@ class ExampleReader(Dataset):
                 f"{sizes[sizes.prod(axis=1).argmax()].tolist()} voxels. Choose a smaller patch_size, or prepare the "
                 "corpus with a smaller --spacing."
             )
-
-
-class _Unreadable(Exception):
-    """A scan's file is damaged, gone, or another than the manifest says."""
 
 
 def _half_in_one_piece(crops: Sequence[np.ndarray]) -> torch.Tensor:
