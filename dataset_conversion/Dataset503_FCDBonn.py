@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from script import DatasetInfo, chosen_channels, make_parser, parse, run
 
 from nnunet_ssl.console import command
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.participants import describe_partners, find_partners
 
 INFO = DatasetInfo(
     name="FCDBonn",
@@ -44,6 +46,8 @@ KINDS = {"t1w": "t1", "t1": "t1", "flair": "flair", "roi": "mask", "mask": "mask
 EXPECTED = "sub-00001/anat/sub-00001_acq-iso08_T1w.nii.gz, ..._FLAIR.nii.gz and ..._FLAIR_roi.nii.gz"
 PARTS = {"train": "Tr", "test": "Ts"}
 
+logger = logging.getLogger(__name__)
+
 
 def find_cases(
     root: Path, channels: tuple[str, ...], images_only: bool, controls: bool
@@ -61,10 +65,11 @@ def find_cases(
             scans[image.scan_id(KINDS)][kind].append(image)
         else:
             skipped.append(Skipped(image.relative, "neither FLAIR, T1 nor an ROI by its name"))
-    people = {} if images_only else _read_participants(root, images)
+    subjects = {_person(files, scan_id) for scan_id, files in scans.items()}
+    people = {} if images_only else _read_participants(root, images, subjects)
     needed = tuple(dict.fromkeys(("flair", *channels)))
     found = []
-    without = people.keys() - {_person(files, scan_id) for scan_id, files in scans.items()}
+    without = people.keys() - subjects
     for scan_id in sorted({*scans, *without}):
         files = scans[scan_id]
         if images_only:
@@ -83,8 +88,14 @@ def find_cases(
     return cases, skipped + skipped_cases
 
 
-def _read_participants(root: Path, images: list[ImageFile]) -> dict[str, dict[str, str]]:
-    """Read the table that tells patients from controls and training from test: subject -> row."""
+def _read_participants(root: Path, images: list[ImageFile], subjects: set[str]) -> dict[str, dict[str, str]]:
+    """Read the table that tells patients from controls and training from test: subject -> row.
+
+    Rows find their subjects by :func:`find_partners`; the log tells what found no partner.
+
+    Raises:
+        UserError: there is no such table, or two rows of one subject differ in group or split.
+    """
     tables = sorted(root.rglob("participants.tsv"), key=lambda path: len(path.parts))
     if not tables:
         raise UserError(
@@ -98,10 +109,16 @@ def _read_participants(root: Path, images: list[ImageFile]) -> dict[str, dict[st
         raise UserError(f"{tables[0]} lacks the columns {', '.join(sorted(missing))}: is this the Bonn FCD-II data?")
     table = table.apply(lambda column: column.str.strip())
     table[["group", "split"]] = table[["group", "split"]].apply(lambda column: column.str.lower())
-    names = table["participant_id"].where(
-        table["participant_id"].str.startswith("sub-"), "sub-" + table["participant_id"]
-    )
-    return dict(zip(names, table.to_dict("records")))
+    twins = table.drop_duplicates(["participant_id", "group", "split"])["participant_id"].duplicated()
+    if twins.any():
+        raise UserError(f"{tables[0]} contradicts itself: two rows of one subject differ in group or split. Mend it.")
+    rows = [(name,) for name in table["participant_id"]]
+    partners = find_partners(rows, [(subject,) for subject in sorted(subjects)])
+    found = {subject for (subject,) in partners.values()}
+    matching = describe_partners(rows, partners, subjects - found)
+    if matching:
+        logger.warning("%s: %s.", tables[0], matching)
+    return {partners.get(row, row)[0]: person for row, person in zip(rows, table.to_dict("records"))}
 
 
 def _person(files: dict[str, list[ImageFile]], scan_id: str) -> str:

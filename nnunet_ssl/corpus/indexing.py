@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from nnunet_ssl.corpus.layouts import find_scans
+from nnunet_ssl.corpus.layouts import detect_layout, find_scans
+from nnunet_ssl.corpus.unused import describe_unused, unused_images
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
@@ -18,15 +19,18 @@ from nnunet_ssl.nnunet_folders import folder_of
 TEST_SETS = {"ds004199": ("bonn", "Bonn FCD-II, which Dataset503_FCDBonn fine-tunes and tests on")}
 """Data that this project tests on and must not pre-train on: OpenNeuro's accession number, a word in its name, what."""
 
+UNUSED = "unused.txt"
+
 logger = logging.getLogger(__name__)
 
 
 def index_corpus(
     source: Path, dataset_id: int, name: str, *, layout: str = "auto", exclude: Sequence[str] = ()
 ) -> tuple[Path, pd.DataFrame]:
-    """Write `$nnUNet_raw/DatasetXXX_NAME/{dataset.json, manifest.tsv}` for the corpus at `source`.
+    """Write `$nnUNet_raw/DatasetXXX_NAME/{dataset.json, manifest.tsv, unused.txt}` for the corpus at `source`.
 
-    Subjects of the :data:`TEST_SETS` are left out, and the log says so.
+    Subjects of the :data:`TEST_SETS` are left out, and the log says so. It also counts the images that lie where the
+    layout has no place for them; they are listed in unused.txt.
 
     Args:
         source: the corpus' folder, or nnssl's JSON file.
@@ -47,7 +51,10 @@ def index_corpus(
     others = [path.name for path in raw.glob(f"Dataset{dataset_id:03d}_*") if path != folder]
     if others:
         raise UserError(f"The id {dataset_id} belongs to {others[0]} in {raw} already. Choose another one with -d.")
-    scans = without_test_sets(without(find_scans(source, layout), exclude))
+    source = source.expanduser()
+    found = find_scans(source, layout)
+    unused = _unused(source, layout, found["path"])
+    scans = without_test_sets(without(found, exclude))
     if scans.empty:
         raise UserError(f"Every scan of {source} is excluded; nothing is left to index.")
     _check_names(scans)
@@ -64,7 +71,18 @@ def index_corpus(
         path.write_text(json.dumps(description, indent=4))
     with written_beside(folder / "manifest.tsv") as path:
         scans.to_csv(path, sep="\t", index=False)
+    with written_beside(folder / UNUSED) as path:
+        path.write_text("".join(f"{name}\n" for name in unused))
+    if unused:
+        logger.warning("%s. The whole list: %s", describe_unused(unused), folder / UNUSED)
     return folder, scans
+
+
+def _unused(source: Path, layout: str, used: Iterable[str]) -> list[str]:
+    """The images that the layout has no place for; nnssl's file names its images, and the others are not meant."""
+    if (detect_layout(source) if layout == "auto" else layout) == "nnssl":
+        return []
+    return unused_images(source, used)
 
 
 def _check_names(scans: pd.DataFrame) -> None:

@@ -10,20 +10,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from nnunet_ssl.corpus.modalities import UNKNOWN, is_derived, is_not_of_the_brain, modality_of
+from nnunet_ssl.corpus.tables import KEYS, join_table, with_tables
 from nnunet_ssl.errors import UserError
 
 COLUMNS = ("scan_id", "dataset", "subject", "session", "modality", "repeat", "age", "sex", "path")
 LAYOUTS = ("fomo", "bids", "nnssl")
 NNSSL_FILE = "pretrain_data.json"
 
-_KEYS = ["dataset", "participant_id", "session_id", "filename"]  # by which a corpus' tables speak of a scan
 _FOUND = [name for name in COLUMNS if name not in ("age", "sex")]  # what the names of files and folders tell
 _IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$", re.IGNORECASE)
 _FOMO_STEM = re.compile(r"(?P<name>.+?)(_(?P<repeat>\d+))?$")
@@ -112,13 +112,13 @@ def _read_fomo(root: Path) -> pd.DataFrame:
                             "path": str(file),
                         }
                     )
-    scans = pd.DataFrame(rows, columns=[*_FOUND, *_KEYS[1:]])
+    scans = pd.DataFrame(rows, columns=[*_FOUND, *KEYS[1:]])
     if _roots(root, "sub_") == [root]:
-        scans = _with_tables(scans.drop(columns="dataset"), root)
+        scans = with_tables(scans.drop(columns="dataset"), root)
         scans = scans.assign(dataset=scans["dataset"].replace("", root.name) if "dataset" in scans else root.name)
     else:
-        scans = _with_tables(scans, root)
-    return _with_age_and_sex(scans.drop(columns=_KEYS[1:]))
+        scans = with_tables(scans, root)
+    return _with_age_and_sex(scans.drop(columns=KEYS[1:]))
 
 
 def _read_bids(root: Path) -> pd.DataFrame:
@@ -131,8 +131,8 @@ def _read_bids(root: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=COLUMNS)
     scans = pd.concat([_read_bids_tree(tree) for tree in trees], ignore_index=True).fillna("")
     if trees != [root]:
-        scans = _with_tables(scans, root)
-    return _with_age_and_sex(scans.drop(columns=_KEYS[1:]))
+        scans = with_tables(scans, root)
+    return _with_age_and_sex(scans.drop(columns=KEYS[1:]))
 
 
 def _read_bids_tree(root: Path) -> pd.DataFrame:
@@ -159,8 +159,8 @@ def _read_bids_tree(root: Path) -> pd.DataFrame:
                             "path": str(file),
                         }
                     )
-    scans = pd.DataFrame(rows, columns=[*_FOUND, *_KEYS[1:]])
-    return _join(scans, root / "participants.tsv", ["participant_id"]).assign(dataset_doi=_bids_doi(root))
+    scans = pd.DataFrame(rows, columns=[*_FOUND, *KEYS[1:]])
+    return join_table(scans, root / "participants.tsv", ["participant_id"]).assign(dataset_doi=_bids_doi(root))
 
 
 def _bids_doi(root: Path) -> str:
@@ -256,46 +256,6 @@ def _images(folder: Path) -> list[tuple[Path, str]]:
     except FileNotFoundError:
         return []
     return [(folder / name, match["stem"]) for name in names if (match := _IMAGE.match(name))]
-
-
-def _with_tables(scans: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """Add what FOMO's three tables beside the subjects or the data sets say; a table that is not there is left out."""
-    keys = [key for key in _KEYS if key in scans]
-    scans = _join(scans, root / "participants.tsv", keys[:-1])
-    for table in ("mapping", "mri_info"):
-        scans = _join(scans, root / f"{table}.tsv", keys)
-    return scans
-
-
-def _join(scans: pd.DataFrame, table: Path, on: Sequence[str]) -> pd.DataFrame:
-    """Add what a TSV says of the scans, except columns they have; session and file count where the TSV has them."""
-    if not table.is_file():
-        return scans
-    content = _read_table(table).rename(columns={"new_filename": "filename"})
-    missing = {"dataset", "participant_id"} & set(on) - set(content)
-    if missing:
-        logger.warning("%s is not used: it has no column %s.", table, " and no ".join(sorted(missing)))
-        return scans
-    on = [key for key in on if key in content]
-    if "filename" in on:
-        content["filename"] = content["filename"].str.replace(r"^.*/|\.nii(\.gz)?$", "", regex=True)
-    new = content.columns.difference([*scans.columns, *_KEYS[1:]], sort=False)
-    content = content.drop_duplicates(on)[[*on, *new]].replace("n/a", "")
-    return scans.merge(content, how="left", on=on).fillna(dict.fromkeys(new, ""))
-
-
-def _read_table(table: Path) -> pd.DataFrame:
-    try:
-        content = pd.read_csv(
-            table, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig", encoding_errors="replace"
-        )
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except pd.errors.ParserError as error:
-        raise UserError(
-            f"{table} is no table of tab-separated values ({str(error).strip()}). Mend it, or move it away."
-        ) from error
-    return content.rename(columns=str.strip)
 
 
 def _with_age_and_sex(scans: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -337,3 +338,86 @@ def test_what_has_a_contrasts_suffix_and_another_look_is_unknown(tmp_path):
     scans = find_scans(root)
     modality = {Path(scan.path).name[6:-7]: scan.modality for scan in scans.itertuples()}
     assert modality == dict.fromkeys(stems, "unknown") | {"UNIT1": "t1", "acq-mprage_T1w": "t1"}
+
+
+@pytest.mark.parametrize("written", [("1", "2"), ("01", "02"), ("sub-1", "sub-2"), ("SUB_001", "sub_2"), (" 1 ", "2")])
+def test_rows_find_their_subjects_though_prefix_and_padding_differ(bids, written, caplog):
+    one, two = written
+    (bids / "participants.tsv").write_text(f"participant_id\tage\tsex\n{two}\t8\tm\n{one}\t61\tf\n99\t4\tf\n")
+    with caplog.at_level(logging.INFO):
+        scans = find_scans(bids)
+    assert set(rows(scans, "subject", "age", "sex")) == {("ds9/sub-01", "61", "f"), ("ds9/sub-02", "8", "m")}
+    assert "1 of 3 rows speak of nothing here, such as 99" in caplog.text
+
+
+def test_subjects_without_a_row_and_contradicting_rows_are_counted(bids, caplog):
+    (bids / "participants.tsv").write_text("participant_id\tage\nsub-02\t8\nsub-02\t9\nsub-2\t10\n")
+    assert set(rows(find_scans(bids), "subject", "age")) == {("ds9/sub-01", ""), ("ds9/sub-02", "8")}
+    assert "1 of 3 rows speak of nothing here, such as sub-2; 1 subjects have no row, such as sub-01" in caplog.text
+    assert "1 rows contradict an earlier one of the same name, which counts" in caplog.text
+
+
+def test_sessions_and_data_sets_are_matched_with_their_subjects(layout_b, caplog):
+    (layout_b / "participants.tsv").write_text(
+        "dataset\tparticipant_id\tsession_id\tage\n"
+        "PT001_OASIS1\t1\t01\t74\nPT002_IXI\t001\tses-1\t35\nPT002_IXI\tsub_2\t1\t36\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        scans = find_scans(layout_b).query("modality != 'flair'")
+    assert rows(scans, "subject", "age") == [
+        ("PT001_OASIS1/sub_1", "74"), ("PT002_IXI/sub_1", "35"), ("PT002_IXI/sub_2", "36")
+    ]  # fmt: skip
+    assert "participants.tsv" not in caplog.text
+
+
+def test_a_table_that_matches_as_it_is_written_needs_no_word(bids, caplog):
+    (bids / "participants.tsv").write_text("participant_id\tage\nsub-01\t61\nsub-02\t8\n")
+    with caplog.at_level(logging.INFO):
+        find_scans(bids)
+    assert "participants.tsv" not in caplog.text
+
+
+def test_images_where_the_layout_has_no_place_for_them_are_counted_and_listed(raw, bids, tmp_path, caplog):
+    touch(
+        bids,
+        "sub-01/anat/sub-01_T1w.nii.gz", "sub-02/ses-2/sub-02_ses-2_T1w.nii.gz", "sub-02/ses-2/anat/x_T1w.nii",
+        "extra/T1w.NII.GZ", "sub-01/loose.nii.gz", ".git/annex/objects/x.nii.gz", "sub-01/ses-a/anat/.hidden.nii.gz",
+    )  # fmt: skip
+    (bids / "zzz").symlink_to(bids / "sub-01")  # the same files once more
+    folder, scans = index_corpus(bids, 500, "FOMO60K")
+    unused = (folder / "unused.txt").read_text().splitlines()
+    assert unused == [
+        "derivatives/fs/sub-02/anat/sub-02_T1w.nii.gz",
+        "extra/T1w.NII.GZ",
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/loose.nii.gz",
+        "sub-01/ses-a/func/sub-01_ses-a_task-rest_bold.nii.gz",
+        "sub-02/anat/sub-02_FLAIR.nii.gz",  # sub-02 has sessions now
+        "sub-02/anat/sub-02_FLAIR_roi.nii.gz",
+        "sub-02/ses-2/sub-02_ses-2_T1w.nii.gz",
+    ]
+    assert "8 NIfTI files were not used: 3 in sub-*/anat, such as sub-01/anat/sub-01_T1w.nii.gz; " in caplog.text
+    everything = [path for path in bids.rglob("*.[nN]*") if not any(part.startswith(".") for part in path.parts)]
+    images = {path.resolve() for path in everything if path.name.lower().endswith((".nii", ".nii.gz"))}
+    assert images == {(bids / name).resolve() for name in unused} | {Path(path).resolve() for path in scans["path"]}
+
+
+@pytest.mark.parametrize(("layout", "subject"), [("layout_a", "sub_1"), ("layout_b", "PT001_OASIS1/sub_1")])
+def test_fomo_has_unused_images_too(raw, layout, subject, request, caplog):
+    root = request.getfixturevalue(layout)
+    folder, _ = index_corpus(root, 500, "FOMO60K")
+    assert (folder / "unused.txt").read_text() == "" and "not used" not in caplog.text
+    misplaced = [f"{subject}/t1.nii.gz", f"{subject}/ses_1/more/t1.nii.gz", "other/t1.nii.gz"]
+    touch(root, *misplaced)
+    folder, _ = index_corpus(root, 500, "FOMO60K")
+    assert sorted((folder / "unused.txt").read_text().splitlines()) == sorted(misplaced)
+
+
+def test_excluded_scans_are_not_called_unused_and_nnssls_list_is_what_is_meant(raw, layout_a, tmp_path):
+    folder, _ = index_corpus(layout_a, 500, "FOMO60K", exclude=["fomo-60k/sub_1"])
+    assert (folder / "unused.txt").read_text() == ""
+    image = {"name": "t1.nii.gz", "modality": "T1w", "image_path": "sub_1/ses_1/t1.nii.gz"}
+    subjects = {"s": {"sessions": {"1": {"images": [image]}}}}
+    (layout_a / "pretrain_data.json").write_text(json.dumps({"datasets": {"d": {"subjects": subjects}}}))
+    folder, _ = index_corpus(layout_a, 501, "Listed")
+    assert (folder / "unused.txt").read_text() == ""

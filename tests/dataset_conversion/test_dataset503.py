@@ -242,3 +242,27 @@ def test_the_table_is_asked_for_when_it_is_missing_or_another(tools, tmp_path):
 def test_nnunet_plans_and_preprocesses_it_with_its_integrity_check(converted, tools):
     training = {f"sub-{subject}" for subject, person in PEOPLE.items() if person[1] == "train"}
     assert tools.plan_and_preprocess(503, converted[0]) == training
+
+
+@pytest.mark.parametrize("written", ["{}", "{:d}", "sub-{:d}", "sub_{:03d}", "SUB-{:05d}"])
+def test_rows_find_their_subjects_though_prefix_and_padding_differ(written, tools, tmp_path, caplog):
+    expected, _ = listing(tools, tmp_path)
+    lines = [f"{written.format(int(name))}\t{person[0]}\t{person[1]}" for name, person in PEOPLE.items()]
+    (tmp_path / "participants.tsv").write_text("\n".join(["participant_id\tgroup\tsplit", *lines, "77\thc\ttrain"]))
+    cases, skipped = find_cases(tmp_path, ("flair", "t1"), images_only=False, controls=True)
+    assert cases == expected and len(cases) == len(PEOPLE)
+    assert "1 of 8 rows speak of nothing here, such as 77" in caplog.text
+    assert [item.what for item in skipped if "no readable flair" in item.reason] == ["77"]
+
+
+def test_an_ambiguous_row_is_nobodys_and_a_table_that_contradicts_itself_is_refused(tools, tmp_path):
+    listing(tools, tmp_path)
+    (tmp_path / "participants.tsv").write_text(
+        "participant_id\tgroup\tsplit\n101\thc\ttrain\n0101\thc\ttest\n3\tfcd\ttrain\n"
+    )
+    cases, skipped = find_cases(tmp_path, ("flair", "t1"), images_only=False, controls=True)
+    assert [case.id for case in cases] == ["sub-00003"]
+    assert {item.what: item.reason for item in skipped}["sub-00101"] == "not in participants.tsv"
+    (tmp_path / "participants.tsv").write_text("participant_id\tgroup\tsplit\n3\thc\ttrain\n3\tfcd\ttrain\n")
+    with pytest.raises(UserError, match="contradicts itself"):
+        find_cases(tmp_path, ("flair", "t1"), images_only=False, controls=True)
