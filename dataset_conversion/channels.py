@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_ssl.imaging.geometry import Volume, read_volume, resample_onto, same_grid
+from nnunet_ssl.imaging.geometry import Volume, alike_but_unplaced, read_volume, resample_onto, same_grid
 from nnunet_ssl.imaging.registration import register_rigid
 
 Facts = dict[str, Any]
@@ -61,7 +61,7 @@ def onto_grid(moving: Volume, reference: Volume, name: str, facts: Facts) -> Vol
 
 def _nothing_but_voxels(moving: Volume, reference: Volume, name: str, facts: Facts) -> bool:
     """Tell whether two images of one shape can only be laid voxel by voxel, because a header says nothing."""
-    alone = moving.array.shape == reference.array.shape and not (moving.oriented and reference.oriented)
+    alone = not same_grid(moving, reference) and alike_but_unplaced(moving, reference)
     if alone:
         note(facts, f"{name} was laid voxel by voxel on the reference: a header says nothing of its place")
     return alone

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,17 +22,30 @@ from tqdm import tqdm
 from nnunet_ssl.corpus.workers import WorkerDied, run_locally
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask, same_grid, write_volume
+from nnunet_ssl.imaging.geometry import (
+    Alignment,
+    Volume,
+    align_mask,
+    lesions_lost,
+    read_mask,
+    same_grid,
+    voxels_outside,
+    write_volume,
+)
 from nnunet_ssl.imaging.skull_strip import STRIPPED_MAXIMUM_ML, brain_mask, looks_stripped, require_hd_bet
+from nnunet_ssl.limits import LESION_LOSS_TO_CHECK, LESION_LOSS_TO_SKIP
 from nnunet_ssl.nnunet_folders import folder_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised when converted files change for the same input, so that a resumed run redoes them."""
 
 BRAIN_ML = (400.0, STRIPPED_MAXIMUM_ML)
 """A brain mask smaller or larger than this deserves a look."""
+
+NO_PLACE_TO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of the disk that is written to: they end a run, whereas any error of one case skips that case only."""
 
 PARTS = ("Tr", "Ts")
 """Training and test, as nnU-Net's folder names end."""
@@ -146,6 +161,7 @@ def convert(
     waiting = [case for case in cases if not _is_done(case, target)]
     logger.info("%d cases; %d are already converted.", len(cases), len(cases) - len(waiting))
     failed = _run(waiting, partial(_convert_one, target=target, prepare=prepare), n_processes)
+    _remove_failed_files([case for case in waiting if case.id in {item.what for item in failed}], target)
     reasons = {item.what: item for item in failed}
     converted = [case for case in cases if case.id not in reasons]
     if not converted:
@@ -190,37 +206,51 @@ def dataset_target(number: int, name: str) -> Path:
     return folder
 
 
-def _run(cases: Sequence[Case], work: Callable[[Case], Skipped | None], n_processes: int) -> list[Skipped]:
+def _run(cases: Sequence[Case], work: Callable[[Case], None], n_processes: int) -> list[Skipped]:
     """Run `work` on every case and return the failures."""
     failed = []
     outcomes = run_locally(work, cases, max(1, min(n_processes, len(cases))))
     for case, outcome in tqdm(outcomes, total=len(cases), desc="converting", disable=not cases):
-        if isinstance(outcome, WorkerDied):
-            failed.append(Skipped(case.id, f"{outcome}; try fewer at a time, with -np 1"))
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        elif outcome is not None:
-            failed.append(outcome)
+        if isinstance(outcome, BaseException):
+            failed.append(Skipped(case.id, _reason(outcome, case)))
     return sorted(failed, key=lambda item: item.what)
 
 
-def _convert_one(case: Case, target: Target, prepare: Prepare) -> Skipped | None:
-    """Convert a case.
+def _reason(error: BaseException, case: Case) -> str:
+    """Say in one line why a case failed. What would meet every case, a disk that takes no more files, is raised."""
+    if isinstance(error, OSError) and error.errno in NO_PLACE_TO_WRITE:
+        raise error
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, WorkerDied):
+        return f"{error}; try fewer at a time, with -np 1"
+    if isinstance(error, MemoryError):
+        return " ".join(f"not enough memory ({error}); try fewer at a time, with -np 1".split())
+    logger.error("%s could not be converted.", case.id, exc_info=error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
-    An empty record is written first: it claims the files. The true one is written last, so it means that all are there.
-    """
-    _write_record(case.id, target, made_from=None, row={})
-    try:
-        prepared = prepare(case)
-        channels = [prepared.channels[name] for name in target.channels]
-        label, facts = _label(case, channels[0], target)
-        facts = prepared.facts | facts
-        channels = _finish_channels(channels, label, facts, target)
-    except UserError as error:
+
+def _remove_failed_files(cases: Sequence[Case], target: Target) -> None:
+    for case in cases:
         for path in target.outputs(case):
             path.unlink(missing_ok=True)
         _forget(case.id, target)
-        return Skipped(case.id, str(error))
+
+
+def _convert_one(case: Case, target: Target, prepare: Prepare) -> None:
+    """Convert a case.
+
+    An empty record is written first: it claims the files. The true one is written last, so it means that all are there.
+
+    Raises:
+        UserError: the case can't be used.
+    """
+    _write_record(case.id, target, made_from=None, row={})
+    prepared = prepare(case)
+    channels = [prepared.channels[name] for name in target.channels]
+    label, facts = _label(case, channels[0], target)
+    facts = prepared.facts | facts
+    channels = _finish_channels(channels, label, facts, target)
     for path, channel in zip(target.image_paths(case), channels):
         write_volume(path, channel)
     if label is not None:
@@ -228,7 +258,6 @@ def _convert_one(case: Case, target: Target, prepare: Prepare) -> Skipped | None
     row = _row(case, channels[0], facts)
     report.write_tile(target.tile_path(case.id), channels, label)
     _write_record(case.id, target, made_from=_made_from(case, target), row=row)
-    return None
 
 
 def _write_record(case_id: str, target: Target, **content: Any) -> None:
@@ -237,21 +266,55 @@ def _write_record(case_id: str, target: Target, **content: Any) -> None:
 
 
 def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Read a case's lesion masks onto the channels' grid, counting voxels before and after."""
+    """Read a case's lesion masks onto the channels' grid, and measure them before and after.
+
+    Raises:
+        UserError: most of the lesion is lost on the way.
+    """
     if target.label_path(case) is None:
         return None, {}
     label = np.zeros(reference.array.shape, dtype=bool)
-    facts = {"mask_voxels": 0, "mask_ml": 0.0, "mask_voxels_outside": 0, "mask_alignment": "healthy control"}
+    counts, alignments, notes = Counter(mask_ml=0.0, lost_ml=0.0), {}, []
     for path in case.masks:
         mask = read_mask(path)
-        aligned, facts["mask_alignment"] = align_mask(mask, reference)
-        facts["mask_voxels"] += int(mask.array.sum())
-        facts["mask_ml"] += float(mask.array.sum() * mask.voxel_ml)
-        if facts["mask_alignment"] != "resampled":
-            facts["mask_voxels_outside"] += int(mask.array.sum()) - int(aligned.sum())
+        notes += [f"{path.name}: {oddity}" for oddity in mask.notes]
+        aligned, how = align_mask(mask, reference)
+        alignments[how] = None
+        if how == "no orientation in header":
+            notes.append(f"{path.name} was laid voxel by voxel on the image: a header says nothing of its place")
+            mask = reference.with_array(mask.array)
+        counts.update(_measure(mask, reference, aligned, how))
         label |= aligned
-    facts |= {"label_voxels": int(label.sum()), "label_ml": float(label.sum() * reference.voxel_ml)}
-    return label, facts
+    lost = counts.pop("lost_ml") / max(counts["mask_ml"], 1e-9)
+    if lost > LESION_LOSS_TO_SKIP:
+        raise UserError(
+            f"{lost:.0%} of its lesion of {counts['mask_ml']:.3g} ml are lost on the image's grid "
+            f"({counts['mask_voxels_outside']} of {counts['mask_voxels']} voxels lie outside the image): do the "
+            f"headers of {', '.join(path.name for path in case.masks)} and of its image speak of one place?"
+        )
+    return label, {
+        **{name: counts[name] for name in ("mask_voxels", "mask_ml", "mask_voxels_outside")},
+        "mask_alignment": ", ".join(alignments) or "healthy control",
+        "mask_lost": lost,
+        "lesions_lost": counts["lesions_lost"],
+        "label_voxels": int(label.sum()),
+        "label_ml": float(label.sum() * reference.voxel_ml),
+        "mask_notes": notes,
+    }
+
+
+def _measure(mask: Volume, reference: Volume, aligned: np.ndarray, how: Alignment) -> dict[str, float]:
+    """Measure a mask before and after it came onto the reference's grid; numbers add up over the masks of a case."""
+    voxels, kept = int(mask.array.sum()), int(aligned.sum())
+    resampled = how == "resampled"  # else voxels were copied one by one
+    kept_ml = kept * (reference.voxel_ml if resampled else mask.voxel_ml)
+    return {
+        "mask_voxels": voxels,
+        "mask_ml": voxels * mask.voxel_ml,
+        "mask_voxels_outside": voxels_outside(mask, reference),
+        "lost_ml": max(voxels * mask.voxel_ml - kept_ml, 0.0),
+        "lesions_lost": lesions_lost(mask, reference, aligned) if resampled else 0,
+    }
 
 
 def _finish_channels(
@@ -287,7 +350,7 @@ def _strip_on(channels: Sequence[str]) -> int:
 
 def _row(case: Case, first: Volume, facts: dict[str, Any]) -> dict[str, Any]:
     """Return a case's line of the report."""
-    notes = [*case.notes, *facts.pop("notes", []), *_label_notes(facts)]
+    notes = [*case.notes, *facts.pop("notes", []), *facts.pop("mask_notes", []), *_label_notes(facts)]
     if "brain_ml" in facts and not BRAIN_ML[0] <= facts["brain_ml"] <= BRAIN_ML[1]:
         notes.append(f"CHECK: HD-BET's brain mask of {facts['brain_ml']:.0f} ml is none of a whole brain")
     if facts.get("nonfinite_voxels"):
@@ -310,10 +373,14 @@ def _label_notes(facts: dict[str, Any]) -> list[str]:
     if "label_voxels" not in facts:
         return []
     notes = []
-    if facts["mask_alignment"] == "resampled":
+    if facts["mask_lost"] > LESION_LOSS_TO_CHECK:
+        notes.append(f"CHECK: {facts['mask_lost']:.0%} of the lesion of {facts['mask_ml']:.3g} ml are lost")
+    if facts["lesions_lost"]:
+        notes.append(f"CHECK: {facts['lesions_lost']} lesions have no voxel left on the image's grid")
+    if "resampled" in facts["mask_alignment"]:
         change = facts["label_ml"] - facts["mask_ml"]
         notes.append(f"label resampled, volume changed by {change:+.3f} ml of {facts['mask_ml']:.3f} ml")
-    elif facts["mask_alignment"] == "nearest voxels":
+    if "nearest voxels" in facts["mask_alignment"]:
         notes.append("the mask lies up to half a voxel off the image: its voxels were copied to the nearest")
     if facts["mask_voxels_outside"]:
         notes.append(f"CHECK: {facts['mask_voxels_outside']} mask voxels lie outside the image")
@@ -334,7 +401,10 @@ def _made_from(case: Case, target: Target) -> dict[str, Any]:
 
 
 def _is_done(case: Case, target: Target) -> bool:
-    if _made_earlier_from(case.id, target) != _made_from(case, target):
+    try:
+        if _made_earlier_from(case.id, target) != _made_from(case, target):
+            return False
+    except FileNotFoundError:  # a source went away since it was found: the case fails, and not the run
         return False
     return all(made.is_file() for made in [*target.outputs(case), target.tile_path(case.id)])
 

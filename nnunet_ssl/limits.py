@@ -34,3 +34,13 @@ MINIMUM_AGREEMENT = 1.25
 """Ratio of mutual information: where two images lie, over the best among 15 mm and 15 degrees away from there (see
 :func:`nnunet_ssl.imaging.registration.agreement`). On the 21 pairs of T1, T1c, T2, FLAIR, DWI and ADC of five real
 sessions 1.4 to 4.5; on four of them, once displaced by 8 mm or turned by 8 degrees, at most 1.0."""
+
+# Lesion masks on their way to an image's grid
+
+LESION_LOSS_TO_CHECK = 0.03
+"""Share of a mask's volume: a case that loses more than this is noted with CHECK. Resampling keeps the volume to half a
+voxel, and published masks lie on their image's grid; what is left is a lesion that reaches beyond the image."""
+
+LESION_LOSS_TO_SKIP = 0.5
+"""Share of the volume of all of a case's masks: beyond this the label shows another disease than the reader drew, and
+the case is left out."""

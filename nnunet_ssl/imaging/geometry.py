@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.imaging.headers import BadScan, open_nifti
+from nnunet_ssl.imaging.headers import BadScan, is_default, open_nifti
 
 SAME_PLACE_VOXELS = 0.1
 """Grids whose corners lie closer than this fraction of a voxel are one grid; headers differ by rounding."""
@@ -124,6 +124,42 @@ def same_grid(first: Volume, second: Volume) -> bool:
     return _deviation(mapping, np.eye(3), np.zeros(3), first.array.shape) <= SAME_PLACE_VOXELS
 
 
+def alike_but_unplaced(first: Volume, second: Volume) -> bool:
+    """Tell whether two volumes of one case can only belong together voxel by voxel: they have the same shape, and the
+    header of one of them says nothing of its place, by its codes or by a default affine.
+
+    A default affine counts where the two headers make the volumes cover the same box: one is the other turned.
+    """
+    if first.array.shape != second.array.shape:
+        return False
+    if not (first.oriented and second.oriented):
+        return True
+    if not (is_default(first.affine) or is_default(second.affine)):
+        return False
+    mapping = np.linalg.inv(second.affine) @ first.affine
+    corners = nib.affines.apply_affine(mapping, _corners(first.array.shape))
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    last = np.array(second.array.shape) - 1
+    return bool(max(np.abs(low).max(), np.abs(high - last).max()) > NEAREST_VOXELS)
+
+
+def voxels_outside(mask: Volume, image: Volume) -> int:
+    """Count the voxels of a mask (bool) whose centres lie outside an image's field of view, by their headers."""
+    places = nib.affines.apply_affine(np.linalg.inv(image.affine) @ mask.affine, np.argwhere(mask.array))
+    inside = (places >= -NEAREST_VOXELS) & (places <= np.array(image.array.shape) - 1 + NEAREST_VOXELS)
+    return int((~inside.all(axis=1)).sum())
+
+
+def lesions_lost(mask: Volume, image: Volume, resampled: np.ndarray) -> int:
+    """Count the lesions (26-connected) of a mask that have no voxel in what resampling onto the image's grid made."""
+    numbered, count = ndimage.label(mask.array, structure=np.ones((3, 3, 3)))
+    voxels = np.argwhere(mask.array)
+    places = np.rint(nib.affines.apply_affine(np.linalg.inv(image.affine) @ mask.affine, voxels)).astype(int)
+    kept = ((places >= 0) & (places < image.array.shape)).all(axis=1)
+    kept[kept] = resampled[tuple(places[kept].T)]
+    return count - len(np.unique(numbered[tuple(voxels[kept].T)]))
+
+
 def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
     """Bring a mask onto an image's grid, without touching a voxel wherever that is possible.
 
@@ -134,12 +170,12 @@ def align_mask(mask: Volume, image: Volume) -> tuple[np.ndarray, Alignment]:
     Returns:
         the mask on the image's grid, bool (X, Y, Z), and how it got there: "same grid"; "same lattice" (the voxels
         coincide but are stored in another order or cover another field of view: they are copied one by one); "nearest
-        voxels" (copied as well, though the headers disagree by up to half a voxel); "no orientation in header" (the
-        shapes agree, and one of the files says nothing of its place); or "resampled".
+        voxels" (copied as well, though the headers disagree by up to half a voxel); "no orientation in header" (see
+        :func:`alike_but_unplaced`); or "resampled".
     """
     if same_grid(mask, image):
         return mask.array, "same grid"
-    if mask.array.shape == image.array.shape and not (mask.oriented and image.oriented):
+    if alike_but_unplaced(mask, image):
         return mask.array, "no orientation in header"
     mapping = np.linalg.inv(image.affine) @ mask.affine
     turn, shift = np.rint(mapping[:3, :3]), np.rint(mapping[:3, 3])
@@ -198,9 +234,13 @@ def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = Non
 
 def _deviation(mapping: np.ndarray, turn: np.ndarray, shift: np.ndarray, shape: tuple[int, ...]) -> float:
     """Return by how many voxels `mapping` (4 x 4) differs from ``turn @ index + shift`` at the corners of a grid."""
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1)
-    exact = mapping[:3, :3] @ corners + mapping[:3, 3:]
-    return float(np.abs(exact - (turn @ corners + shift[:, None])).max())
+    corners = _corners(shape)
+    return float(np.abs(nib.affines.apply_affine(mapping, corners) - (corners @ turn.T + shift)).max())
+
+
+def _corners(shape: tuple[int, ...]) -> np.ndarray:
+    """The indices (8, 3) of a grid's outermost voxels."""
+    return np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1).T
 
 
 def _copy_voxels(mask: np.ndarray, shape: tuple[int, ...], turn: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -213,12 +253,13 @@ def _copy_voxels(mask: np.ndarray, shape: tuple[int, ...], turn: np.ndarray, shi
 
 
 def _resample_mask(mask: Volume, image: Volume) -> np.ndarray:
-    """Resample a mask onto another lattice, with the threshold that keeps its volume best.
+    """Resample a mask onto another lattice, with the threshold that best keeps the volume of what lies in the image.
 
     The mask is averaged over the image's voxels, so that thin parts weigh what they are.
     """
     fraction = resample_onto(mask, image).array
-    wanted = min(math.ceil(mask.array.sum() * mask.voxel_ml / image.voxel_ml - 0.5), int((fraction > 0.05).sum()))
+    inside = int(mask.array.sum()) - voxels_outside(mask, image)
+    wanted = min(math.ceil(inside * mask.voxel_ml / image.voxel_ml - 0.5), int((fraction > 0.05).sum()))
     if wanted <= 0:
         return fraction > 0.5
     threshold = np.partition(fraction.ravel(), -wanted)[-wanted]

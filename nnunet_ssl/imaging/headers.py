@@ -27,6 +27,13 @@ class BadScan(Exception):
         self.transient = transient
 
 
+def is_default(affine: np.ndarray) -> bool:
+    """Whether an affine (4, 4) is what programs write that were told of no place: the first voxel lies at 0, 0, 0 mm
+    and the axes are those of the world, as nibabel (RAS) or ITK (LPS) have them. Scanners write no such thing."""
+    linear = affine[:3, :3]
+    return bool(np.allclose(affine[:3, 3], 0, atol=1e-6) and np.allclose(linear, np.diag(np.diag(linear)), atol=1e-6))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A NIfTI file whose header makes sense.

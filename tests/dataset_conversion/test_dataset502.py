@@ -1,4 +1,6 @@
+import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -302,3 +304,30 @@ def test_channels_of_two_shapes_without_a_place_are_registered_and_flagged(tools
     assert made.channels["adc"].array.shape == SHAPE
     assert "adc_registration" in made.facts
     assert any(sentence.startswith("CHECK") for sentence in made.facts["notes"])
+
+
+@pytest.mark.parametrize("default", [np.eye(4), np.diag([-2.0, -2, 2, 1])])
+def test_a_channel_whose_affine_is_a_default_is_laid_voxel_by_voxel(tools, isles, tmp_path, default):
+    dwi, adc = published(isles, 2)[:2]
+    tools.write_nifti(tmp_path / "adc.nii.gz", nib.load(adc).get_fdata(), default)
+    made = prepare(Case(id="2", subject="2", images={"dwi": dwi, "adc": tmp_path / "adc.nii.gz"}))
+    np.testing.assert_allclose(made.channels["adc"].array, np.maximum(nib.load(adc).get_fdata(), 0), rtol=1e-4)
+    assert any("adc was laid voxel by voxel" in sentence for sentence in made.facts["notes"])
+
+
+def test_a_header_in_microns_costs_its_case_alone(tools, env, isles, tmp_path):
+    root = tmp_path / "isles"
+    for number in (2, 4):
+        for source in published(isles, number):
+            copy = root / source.relative_to(isles)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, copy)
+    flair = published(root, 2)[2]
+    image = nib.load(flair)
+    tools.write_nifti(flair, image.get_fdata(dtype=np.float32), image.affine * [[1000], [1000], [1000], [1]])
+    done = tools.run_script(502, "-i", root, "-np", 1, env=env)
+    assert done.returncode == 0, done.stderr
+    folder = Path(env["nnUNet_raw"]) / "Dataset502_ISLES2022"
+    assert tools.check_geometry(folder, 3) == {f"{name(4)}_ses-0001"}
+    assert "is no brain scan's" in tools.skipped_in(folder)[f"{name(2)}_ses-0001"]
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 1

@@ -10,11 +10,14 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.imaging.geometry import (
     Volume,
     align_mask,
+    alike_but_unplaced,
+    lesions_lost,
     onto_grid,
     read_mask,
     read_volume,
     resample_onto,
     same_grid,
+    voxels_outside,
     write_volume,
 )
 
@@ -209,6 +212,61 @@ def test_a_mask_without_orientation_belongs_to_the_image_of_its_shape(tmp_path):
     assert align_mask(mask, image)[1] == "no orientation in header"
     swapped = align_mask(Volume(blob(), AFFINE), Volume(image.array, mask.affine, oriented=False))
     np.testing.assert_array_equal(swapped[0], blob())
+
+
+@pytest.mark.parametrize("default", [np.eye(4), np.diag([-1.0, -1, 1, 1]), np.diag([1.0, 1, 3, 1])])
+@pytest.mark.parametrize("image_affine", [AFFINE, np.diag([1.0, 1, 1, 1]) + 1e1 * np.eye(4, k=3)])
+def test_a_default_affine_says_nothing_beside_one_that_does(default, image_affine):
+    mask, image = Volume(blob(), default), Volume(np.zeros(blob().shape), image_affine)
+    for first, second in ((mask, image), (Volume(blob(), image_affine), Volume(np.zeros(blob().shape), default))):
+        aligned, how = align_mask(first, second)
+        assert how == "no orientation in header"
+        np.testing.assert_array_equal(aligned, blob())
+    assert not alike_but_unplaced(Volume(blob((12, 14, 11)), default), image)
+
+
+@pytest.mark.parametrize("axes", ["LAS", "LPS", "RAI", "LPI"])
+def test_a_volume_with_a_default_affine_that_was_turned_is_turned_back(axes):
+    stored = nib.Nifti1Image(blob().astype(np.uint8), np.diag([2.0, 2, 3, 1]))
+    turned = stored.as_reoriented(
+        nib.orientations.ornt_transform(nib.io_orientation(stored.affine), nib.orientations.axcodes2ornt(axes))
+    )
+    mask = Volume(np.asarray(turned.dataobj) > 0, turned.affine)
+    assert not np.array_equal(mask.array, blob())
+    aligned, how = align_mask(mask, Volume(np.zeros(blob().shape), stored.affine))
+    assert how == "same lattice"
+    np.testing.assert_array_equal(aligned, blob())
+
+
+@given(shift=st.tuples(*[st.integers(-14, 14)] * 3), scale=st.sampled_from([1.0, 0.7, 1.6]))
+def test_voxels_inside_and_outside_an_image_are_told_by_their_centres(shift, scale):
+    affine = AFFINE @ nib.affines.from_matvec(scale * np.eye(3), np.array(shift) + 0.2)
+    mask, image = Volume(blob(), affine), Volume(np.zeros((12, 14, 10)), AFFINE)
+    places = np.argwhere(blob()) * scale + shift + 0.2
+    inside = ((places > -0.51) & (places < np.array([12, 14, 10]) - 0.49)).all(axis=1)
+    assert voxels_outside(mask, image) == (~inside).sum()
+
+
+def test_lesions_without_a_voxel_left_are_counted():
+    mask, image = Volume(blob(), AFFINE), Volume(np.zeros(blob().shape), AFFINE)
+    large = blob()
+    large[8, 10, 7] = False
+    assert lesions_lost(mask, image, blob()) == 0
+    assert lesions_lost(mask, image, large) == 1
+    assert lesions_lost(mask, image, blob() & ~large) == 1
+    assert lesions_lost(mask, image, np.zeros_like(large)) == 2
+
+
+def test_what_lies_outside_does_not_swell_what_lies_inside():
+    ball = np.zeros((20, 20, 20), bool)
+    ball[2:18, 8:12, 8:12] = True
+    affine = np.diag([1.01, 0.98, 1.02, 1.0])
+    affine[:3, 3] = [-10.3, 0.2, 0.3]
+    mask, image = Volume(ball, affine), Volume(np.zeros((20, 20, 20)), np.diag([1.0, 1, 1, 1]) + np.eye(4, k=3) * 0.1)
+    aligned, how = align_mask(mask, image)
+    kept = ball.sum() - voxels_outside(mask, image)
+    assert how == "resampled" and kept < ball.sum()
+    assert aligned.sum() * image.voxel_ml == pytest.approx(kept * mask.voxel_ml, rel=0.1)
 
 
 @pytest.mark.parametrize("spacing", [(1.3, 0.9, 4.0), (2.6, 2.6, 2.6)])
