@@ -312,7 +312,7 @@ def test_skipped_steps_are_counted_and_survive_a_checkpoint(write_prepared, trai
 
 def test_a_corpus_without_pairs_is_refused_for_mcl(write_prepared, train):
     write_prepared(modalities=("t1",))
-    with pytest.raises(UserError, match="No session has two different known modalities: mcl needs"):
+    with pytest.raises(UserError, match="No session has two different known modalities in one place: mcl needs"):
         train("mcl")
 
 
