@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.requirements import check_requirements
 
 PIPE_CLOSED = 141
 """The exit status that a shell gives to a program whose reader went away: 128 + SIGPIPE."""
@@ -30,6 +31,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Terminal(sys.stdout)], force=True)
         logging.getLogger("numexpr").setLevel(logging.WARNING)  # pandas' helper tells how many threads it takes
         try:
+            check_requirements()
             main(*args, **kwargs)
         except (UserError, OSError) as error:
             sys.exit(f"error: {error}")

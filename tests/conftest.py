@@ -41,3 +41,18 @@ def golden(request, monkeypatch):
 
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", torch.nn.init.normal_)
     return record if request.config.getoption("--renew-golden") else assert_recorded
+
+
+@pytest.fixture
+def installed(tmp_path_factory):
+    """A function that makes a folder for ``sys.path`` in which a package claims to be of a release."""
+
+    packages = tmp_path_factory.mktemp("packages")
+
+    def claim(name, release):
+        folder = packages / f"{name.replace('-', '_')}-{release}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
+        return packages
+
+    return claim

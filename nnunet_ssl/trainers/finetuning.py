@@ -18,6 +18,7 @@ from nnunet_ssl.console import exit_on_user_error
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.requirements import check_requirements
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import unwrapped, with_own_buffers, with_trainable_encoder
@@ -54,6 +55,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ) -> None:
         with exit_on_user_error():
+            check_requirements()
             self.settings = Settings.of_plans(plans).updated_from_environment()
             given, plans = plans["plans_name"], plans_with_settings(plans, self.settings)
             check_configuration(plans, configuration)

@@ -169,3 +169,13 @@ def test_a_mistake_ends_a_command_with_one_line_and_status_1(workplace, tmp_path
     assert len([line for line in shown.splitlines() if line.startswith("error: nnUNetTrainerMIM needs")]) == 1
     assert "Traceback" not in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_an_old_pytorch_ends_a_training_with_one_line_and_status_1(workplace, tmp_path, installed):
+    shown = workplace.run(
+        "nnUNetv2_train", workplace.number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu",
+        fails=True, nnUNet_results=tmp_path, PYTHONPATH=installed("torch", "2.5.1"),
+    )  # fmt: skip
+    assert "error: nnunet_ssl needs torch" in shown.splitlines()[-1]
+    assert "Traceback" not in shown
+    assert not list(tmp_path.iterdir())

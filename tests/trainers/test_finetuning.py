@@ -479,3 +479,10 @@ def test_a_mistake_ends_with_one_line_and_no_folder(
         workplace.trainer(trainer, configuration)
     assert exit.value.code.startswith("error: ") and message in exit.value.code and "\n" not in exit.value.code
     assert not list(results.iterdir())
+
+
+def test_an_old_pytorch_is_refused_before_anything_is_made(workplace, monkeypatch, results, installed):
+    monkeypatch.syspath_prepend(installed("torch", "2.5.1"))
+    with pytest.raises(SystemExit, match=r"^error: nnunet_ssl needs torch.* not torch 2\.5\.1; run: "):
+        workplace.trainer(nnUNetTrainerMCLMIM)
+    assert not list(results.iterdir())
