@@ -156,7 +156,9 @@ def _template(step: int) -> _Template:
     """Load nilearn's MNI152 maps, averaged over blocks of `step` voxels of 1 mm."""
     try:
         from nilearn import datasets
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "nilearn":  # it is there, but something that it needs is not
+            raise
         raise UserError(
             "The synthetic brains are warped from the MNI152 template that the package nilearn carries, and nilearn is "
             "not installed. Install it with: pip install 'nnunet_ssl[demo]'"

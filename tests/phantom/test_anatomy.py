@@ -1,7 +1,10 @@
+import sys
+
 import numpy as np
 import pytest
 
-from nnunet_ssl.phantom.anatomy import build_anatomy, draw_person, mni_grid
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.phantom.anatomy import _template, build_anatomy, draw_person, mni_grid
 
 
 def overlap(one, other):
@@ -74,3 +77,18 @@ def test_the_voxel_size_changes_the_sampling_not_the_person(head, voxel_mm):
     for name in ("gm", "wm", "csf"):
         volumes = [which.fractions[name].sum() * which.grid.voxel_ml for which in (anatomy, head(0))]
         assert volumes[0] == pytest.approx(volumes[1], rel=0.1)
+
+
+def test_without_nilearn_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nilearn", None)
+    with pytest.raises(UserError, match=r"pip install 'nnunet_ssl\[demo\]'"):
+        _template.__wrapped__(6)
+
+
+def test_a_nilearn_that_cannot_be_imported_says_why(monkeypatch, tmp_path):
+    (tmp_path / "nilearn.py").write_text("import a_package_that_is_gone")
+    for name in [name for name in sys.modules if name.split(".")[0] == "nilearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_gone"):
+        _template.__wrapped__(6)
