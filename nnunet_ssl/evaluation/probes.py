@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import shuffle
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
@@ -112,7 +113,7 @@ def _regress(embeddings: Embeddings, truth: np.ndarray, folds: int, seed: int) -
     n_subjects = embeddings.scans["patient_id"].nunique()
     if n_subjects < MINIMUM_SUBJECTS:
         raise UserError(f"A probe needs {MINIMUM_SUBJECTS} subjects with a number to predict; there are {n_subjects}.")
-    splits = _Splits(GroupKFold, min(folds, n_subjects), seed)
+    splits = _Splits(min(folds, n_subjects), seed, stratified=False)
     model = GridSearchCV(
         make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": STRENGTHS}, scoring="neg_mean_absolute_error"
     )
@@ -128,7 +129,7 @@ def _regress(embeddings: Embeddings, truth: np.ndarray, folds: int, seed: int) -
 def _classify(embeddings: Embeddings, truth: np.ndarray, folds: int, seed: int) -> ProbeResult:
     classes = np.unique(truth)
     smallest = _subjects_of_classes(embeddings, truth).min()
-    splits = _Splits(StratifiedGroupKFold, min(folds, smallest), seed)
+    splits = _Splits(min(folds, smallest), seed, stratified=True)
     model = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, class_weight="balanced")),
         {"logisticregression__C": 1 / STRENGTHS},
@@ -158,13 +159,19 @@ def _classify(embeddings: Embeddings, truth: np.ndarray, folds: int, seed: int) 
 class _Splits:
     """A way to split by subject."""
 
-    kind: type[GroupKFold] | type[StratifiedGroupKFold]
     folds: int
     seed: int
+    stratified: bool
 
     def of(self, truth: np.ndarray, subject: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        splitter = self.kind(folds, shuffle=True, random_state=self.seed)
-        return list(splitter.split(np.zeros(len(truth)), truth, groups=subject))
+        names, group = np.unique(subject, return_inverse=True)
+        if self.stratified:
+            # Subjects are shuffled here: when scikit-learn before 1.8 does it, it does not stratify (its issue #32478).
+            group = np.argsort(shuffle(np.arange(len(names)), random_state=self.seed))[group]
+            splitter = StratifiedGroupKFold(folds)
+        else:
+            splitter = GroupKFold(folds, shuffle=True, random_state=self.seed)
+        return list(splitter.split(np.zeros(len(truth)), truth, groups=group))
 
 
 def _predict_held_out(

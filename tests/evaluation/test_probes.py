@@ -140,6 +140,14 @@ def test_the_smallest_sets_are_probed_without_a_warning():
         assert probe(with_column(embeddings, "half", halves), "half").summary["folds"] == 3
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_fold_holds_its_share_of_every_class(seed):
+    embeddings = known_signal(n_subjects=25)
+    rare = np.repeat(np.random.default_rng(seed).permutation(["a"] * 5 + ["b"] * 20), len(MODALITIES))
+    table = probe(with_column(embeddings, "rare", rare), "rare", seed=seed).predictions
+    assert (pd.crosstab(table["fold"], table["truth"]) == [len(MODALITIES), 4 * len(MODALITIES)]).all(axis=None)
+
+
 def test_the_same_call_gives_the_same_result():
     assert probe(known_signal(n_subjects=12), "age").summary == probe(known_signal(n_subjects=12), "age").summary
 
