@@ -77,6 +77,7 @@ def test_windows_in_parts_attend_as_all_at_once(at_once):
     assert_equals_reference(_attention_in_parts(*inputs, at_once), inputs)
 
 
+@pytest.mark.compiled
 def test_windows_in_parts_compile_into_one_graph():
     inputs = draw(7, 2, 11, 4)
     compiled = torch.compile(_attention_in_parts, fullgraph=True, backend="eager", dynamic=False)

@@ -13,7 +13,7 @@ import torch
 from nnunet_ssl.architectures.compiling import compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
 ENCODERS = {
     "swin": {"embed_dim": 6, "depths": [2, 1], "num_heads": [1, 2], "window_size": 3},

@@ -177,6 +177,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient():
         torch.testing.assert_close(recomputed, plain)
 
 
+@pytest.mark.compiled
 def test_the_encoder_compiles_into_one_graph():
     encoder = small_encoder(features=(4, 6), blocks=(1, 1))
     compiled = torch.compile(encoder, backend="eager", fullgraph=True)

@@ -40,20 +40,24 @@ def assert_compiled_equals_eager(backend: str, sizes, *, masked: bool, tolerance
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=tolerance)
 
 
+@pytest.mark.compiled
 def test_compiled_with_a_mask():
     assert_compiled_equals_eager("aot_eager", [(24, 20, 19)], masked=True, tolerance=1e-4)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_compiled_with_checkpointing():
     assert_compiled_equals_eager("aot_eager", [(24, 20, 19)], masked=False, tolerance=1e-4, checkpointing=True)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_compiled_for_another_size():
     assert_compiled_equals_eager("eager", [(24, 20, 19), (16, 24, 32)], masked=False, tolerance=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_inductor_computes_the_same():
     assert_compiled_equals_eager("inductor", [(24, 20, 19)], masked=True, tolerance=1e-3)

@@ -70,6 +70,7 @@ def test_a_run_is_not_continued_on_another_backbone(write_prepared, train):
         train("mim", "resenc.blocks=1,1,2,1,1,1", resume=True)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 def test_compiling_with_checkpointing_changes_no_gradient(tiny):
     overrides = [*tiny, "backbone=resenc", "resenc.features=4,8", "resenc.blocks=1,1", "patch_size=8"]

@@ -99,6 +99,7 @@ def compiling(monkeypatch):
 COMPILED = ["compile=true", "backbone=resenc", "resenc.features=4,8", "resenc.blocks=1,1", "patch_size=8"]
 
 
+@pytest.mark.compiled
 def test_a_compiled_shared_pass_can_be_measured(tiny, compiling):
     """The first step, not measured, compiles; measuring goes backward twice through one graph."""
     compiling("aot_eager")
@@ -114,6 +115,7 @@ def test_a_compiled_shared_pass_can_be_measured(tiny, compiling):
     assert set(apart) == {"contrastive", "masked"}
 
 
+@pytest.mark.compiled
 def test_batches_of_several_sizes_compile_without_symbolic_shapes(tiny, compiling):
     counter = CompileCounterWithBackend("eager")
     compiling(counter)

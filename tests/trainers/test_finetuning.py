@@ -113,6 +113,7 @@ def compiling(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["swin", "resenc"])
 def test_a_compiled_training_is_the_plain_one_across_the_unfreeze_and_a_restart(

@@ -68,6 +68,7 @@ def compiled_in_parts(network):
     return network
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("wrap", [not_compiled, compiled_as_a_whole, compiled_in_parts])
 def test_the_encoder_rests_while_frozen_and_moves_afterwards(wrap):
     """And rests again: nothing that was compiled for the other state is used."""
@@ -83,6 +84,7 @@ def test_the_encoder_rests_while_frozen_and_moves_afterwards(wrap):
         assert moved(decoder, decoder_after)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_nnunets_residual_network_compiled_as_a_whole_learns_after_the_unfreeze(backend):
@@ -151,6 +153,7 @@ def train_as_one_of_two(rank, folder, wrap):
     dist.destroy_process_group()
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", [not_compiled, compiled_as_a_whole, compiled_in_parts])
 def test_two_processes_stay_equal_to_each_other_and_to_one_on_both_batches(tmp_path, wrap):
