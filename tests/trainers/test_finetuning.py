@@ -115,6 +115,7 @@ def compiling(monkeypatch):
 
 @pytest.mark.compiled
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("backbone", ["swin", "resenc"])
 def test_a_compiled_training_is_the_plain_one_across_the_unfreeze_and_a_restart(
     workplace, compiling, resenc_checkpoint, monkeypatch, backbone
