@@ -1,4 +1,4 @@
-"""The console command ``nnssl_evaluate``: alignment, lesions, probe, gradients."""
+"""The console command ``nnssl_evaluate``: alignment, lesions, ranking, probe, gradients."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ examples:
 examples:
   nnssl_evaluate lesions -ref $nnUNet_raw/Dataset501_ATLASv2/labelsTs -pred predictions --preset atlas
   nnssl_evaluate lesions -ref labelsTr -pred fold_0/validation --chill -np 8 -o lesions_fold_0 --json
+  nnssl_evaluate lesions -ref labelsTr -pred fold_0/validation --chill --preset isles26
+""",
+    "ranking": """\
+examples:
+  nnssl_evaluate ranking lesions_resenc lesions_swin lesions_ensemble
+  nnssl_evaluate ranking fold_0/validation other/fold_0/validation --metrics dice lesion_f1 -o ranking
 """,
     "probe": """\
 examples:
@@ -42,9 +48,10 @@ def evaluate() -> None:
         prog="nnssl_evaluate",
         description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
     )
-    commands = parser.add_subparsers(required=True, metavar="alignment | lesions | probe | gradients")
+    commands = parser.add_subparsers(required=True, metavar="alignment | lesions | ranking | probe | gradients")
     _add_alignment(commands)
     _add_lesions(commands)
+    _add_ranking(commands)
     _add_probe(commands)
     _add_gradients(commands)
     arguments = parser.parse_args()
@@ -182,7 +189,15 @@ def _add_lesions(commands) -> None:
     parser.add_argument(
         "-o", type=Path, metavar="FOLDER", help="write lesions.json, .tsv and .png here (default: FOLDER of -pred)"
     )
-    parser.add_argument("--preset", choices=("isles", "atlas", "fcd"), default="isles", help="(default: isles)")
+    parser.add_argument(
+        "--preset", choices=("isles", "isles26", "atlas", "fcd"), default="isles", help="(default: isles)"
+    )
+    parser.add_argument(
+        "-prob",
+        type=Path,
+        metavar="FOLDER",
+        help="probability maps for the PR-AUC, CASE.npz of nnU-Net or CASE.nii.gz (isles26: the first, in -pred)",
+    )
     parser.add_argument("--connectivity", type=int, choices=(6, 18, 26), help="neighbours that make one lesion")
     parser.add_argument("-l", "--label", type=int, metavar="N", help="the lesion's label (default: all above 0)")
     parser.add_argument("--tolerance", type=float, default=1.0, metavar="MM", help="of the surface Dice (default: 1)")
@@ -202,7 +217,9 @@ def _lesions(arguments: argparse.Namespace) -> None:
         label=arguments.label,
         tolerance_mm=arguments.tolerance,
     )
-    cases = compare_folders(arguments.ref, arguments.pred, config, subset=arguments.chill, processes=arguments.np)
+    cases = compare_folders(
+        arguments.ref, arguments.pred, config, maps=arguments.prob, subset=arguments.chill, processes=arguments.np
+    )
     summary = summarize(cases, config)
     result = summary | {"cases": cases.to_dict("records")}
     _show(result, describe(summary), arguments)
@@ -211,6 +228,36 @@ def _lesions(arguments: argparse.Namespace) -> None:
     write_tsv(cases, folder / "lesions.tsv")
     draw_lesions(cases, summary, folder / "lesions.png", title="/".join(arguments.pred.absolute().parts[-3:]))
     logger.info("written to %s", folder)
+
+
+def _add_ranking(commands) -> None:
+    parser = add_subcommand(
+        commands,
+        "ranking",
+        _ranking,
+        "Which of several predictions a challenge would put first: ranks per case and metric, averaged.",
+        _EXAMPLES["ranking"],
+    )
+    parser.add_argument(
+        "predictions", type=Path, nargs="+", metavar="FOLDER", help="with the lesions.json of nnssl_evaluate lesions"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="as in lesions.json (default: the preset's official)"
+    )
+    parser.add_argument("-o", type=Path, metavar="FOLDER", help="write ranking.json here")
+    _add_json(parser)
+
+
+def _ranking(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.ranking import describe, official_metrics, rank, read_predictions
+    from nnunet_ssl.evaluation.results import write_json
+
+    tables, preset = read_predictions(arguments.predictions)
+    result = {"preset": preset, **rank(tables, official_metrics(preset, arguments.metrics))}
+    _show(result, describe(result), arguments)
+    if arguments.o:
+        write_json(result, arguments.o / "ranking.json")
+        logger.info("written to %s", arguments.o)
 
 
 def _add_probe(commands) -> None:

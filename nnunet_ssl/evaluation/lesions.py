@@ -1,9 +1,9 @@
 """How well a predicted lesion mask agrees with its reference: voxels, lesions, volumes and surfaces of one case.
 
-The lesion-wise definitions are those of the ISLES'22 and ATLAS R2.0 challenges, which differ in connectivity only. A
-reference lesion is found when at least one of its voxels is predicted; a predicted lesion is false when it touches no
-reference voxel. What a ratio means when a mask is empty is settled once, for all of them: both masks empty, 1; exactly
-one, 0.
+Lesions are counted in two ways. In the ISLES'22 and ATLAS R2.0 challenges, which differ in connectivity only, a
+reference lesion is found when at least one of its voxels is predicted, and a predicted lesion is false when it touches
+no reference voxel. In ISLES'26 lesions match one to one (see `matching`). What a ratio means when a mask is empty is
+settled once, for all of them: both masks empty, 1; exactly one, 0.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cc3d
 import numpy as np
 
+from nnunet_ssl.evaluation.matching import count_matches, find_overlaps
+from nnunet_ssl.evaluation.probabilities import pr_auc
+
 CONNECTIVITIES = (6, 18, 26)
+MATCHING_IOU = 0.25  # ISLES'26: its eval_utils.py of 2026-07-24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,10 @@ class Preset:
 _CHALLENGE = ("dice", "volume_difference_ml", "count_difference", "lesion_f1")
 PRESETS = {
     "isles": Preset(connectivity=26, official=_CHALLENGE),
+    "isles26": Preset(
+        connectivity=26,
+        official=("matched_dice", "recognition_quality", "count_difference", "volume_difference_ml", "pr_auc"),
+    ),
     "atlas": Preset(connectivity=6, official=_CHALLENGE),
     "fcd": Preset(connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty"), patients_only=True),
 }
@@ -56,6 +63,9 @@ class CaseMetrics:
         hd95_mm: the larger of the two directed 95th percentiles of the distance between surfaces; both masks empty, 0;
             exactly one, nan.
         surface_dice: share of both surfaces that lies within a tolerance of the other.
+        recognition_quality: F1 of lesions that match one to one with an intersection over union of at least 0.25.
+        matched_dice: what ISLES'26 calls Dice: `dice` if any lesions match so, else 0 (both masks empty, 1).
+        pr_auc: area under the voxels' precision-recall curve; nan without a probability map.
         detected: 1 if at least one lesion is found, else 0; nan when there is none to find. Its mean over cases is the
             detection rate.
         correctly_empty: 1 if nothing is predicted where nothing is, 0 if something is; nan when the reference has a
@@ -72,6 +82,9 @@ class CaseMetrics:
     count_difference: int
     hd95_mm: float
     surface_dice: float
+    recognition_quality: float
+    matched_dice: float
+    pr_auc: float
     detected: float
     correctly_empty: float
     reference_lesions: int
@@ -89,6 +102,7 @@ def compare_masks(
     spacing: Sequence[float],
     connectivity: int = 26,
     tolerance_mm: float = 1.0,
+    probabilities: np.ndarray | None = None,
 ) -> CaseMetrics:
     """Compare a predicted mask with its reference.
 
@@ -98,6 +112,7 @@ def compare_masks(
         spacing: voxel size in mm, in the order of the axes.
         connectivity: 6, 18 or 26 neighbours make one lesion.
         tolerance_mm: for the surface Dice.
+        probabilities: float, the same shape: how likely each voxel is lesion.
 
     Raises:
         ValueError: the shapes differ.
@@ -106,12 +121,14 @@ def compare_masks(
         raise ValueError(f"The masks have different shapes: {reference.shape} and {predicted.shape}.")
     voxel_ml = float(np.prod(spacing)) / 1000
     reference_ml, predicted_ml = (float(np.count_nonzero(mask)) * voxel_ml for mask in (reference, predicted))
-    n_reference, found = count_lesions(reference, predicted, connectivity)
-    n_predicted, supported = count_lesions(predicted, reference, connectivity)
-    false, missed = n_predicted - supported, n_reference - found
+    overlaps = find_overlaps(reference, predicted, connectivity)
+    n_reference, n_predicted = len(overlaps.reference), len(overlaps.predicted)
+    found, matched = overlaps.found, count_matches(overlaps, MATCHING_IOU)
+    false, missed = n_predicted - overlaps.supported, n_reference - found
+    voxel_dice = dice(reference, predicted)
     hd95, surface_dice = compare_surfaces(reference, predicted, spacing, tolerance_mm)
     return CaseMetrics(
-        dice=dice(reference, predicted),
+        dice=voxel_dice,
         lesion_f1=_ratio(found, found + (false + missed) / 2),
         lesion_precision=_ratio(found, found + false, empty=float(n_reference == 0)),
         lesion_recall=_ratio(found, n_reference, empty=float(n_predicted == 0)),
@@ -119,6 +136,9 @@ def compare_masks(
         count_difference=abs(n_reference - n_predicted),
         hd95_mm=hd95,
         surface_dice=surface_dice,
+        recognition_quality=_ratio(2 * matched, n_reference + n_predicted),
+        matched_dice=voxel_dice if matched or not n_reference + n_predicted else 0.0,
+        pr_auc=float("nan") if probabilities is None else pr_auc(reference, probabilities),
         detected=float(found > 0) if n_reference else float("nan"),
         correctly_empty=float("nan") if n_reference else float(n_predicted == 0),
         reference_lesions=n_reference,
@@ -133,13 +153,6 @@ def compare_masks(
 def dice(first: np.ndarray, second: np.ndarray) -> float:
     """Return the Dice coefficient of two boolean masks; both empty, 1."""
     return _ratio(2 * np.count_nonzero(first & second), np.count_nonzero(first) + np.count_nonzero(second))
-
-
-def count_lesions(mask: np.ndarray, other: np.ndarray, connectivity: int) -> tuple[int, int]:
-    """Return how many connected components `mask` has, and how many of them share a voxel with `other`."""
-    labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
-    touched = np.unique(labels[mask & other])
-    return int(count), len(touched)
 
 
 def compare_surfaces(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.lesions import CONNECTIVITIES, PRESETS, CaseMetrics, compare_masks
+from nnunet_ssl.evaluation.probabilities import find_map, read_map
 from nnunet_ssl.evaluation.statistics import mean_interval, rate_interval
 from nnunet_ssl.imaging.geometry import Volume, read_volume, same_grid
 
@@ -33,7 +34,7 @@ class LesionConfig:
     """How masks are compared.
 
     Attributes:
-        preset: "isles", "atlas" or "fcd": the connectivity, and which metrics are official.
+        preset: "isles", "isles26", "atlas" or "fcd": the connectivity, and which metrics are official.
         connectivity: 6, 18 or 26; None takes the preset's.
         label: the label that is the lesion; None takes everything above 0.
         tolerance_mm: of the surface Dice.
@@ -59,13 +60,20 @@ class LesionConfig:
 
 
 def compare_folders(
-    reference: Path, predicted: Path, config: LesionConfig, *, subset: bool = False, processes: int = 1
+    reference: Path,
+    predicted: Path,
+    config: LesionConfig,
+    *,
+    maps: Path | None = None,
+    subset: bool = False,
+    processes: int = 1,
 ) -> pd.DataFrame:
     """Compare every case of two folders.
 
     Args:
         reference: folder of reference masks, ``<case>.nii.gz``.
         predicted: folder of predicted masks with the same names.
+        maps: folder of their probability maps; None takes nnU-Net's from `predicted`, if they are there.
         subset: compare only the cases that were predicted; otherwise a missing prediction is an error.
         processes: cases at a time.
 
@@ -73,9 +81,10 @@ def compare_folders(
         One row per case, sorted: ``case`` and the fields of :class:`CaseMetrics`.
 
     Raises:
-        UserError: the folders do not hold the same cases, or the two masks of a case do not lie on the same grid.
+        UserError: the folders do not hold the same cases, some cases only have a map, or the two masks of a case or its
+            map do not lie on the same grid.
     """
-    pairs = match_cases(reference, predicted, subset=subset)
+    pairs = _with_maps(match_cases(reference, predicted, subset=subset), predicted, maps, config)
     work = partial(_compare_files, config=config)
     if processes == 1:
         rows = [work(pair) for pair in tqdm(pairs, desc="comparing masks", disable=None)]
@@ -145,6 +154,24 @@ def summarize(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]:
     }
 
 
+def _with_maps(
+    pairs: list[tuple[str, Path, Path]], predicted: Path, maps: Path | None, config: LesionConfig
+) -> list[tuple[str, Path, Path, Path | None]]:
+    """Add each case's map where the preset wants them or they were asked for; all cases have one, or none has."""
+    if maps is None and "pr_auc" not in PRESETS[config.preset].official:
+        return [(*pair, None) for pair in pairs]
+    folder = maps or predicted
+    images = maps is not None and maps.absolute() != predicted.absolute()
+    found = [(*pair, find_map(folder, pair[0], images=images)) for pair in pairs]
+    without = [case for case, *_, path in found if path is None]
+    if without and (maps is not None or len(without) < len(found)):
+        raise UserError(
+            f"{len(without)} of {len(found)} cases have no probability map in {folder}: {_some(without)}. "
+            "Predict with --save_probabilities, or validate with --npz."
+        )
+    return found
+
+
 NAMES = {
     "dice": "Dice",
     "lesion_f1": "lesion-wise F1",
@@ -154,6 +181,9 @@ NAMES = {
     "count_difference": "lesion count difference",
     "hd95_mm": "HD95 (mm)",
     "surface_dice": "surface Dice",
+    "recognition_quality": "F1 of matches (RQ)",
+    "matched_dice": "Dice, 0 without match",
+    "pr_auc": "PR-AUC",
     "detected": "detection rate",
     "correctly_empty": "specificity",
 }
@@ -177,6 +207,10 @@ def describe(summary: dict[str, Any]) -> str:
                 f"{star} {NAMES[name]:<24} {entry['mean']:8.4f}  [{low:.4f}, {high:.4f}]  "
                 f"{entry['median']:8.4f}  {entry['n']}"
             )
+    if "pr_auc" in official and not summary["metrics"]["pr_auc"]["n"]:
+        lines.append(
+            "no PR-AUC: there are no probability maps. Predict with --save_probabilities (validate with --npz)"
+        )
     return "\n".join(lines)
 
 
@@ -194,22 +228,36 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _compare_files(pair: tuple[str, Path, Path], config: LesionConfig) -> dict[str, Any]:
-    case, reference_path, predicted_path = pair
+def _compare_files(pair: tuple[str, Path, Path, Path | None], config: LesionConfig) -> dict[str, Any]:
+    case, reference_path, predicted_path, map_path = pair
     reference, predicted = read_volume(reference_path), read_volume(predicted_path)
     if not same_grid(reference, predicted):
         raise UserError(
             f"The masks of {case} do not lie on the same grid. {reference_path}: {_geometry(reference)}. "
             f"{predicted_path}: {_geometry(predicted)}. Predict on, or resample to, the reference's grid."
         )
+    lesion = _lesion(predicted, config.label)
     metrics = compare_masks(
         _lesion(reference, config.label),
-        _lesion(predicted, config.label),
+        lesion,
         spacing=reference.spacing,
         connectivity=config.neighbours,
         tolerance_mm=config.tolerance_mm,
+        probabilities=None if map_path is None else _fitting_map(map_path, predicted, lesion, config.label),
     )
     return {"case": case, **dataclasses.asdict(metrics)}
+
+
+def _fitting_map(path: Path, predicted: Volume, lesion: np.ndarray, label: int | None) -> np.ndarray:
+    """Read a map and make sure that it belongs to its mask: it is higher inside than outside.
+
+    Raises:
+        UserError: it is not, as where the map is mirrored or another case's.
+    """
+    values = read_map(path, predicted, label)
+    if lesion.any() and not lesion.all() and values[lesion].mean() <= values[~lesion].mean():
+        raise UserError(f"{path} is no higher inside the predicted mask than outside: it is another prediction's.")
+    return values
 
 
 def _lesion(volume: Volume, label: int | None) -> np.ndarray:

@@ -22,6 +22,7 @@ RATIOS = {
     "detected": "detection\nrate",
     "correctly_empty": "specificity",
 }
+OFFICIAL_RATIOS = {"matched_dice": "Dice, 0\nunmatched", "recognition_quality": "RQ", "pr_auc": "PR-AUC"}
 
 
 def draw_lesions(cases: pd.DataFrame, summary: dict[str, Any], path: Path, *, title: str) -> None:
@@ -38,7 +39,8 @@ def draw_lesions(cases: pd.DataFrame, summary: dict[str, Any], path: Path, *, ti
 def _draw_scores(axes: Axes, cases: pd.DataFrame, summary: dict[str, Any]) -> None:
     """Each case a dot (rates have none: they are shares of cases), the mean a diamond on its 95 % interval."""
     rng = np.random.default_rng(0)
-    for place, name in enumerate(RATIOS):
+    ratios = RATIOS | {name: title for name, title in OFFICIAL_RATIOS.items() if name in summary["official"]}
+    for place, name in enumerate(ratios):
         entry = summary["metrics"][name]
         values = scored(cases, name, summary["preset"]).to_numpy()
         if name not in RATES:
@@ -50,8 +52,8 @@ def _draw_scores(axes: Axes, cases: pd.DataFrame, summary: dict[str, Any]) -> No
             axes.text(place + 0.1, entry["mean"], f" {entry['mean']:.3f}", va="center", fontsize=8)
         else:
             axes.text(place, 0.5, "n/a", ha="center", va="center", color="grey")
-    axes.set_xticks(range(len(RATIOS)), RATIOS.values())
-    axes.set(title="Scores: cases, mean and 95 % interval", ylim=(-0.03, 1.03), xlim=(-0.5, len(RATIOS) - 0.3))
+    axes.set_xticks(range(len(ratios)), ratios.values(), fontsize=8)
+    axes.set(title="Scores: cases, mean and 95 % interval", ylim=(-0.03, 1.03), xlim=(-0.5, len(ratios) - 0.3))
 
 
 def _draw_volumes(axes: Axes, cases: pd.DataFrame) -> None:
