@@ -21,7 +21,9 @@ def main() -> None:
         epilog="Example: python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n-test 3 --voxel-mm 2.5",
     )
     parser.add_argument(
-        "layout", choices=["fomo", "fomo-a", "atlas", "isles", "fcd"], help="which data set; fomo-a: flat layout A"
+        "layout",
+        choices=["fomo", "fomo-a", "atlas", "atlas3", "isles", "fcd"],
+        help="which data set; fomo-a: flat layout A",
     )
     parser.add_argument("out", type=Path, help="the folder to write (must be new or empty)")
     parser.add_argument(
@@ -48,6 +50,8 @@ def _write(args: argparse.Namespace) -> None:
     common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean}
     if args.layout == "atlas":
         layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, truth=args.truth, **common)
+    elif args.layout == "atlas3":
+        layouts.write_atlas3(args.out, n_cases=args.n, **common)
     elif args.layout == "isles":
         layouts.write_isles(args.out, n_cases=args.n, **common)
     elif args.layout == "fcd":

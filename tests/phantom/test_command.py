@@ -15,6 +15,7 @@ def run(*arguments):
         ("fomo", "PT001_OASIS1/sub_1/ses_1/*.nii.gz"),
         ("fomo-a", "sub_1/ses_1/*.nii.gz"),
         ("atlas", "Training/R001/sub-r001s001/ses-1/anat/*_T1w.nii.gz"),
+        ("atlas3", "R001/sub-r001s001/ses-1/anat/*_space-orig_desc-brain_T1w.nii.gz"),
         ("isles", "sub-strokecase0001/ses-0001/dwi/*_dwi.nii.gz"),
         ("fcd", "sub-00001/anat/*_FLAIR.nii.gz"),
     ],
