@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from pathlib import Path
 
+from atlas import Session, find_sessions
 from channels import Facts, read_image
 from conversion import Case, Prepared
-from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, nothing_found, refuse_two_homes
+from discovery import ImageFile, Skipped, nothing_found
 from script import DatasetInfo, make_parser, parse, run
 
 from nnunet_ssl.console import command
@@ -30,9 +30,6 @@ Decrypt the archive first: openssl aes-256-cbc -md sha256 -d -a -in ATLAS_R2.0_e
 Found by looking: ATLAS_2/{Training,Testing}/R001/sub-*/ses-1/anat and data/{train,test}/derivatives/ATLAS/sub-*.
 """
 
-KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "lesion": "mask"} | dict.fromkeys(
-    ("t1c", "t2w", "t2", "flair", "pd", "swi", "t2star", "dwi", "adc", "bold", "mni152nlin2009asym"), "other"
-)
 EXPECTED = (
     "Training/R001/sub-r001s001/ses-1/anat/"
     "sub-r001s001_ses-1_space-MNI152NLin2009aSym_{T1w,label-L_desc-T1lesion_mask}.nii.gz"
@@ -43,52 +40,35 @@ PARTS = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
 def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]]:
     """Find the T1 images below `root` and, but for `images_only`, their lesion masks.
 
-    Among new images, one whose name says nothing is taken for a T1.
-
     Raises:
         UserError: it isn't ATLAS, or two folders hold images of one name.
     """
-    images, skipped = find_images(root)
-    wanted = ("t1", "unnamed") if images_only else ("t1", "mask")
-    sessions = defaultdict(lambda: defaultdict(list))
-    for image in images:
-        kind = image.kind(KINDS) or "unnamed"
-        if kind in wanted:
-            sessions[image.scan_id(KINDS)][kind].append(image)
-        else:
-            skipped.append(Skipped(image.relative, f"not a T1{'' if images_only else ' or a lesion mask'} by its name"))
-    found = [_case(scan_id, files, images_only, skipped) for scan_id, files in sorted(sessions.items())]
-    cases = [case for case in found if isinstance(case, Case)]
-    skipped_cases = [case for case in found if isinstance(case, Skipped)]
+    found = find_sessions(root, images_only)
+    made = [_case(session, images_only) for session in found.sessions]
+    cases = [case for case in made if isinstance(case, Case)]
+    skipped_cases = found.incomplete + [case for case in made if isinstance(case, Skipped)]
     if not any(case.part == "Tr" or images_only for case in cases):
-        raise nothing_found(root, images, skipped_cases, name="ATLAS v2.0", expected=EXPECTED, images_only=images_only)
-    return cases, skipped + skipped_cases
+        raise nothing_found(
+            root, found.images, skipped_cases, name="ATLAS v2.0", expected=EXPECTED, images_only=images_only
+        )
+    return cases, found.skipped + skipped_cases
 
 
-def _case(scan_id: str, files: dict[str, list[ImageFile]], images_only: bool, skipped: list[Skipped]) -> Case | Skipped:
-    """Put one session together."""
-    masks = lesion_masks(files["mask"])
-    candidates = files["t1"] or files["unnamed"]
-    if not candidates:
-        return Skipped(scan_id, "a mask without T1 image")
-    refuse_two_homes(scan_id, candidates, KINDS)
-    image, others = choose_one(candidates, masks[0] if masks else None)
-    others += files["unnamed"] if files["t1"] else []
-    skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
-    part = _part(image, bool(masks))
+def _case(session: Session, images_only: bool) -> Case | Skipped:
+    masks = session.masks
+    part = _part(session.image, bool(masks))
     if part == "Tr" and not masks and not images_only:
-        return Skipped(scan_id, "a training case without lesion mask")
-    subject = image.entity("sub") or scan_id
-    cohort = re.match(r"sub-(r\d+)s\d+$", subject)
+        return Skipped(session.scan_id, "a training case without lesion mask")
+    cohort = re.match(r"sub-(r\d+)s\d+$", session.subject)
     return Case(
-        id=scan_id,
-        subject=subject,
-        images={"t1": image.path},
+        id=session.scan_id,
+        subject=session.subject,
+        images={"t1": session.image.path},
         masks=tuple(mask.path for mask in masks),
         labelled=bool(masks),
         part=part,
-        group=cohort[1].upper() if cohort else subject,
-        notes=(f"{len(masks)} lesion masks united",) if len(masks) > 1 else (),
+        group=cohort[1].upper() if cohort else session.subject,
+        notes=session.notes,
     )
 
 

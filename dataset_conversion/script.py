@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conversion import PARTS, Case, Prepare, Target, convert, dataset_target, write_dataset_json
 from discovery import Skipped
@@ -83,8 +84,11 @@ def run(
     skipped: Sequence[Skipped],
     prepare: Prepare,
     folds: Folds = "random",
+    strata_of: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]] | None = None,
 ) -> None:
     """Convert the cases as the command line asks, and say what to type next.
+
+    `strata_of` tells from the training cases' rows of the report by what folds of the kind "centre" are balanced.
 
     Raises:
         UserError: nnU-Net's folders aren't set, or nothing can be converted.
@@ -113,7 +117,8 @@ def run(
         training = [case for case in converted if case.part == "Tr"]
         names = [info.channel_names[channel] for channel in channels]
         write_dataset_json(target.folder, len(training), names, reference=info.reference, licence=info.licence)
-        store_splits(make_splits(training, folds), target.folder)
+        strata = strata_of([row for row in rows if row["part"] == "train"]) if strata_of else None
+        store_splits(make_splits(training, folds, strata), target.folder)
         logger.info(
             "%d training and %d test cases in %s. Next:", len(training), len(rows) - len(training), target.folder
         )

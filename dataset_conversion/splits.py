@@ -1,14 +1,15 @@
-"""Folds for nnU-Net: random as nnU-Net draws them, grouped by cohort, or stratified; kept where nnU-Net reads them."""
+"""Folds for nnU-Net: random as nnU-Net draws them, by whole groups, or stratified; kept where nnU-Net reads them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 from report import write_text
 
 from nnunet_ssl.errors import UserError
@@ -16,7 +17,7 @@ from nnunet_ssl.nnunet_folders import folder_of
 
 logger = logging.getLogger(__name__)
 
-Folds = Literal["random", "cohort", "stratified"]
+Folds = Literal["random", "cohort", "centre", "stratified"]
 
 _SEED = 12345  # nnU-Net's own
 
@@ -29,37 +30,49 @@ class HasGroup(Protocol):
     group: str
 
 
-def make_splits(cases: Sequence[HasGroup], folds: Folds) -> list[dict[str, list[str]]]:
+def make_splits(
+    cases: Sequence[HasGroup], folds: Folds, strata: Mapping[str, str] | None = None
+) -> list[dict[str, list[str]]]:
     """Divide training cases into five folds (fewer when there are fewer subjects or cohorts).
 
     Args:
         cases: the training cases.
         folds: "random" = what nnU-Net itself would draw, a subject's sessions kept together; "cohort" = no group in two
-            folds, sizes balanced; "stratified" = every fold has each group's share.
+            folds, sizes balanced; "centre" = no group in two folds, each stratum's share balanced; "stratified" = every
+            fold has each group's share.
+        strata: for "centre": the stratum of each case, such as its lesion's size.
 
     Returns:
         nnU-Net's ``splits_final.json``; empty when the cases can't be divided.
     """
-    from sklearn.model_selection import GroupKFold, StratifiedKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
     cases = sorted(cases, key=lambda case: case.id)
     ids, groups = [case.id for case in cases], [case.group for case in cases]
     if folds == "random":
         return _random(cases)
-    if folds == "cohort":
+    if folds in ("cohort", "centre"):
         n_splits = min(5, len(set(groups)))
         if n_splits < 2:
-            logger.warning("All training cases are of one cohort: the folds are random instead of grouped by cohort.")
+            logger.warning("All training cases are of one %s: the folds are random instead of grouped.", folds)
             return _random(cases)
-        parts = GroupKFold(n_splits).split(ids, groups=groups)
+        balanced = [strata[case.id] for case in cases] if folds == "centre" and strata else None
+        if balanced and max(map(balanced.count, balanced)) >= n_splits:
+            parts = _quietly(StratifiedGroupKFold(n_splits).split(ids, balanced, groups))
+        else:  # too few cases of any stratum to go round
+            parts = GroupKFold(n_splits).split(ids, groups=groups)
     else:
         n_splits = min(5, max(map(groups.count, groups)))
         if n_splits < 2:
             return _random(cases)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a group smaller than the number of folds is spread thin
-            parts = list(StratifiedKFold(n_splits, shuffle=True, random_state=_SEED).split(ids, groups))
+        parts = _quietly(StratifiedKFold(n_splits, shuffle=True, random_state=_SEED).split(ids, groups))
     return [{"train": [ids[i] for i in train], "val": [ids[i] for i in val]} for train, val in parts]
+
+
+def size_bins(volumes: Mapping[str, float], n_bins: int = 5) -> dict[str, int]:
+    """Return the bin of each volume, 0 the smallest; bins hold about equally many, and equal volumes share one."""
+    edges = np.quantile(list(volumes.values()), np.arange(1, n_bins) / n_bins) if volumes else []
+    return {name: int(np.searchsorted(edges, volume, side="left")) for name, volume in volumes.items()}
 
 
 def store_splits(splits: list[dict[str, list[str]]], raw: Path) -> None:
@@ -83,6 +96,13 @@ def store_splits(splits: list[dict[str, list[str]]], raw: Path) -> None:
         return
     for path in (ours, used):
         write_text(path, json.dumps(splits, indent=2))
+
+
+def _quietly(parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Draw the parts, without scikit-learn's warning that a group smaller than the number of folds is spread thin."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return list(parts)
 
 
 def _random(cases: Sequence[HasGroup]) -> list[dict[str, list[str]]]:

@@ -1,9 +1,10 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from splits import make_splits, store_splits
+from splits import make_splits, size_bins, store_splits
 
 
 def cases(groups, sessions=1):
@@ -81,3 +82,45 @@ def test_a_split_file_of_the_users_own_stays(tmp_path, monkeypatch, caplog):
     store_splits(second, raw)
     assert json.loads(used.read_text()) == first[:1]
     assert "is not from this script and stays as it is" in caplog.text
+
+
+def release():
+    """Cases as uneven as ATLAS R3.0: 55 centres of 1 to 169 cases, some with one chronicity only, sizes by centre."""
+    sizes = [169, 111, 94, 86, *[int(60 * 0.92**i) + 1 for i in range(48)], 1, 1, 1]
+    rng = np.random.default_rng(0)
+    found = cases([f"R{i:03d}" for i, size in enumerate(sizes) for _ in range(size)])
+    habit = {group: rng.random(2) for group in {case.group for case in found}}
+    times = {case.id: "chronic" if rng.random() < habit[case.group][0] else "earlier" for case in found}
+    volumes = {case.id: float(np.exp(2 * rng.standard_normal() + 3 * habit[case.group][1])) for case in found}
+    return found, times, volumes
+
+
+def test_centre_folds_hold_out_whole_centres_and_balance_number_size_and_time():
+    found, times, volumes = release()
+    bins = size_bins(volumes)
+    folds = make_splits(found, "centre", {case.id: f"{times[case.id]} {bins[case.id]}" for case in found})
+    check(folds, [case.id for case in found])
+    assert len(folds) == 5
+    centre = {case.id: case.group for case in found}
+    share = sum(time == "chronic" for time in times.values()) / len(found)
+    for fold in folds:
+        assert not {centre[case] for case in fold["train"]} & {centre[case] for case in fold["val"]}
+        assert 0.15 < len(fold["val"]) / len(found) < 0.25
+        assert abs(np.mean([times[case] == "chronic" for case in fold["val"]]) - share) < 0.1
+        counts = np.bincount([bins[case] for case in fold["val"]], minlength=5) / len(fold["val"])
+        assert (np.abs(counts - 0.2) < 0.08).all()
+
+
+def test_size_bins_hold_equally_many_and_equal_sizes_share_one():
+    bins = size_bins({f"c{i}": float(i) for i in range(50)})
+    assert sorted(bins.values()) == sorted([0, 1, 2, 3, 4] * 10)
+    assert bins["c0"] == 0 and bins["c49"] == 4
+    assert len(set(size_bins(dict.fromkeys("abc", 0.0)).values())) == 1
+    assert size_bins({}) == {}
+
+
+@pytest.mark.parametrize("strata", [None, {"sub-000_ses-0": "a", "sub-001_ses-0": "b", "sub-002_ses-0": "c"}])
+def test_centre_folds_need_no_strata_that_go_round(strata):
+    folds = make_splits(cases(["R1", "R2", "R3"]), "centre", strata)
+    assert len(folds) == 3
+    check(folds, ["sub-000_ses-0", "sub-001_ses-0", "sub-002_ses-0"])
