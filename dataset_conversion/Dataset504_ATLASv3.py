@@ -115,6 +115,9 @@ def _case(session: Session, table: Path | None) -> StrokeCase:
     notes = [*session.notes, *oddities, *more]
     if session.masks and not row:
         notes.append("its table has no row" if table else "it has no table")
+    centre, site = _centre(session.subject, row), row.get("SITE", "").upper()
+    if site and site != centre:
+        notes.append(f"CHECK: its table is of the centre {site}")
     if chronicity == "earlier" and flag == 1:
         notes.append(f"CHECK: CHRONICITY is 1, but the scan is of day {days:g}; taken for earlier")
     return StrokeCase(
@@ -124,7 +127,7 @@ def _case(session: Session, table: Path | None) -> StrokeCase:
         masks=tuple(mask.path for mask in session.masks),
         labelled=bool(session.masks),
         part="Tr" if session.masks else "Ts",
-        group=_centre(session.subject, row),
+        group=centre,
         notes=tuple(notes),
         days=days,
         chronicity=chronicity,
@@ -159,8 +162,9 @@ def _chronicity(days: float | None, flag: float | None) -> str:
 
 
 def _centre(subject: str, row: Mapping[str, str]) -> str:
+    """Tell the centre by the subject's name, which every case has, else by the table."""
     named = re.match(r"sub-(r\d+(?=s\d)|soop(?=\d))", subject, re.IGNORECASE)
-    return row.get("SITE") or (named[1].upper() if named else subject)
+    return named[1].upper() if named else row.get("SITE", "").upper() or subject
 
 
 def prepare(case: StrokeCase) -> Prepared:

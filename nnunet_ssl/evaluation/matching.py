@@ -43,7 +43,8 @@ def find_overlaps(reference: np.ndarray, predicted: np.ndarray, connectivity: in
     """Take two boolean masks (X, Y, Z) apart into connected components of 6, 18 or 26 neighbours."""
     labels, sizes = zip(*(_components(mask, connectivity) for mask in (reference, predicted)))
     both = reference & predicted
-    codes, shared = np.unique((labels[1][both] - 1) * len(sizes[0]) + labels[0][both] - 1, return_counts=True)
+    first, second = (each[both].astype(np.int64) - 1 for each in labels)
+    codes, shared = np.unique(second * len(sizes[0]) + first, return_counts=True)
     pairs = np.stack([codes % max(len(sizes[0]), 1), codes // max(len(sizes[0]), 1)], axis=1)
     return Overlaps(reference=sizes[0], predicted=sizes[1], pairs=pairs, shared=shared)
 
@@ -69,7 +70,6 @@ def count_matches(overlaps: Overlaps, threshold: float) -> int:
 
 
 def _components(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of each voxel's component from 1, int64 (X, Y, Z), and the components' sizes."""
+    """Return the number of each voxel's component from 1, (X, Y, Z), and the components' sizes, int64."""
     labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
-    labels = labels.astype(np.int64)
     return labels, np.bincount(labels[mask], minlength=count + 1)[1:]

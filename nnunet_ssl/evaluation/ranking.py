@@ -32,7 +32,8 @@ def read_predictions(folders: Sequence[Path]) -> tuple[dict[str, pd.DataFrame], 
         the cases of each prediction by its folder, one row a case with the case as index, and the preset of them all.
 
     Raises:
-        UserError: fewer than two, or one twice; one can't be read; or they were not measured alike.
+        UserError: fewer than two, or one twice; one can't be read; they were not measured alike, or have no case in
+            common.
     """
     tables, measured = {}, {}
     for folder in folders:
@@ -56,6 +57,8 @@ def read_predictions(folders: Sequence[Path]) -> tuple[dict[str, pd.DataFrame], 
                 f"{first} was measured with preset {how[0]} and connectivity {how[1]}, {other} with {differently[0]} "
                 f"and {differently[1]}. Measure both alike."
             )
+    if not set.intersection(*(set(table.index) for table in tables.values())):
+        raise UserError(f"No case was predicted by all of {', '.join(tables)}: rank predictions of the same cases.")
     return tables, how[0]
 
 
@@ -97,6 +100,7 @@ def rank(tables: Mapping[str, pd.DataFrame], metrics: Sequence[str]) -> dict[str
             "rank": by_case[name].mean(),
             "interval": mean_interval(by_case[name].to_numpy()),
             "metrics": {metric: table[name].mean() for metric, table in ranks.items()},
+            "missing_cases": len(by_case) - len(tables[name]),
         }
         for name in tables
     ]
@@ -126,4 +130,6 @@ def describe(result: Mapping[str, Any]) -> str:
         low, high = entry["interval"]
         parts = ", ".join(f"{NAMES[name]} {value:.2f}" for name, value in entry["metrics"].items())
         lines.append(f"{entry['rank']:6.3f} [{low:.3f}, {high:.3f}]  {entry['prediction']}  ({parts})")
+        if entry["missing_cases"]:
+            lines.append(f"       lacks {entry['missing_cases']} cases, where it takes the worst rank")
     return "\n".join(lines)

@@ -277,6 +277,18 @@ def test_two_releases_in_one_folder_are_refused(tools, tmp_path):
         find_cases(tmp_path, images_only=False)
 
 
+def test_a_case_is_of_the_centre_that_its_name_says_and_another_table_is_told(tools, tmp_path):
+    for subject in ("r001s001", "r001s002", "r001s004"):
+        write_case(tools, tmp_path, subject)
+    table = anat(tmp_path, "r001s002") / "sub-r001s002_ses-1_metadata.csv"
+    table.write_text(table.read_text().replace(",R001", ",r001 "))
+    table = anat(tmp_path, "r001s004") / "sub-r001s004_ses-1_metadata.csv"
+    table.write_text(table.read_text().replace(",R001", ",R002"))
+    cases, _ = find_cases(tmp_path, images_only=False)
+    assert {case.group for case in cases} == {"R001"}
+    assert [case.notes for case in cases] == [(), (), ("CHECK: its table is of the centre R002",)]
+
+
 def test_strata_are_chronicity_and_size():
     rows = [{"case": f"c{i}", "label_ml": float(i // 2), "chronicity": "chronic"} for i in range(10)]
     strata = strata_of([*rows, {"case": "x", "label_ml": 0.0, "chronicity": "unknown"}])

@@ -310,6 +310,11 @@ def test_a_missing_case_or_score_takes_the_worst_rank_and_what_no_one_has_ranks_
     assert sorted(ranks.loc["case03"]) == sorted(ranks.loc["case04"]) == [1, 2, 3]
     assert ranks.loc["case05"].isna().all()
     assert len(ranks) == 20
+    assert {entry["prediction"]: entry["missing_cases"] for entry in rank(found, ["matched_dice"])["predictions"]} == {
+        "a": 0,
+        "b": 1,
+        "c": 0,
+    }
 
 
 def test_the_command_ranks_what_was_measured(folders, tmp_path, monkeypatch, capsys):
@@ -350,5 +355,11 @@ def test_predictions_that_can_not_be_compared_are_refused(folders, tmp_path, mon
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, "ranking", *(tmp_path / name for name in more))
     run(monkeypatch, *call, "isles26", "-o", tmp_path / "other")
+    renamed = json.loads((tmp_path / "one" / "lesions.json").read_text())
+    for row in renamed["cases"]:
+        row["case"] += "_of_another_fold"
+    (tmp_path / "bad" / "lesions.json").write_text(json.dumps(renamed))
+    with pytest.raises(SystemExit, match="No case was predicted by all"):
+        run(monkeypatch, "ranking", tmp_path / "one", tmp_path / "bad")
     with pytest.raises(SystemExit, match=r"no metric beauty\. Metrics: dice"):
         run(monkeypatch, "ranking", tmp_path / "one", tmp_path / "other", "--metrics", "beauty")
