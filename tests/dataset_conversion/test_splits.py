@@ -84,31 +84,47 @@ def test_a_split_file_of_the_users_own_stays(tmp_path, monkeypatch, caplog):
     assert "is not from this script and stays as it is" in caplog.text
 
 
-def release():
+def release(seed=0):
     """Cases as uneven as ATLAS R3.0: 55 centres of 1 to 169 cases, some with one chronicity only, sizes by centre."""
     sizes = [169, 111, 94, 86, *[int(60 * 0.92**i) + 1 for i in range(48)], 1, 1, 1]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     found = cases([f"R{i:03d}" for i, size in enumerate(sizes) for _ in range(size)])
-    habit = {group: rng.random(2) for group in {case.group for case in found}}
+    habit = {group: rng.random(2) for group in dict.fromkeys(case.group for case in found)}
     times = {case.id: "chronic" if rng.random() < habit[case.group][0] else "earlier" for case in found}
     volumes = {case.id: float(np.exp(2 * rng.standard_normal() + 3 * habit[case.group][1])) for case in found}
     return found, times, volumes
 
 
-def test_centre_folds_hold_out_whole_centres_and_balance_number_size_and_time():
-    found, times, volumes = release()
+def deviations(folds, times, bins):
+    """By how much the folds' shares differ at most from all cases': of cases, of chronic ones, of each size."""
+    everyone = [case for fold in folds for case in fold["val"]]
+
+    def chronic(part):
+        return np.mean([times[case] == "chronic" for case in part])
+
+    def sizes(part):
+        return np.bincount([bins[case] for case in part], minlength=5) / len(part)
+
+    return (
+        max(abs(len(fold["val"]) / len(everyone) - 0.2) for fold in folds),
+        max(abs(chronic(fold["val"]) - chronic(everyone)) for fold in folds),
+        max(np.abs(sizes(fold["val"]) - sizes(everyone)).max() for fold in folds),
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_centre_folds_hold_out_whole_centres_and_balance_number_size_and_time(seed):
+    found, times, volumes = release(seed)
     bins = size_bins(volumes)
     folds = make_splits(found, "centre", {case.id: f"{times[case.id]} {bins[case.id]}" for case in found})
     check(folds, [case.id for case in found])
     assert len(folds) == 5
     centre = {case.id: case.group for case in found}
-    share = sum(time == "chronic" for time in times.values()) / len(found)
     for fold in folds:
         assert not {centre[case] for case in fold["train"]} & {centre[case] for case in fold["val"]}
-        assert 0.15 < len(fold["val"]) / len(found) < 0.25
-        assert abs(np.mean([times[case] == "chronic" for case in fold["val"]]) - share) < 0.1
-        counts = np.bincount([bins[case] for case in fold["val"]], minlength=5) / len(fold["val"])
-        assert (np.abs(counts - 0.2) < 0.08).all()
+    number, time, size = deviations(folds, times, bins)
+    assert number < 0.04 and time < 0.08 and size < 0.08
+    assert time < 0.5 * deviations(make_splits(found, "cohort"), times, bins)[1], "better than by numbers alone"
 
 
 def test_size_bins_hold_equally_many_and_equal_sizes_share_one():

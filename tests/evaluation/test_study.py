@@ -107,7 +107,7 @@ def test_arms_that_nnunet_would_keep_in_one_folder_need_their_own_checkpoints():
         ({"arms__a b": {"trainer": "T"}}, "'a b' becomes part of file names"),
         ({"name": "a/b"}, "'a/b' becomes part of file names"),
         ({"datasets__dwi__id": "510"}, "datasets.dwi.id is '510'; it takes a whole number"),
-        ({"datasets__dwi__preset": "brats"}, "datasets.dwi.preset is 'brats'; it can be isles, atlas, fcd"),
+        ({"datasets__dwi__preset": "brats"}, "datasets.dwi.preset is 'brats'; it can be isles, isles26, atlas, fcd"),
         ({"settings": "stps=5"}, "no key 'stps': did you mean steps"),
         ({"experiments__fractions__fractions": [0]}, "fraction=0 must be 1 to 100"),
         ({"experiments__fractions__datasets": ["dvi"]}, "experiments.fractions speaks of 'dvi', which is none"),
