@@ -5,10 +5,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from Dataset504_ATLASv3 import find_cases, strata_of, zero_background
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from scipy import ndimage
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders
 from nnunet_ssl.imaging.geometry import Volume
 from nnunet_ssl.phantom.layouts import write_atlas3
 
@@ -296,10 +302,38 @@ def test_strata_are_chronicity_and_size():
     assert strata["c0"] == strata["c1"] != strata["x"]
 
 
+def export_labels_as_predictions(env, out):
+    """Export the preprocessed labels as if a network had predicted them, by nnU-Net's own function."""
+    folder = Path(env["nnUNet_preprocessed"]) / "Dataset504_ATLASv3"
+    plans = PlansManager(str(folder / "nnUNetPlans.json"))
+    out.mkdir()
+    shutil.copy(folder / "nnUNetPlans.json", out / "plans.json")
+    dataset = nnUNetDatasetBlosc2(str(folder / "nnUNetPlans_3d_fullres"))
+    for case in dataset.identifiers:
+        _, label, _, properties = dataset.load_case(case)
+        lesion = ndimage.gaussian_filter((label[0] > 0).astype(np.float32), 0.5)
+        logits = torch.from_numpy(np.stack([np.zeros_like(lesion), 20 * lesion - 10]))
+        configuration = plans.get_configuration("3d_fullres")
+        described = str(folder / "dataset.json")
+        export_prediction_from_logits(
+            logits, properties, configuration, plans, described, str(out / case), save_probabilities=True
+        )
+
+
 @pytest.mark.slow
-def test_a_synthetic_release_goes_through_nnunets_own_checks(tools, tmp_path):
+def test_a_synthetic_release_goes_through_nnunets_checks_and_its_exported_maps_score_as_they_should(tools, tmp_path):
     root = write_atlas3(tmp_path / "ATLAS3_Training_Raw", n_cases=10, voxel_mm=5.0)
     env = tools.environment(tmp_path / "nnunet")
     assert tools.run_script(504, "-i", root, "-np", 1, "--folds", "centre", env=env).returncode == 0
-    names = {path.name for path in root.glob("*/sub-*")} - {"sub-soop1532"}
-    assert tools.plan_and_preprocess(504, env) == {f"{name}_ses-1" for name in names}
+    names = {f"{path.name}_ses-1" for path in root.glob("*/sub-*")} - {"sub-soop1532_ses-1"}
+    assert tools.plan_and_preprocess(504, env) == names
+    export_labels_as_predictions(env, tmp_path / "predicted")
+    labels = Path(env["nnUNet_raw"]) / "Dataset504_ATLASv3" / "labelsTr"
+    cases = compare_folders(labels, tmp_path / "predicted", LesionConfig(preset="isles26")).set_index("case")
+    assert set(cases.index) == names
+    full = cases[cases["reference_lesions"] > 0]
+    assert len(full) == 7 and {"PSR", "PSL", "LAS"} <= {
+        row["orientation"] for row in tools.report_of(labels.parent).values()
+    }
+    assert (full["dice"] > 0.7).all() and (full["pr_auc"] > 0.8).all()
+    assert (cases.loc[["sub-soop0910_ses-1", "sub-r053s016_ses-1"], "matched_dice"] == 1).all()
