@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from nnunet_ssl.architectures.backbones.resenc import RESIDUAL_UNET
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.architectures.resenc import PRESETS
-from nnunet_ssl.trainers.finetuning import GRADIENT_CLIP
 from nnunet_ssl.trainers.freezing import with_trainable_encoder
 from nnunet_ssl.trainers.networks import network_entry
-from nnunet_ssl.trainers.optimization import build_optimizer
+from nnunet_ssl.trainers.optimization import GRADIENT_CLIP, build_optimizer
 from nnunet_ssl.weights.nnssl import unet_arguments
 
 ARCHITECTURES = {"swin": PAPER_ENCODER, "resenc": {"backbone": "resenc", "in_channels": 1, **PRESETS["resenc_l"]}}
@@ -104,7 +103,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(self.forward()).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP["adamw"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

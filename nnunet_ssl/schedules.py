@@ -19,6 +19,16 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, floor: flo
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def warmup_poly(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Rise linearly to `peak` over `warmup` steps, then fall to 0 as nnU-Net's ``PolyLRScheduler`` does.
+
+    The first step already has ``peak / warmup``, so that no update is lost.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * max(0.0, 1 - (step - warmup) / (steps - warmup)) ** 0.9
+
+
 def ramp(step: int, *, start: int, end: int, low: float, high: float) -> float:
     """Stay at `low` until `start`, rise (or fall) linearly to `high` at `end`, stay there."""
     if step >= end:

@@ -9,7 +9,9 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.compiling import compile_parts, forget_compiled
@@ -19,17 +21,18 @@ from nnunet_ssl.files import written_beside
 from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.requirements import check_requirements
+from nnunet_ssl.trainers.averaging import add_average, saved_average, with_weights_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import unwrapped, with_own_buffers, with_trainable_encoder
+from nnunet_ssl.trainers.losses import check_loss, with_hardest_voxels
 from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, plans_residual_unet
-from nnunet_ssl.trainers.optimization import StepSchedule, build_optimizer, refuse_lost_epoch
+from nnunet_ssl.trainers.optimization import GRADIENT_CLIP, StepSchedule, build_optimizer, refuse_lost_epoch
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
+from nnunet_ssl.trainers.schedules import Schedule
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
-
-GRADIENT_CLIP = 2.0  # arXiv 2511.11311, fine-tuning recipe
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -59,6 +62,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             self.settings = Settings.of_plans(plans).updated_from_environment()
             given, plans = plans["plans_name"], plans_with_settings(plans, self.settings)
             check_configuration(plans, configuration)
+            check_loss(self.settings.loss, PlansManager(plans).get_label_manager(dataset_json))
             folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
                 self._find_checkpoint(plans)  # a missing one is reported before any folder is made
@@ -67,8 +71,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_iterations_per_epoch = min(self.settings.epoch_steps, self.settings.steps)
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
-        self.num_epochs = self.settings.steps // self.num_iterations_per_epoch
-        self.freeze_steps = 0 if self.from_scratch else round(self.settings.freeze_share * self.settings.steps)
+        self.num_epochs = self.settings.epochs
+        self.schedule = Schedule.of_settings(self.settings, from_scratch=self.from_scratch)
         self.initial_lr = self.settings.lr
         self.oversample_foreground_percent = 0.5  # one patch around a lesion for each one drawn anywhere
         self.save_every = 1
@@ -76,10 +80,16 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.encoder_trainable = True
         self.encoder_checked = False
         self.step_in_epoch = 0
+        self.average: AveragedModel | None = None
         if self.settings.suffix():
             self.print_to_log_file(
                 f"Settings are in the plans, so nnU-Net's other commands need -p {plans['plans_name']}, "
                 "nnUNetv2_predict among them: without it they take another model or find none."
+            )
+        if self.settings.recipe == "paper":
+            self.print_to_log_file(
+                "This is the paper's short recipe; nnssl_settings=recipe=long trains as long as nnU-Net and freezes "
+                "nothing (docs/finetuning.md)."
             )
 
     # ---- network and weights -----------------------------------------------------------------------------------------
@@ -101,6 +111,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         self.resuming = not self.was_initialized
         super().load_checkpoint(filename_or_checkpoint)
+        if self.settings.averaged_epochs:
+            self.average = saved_average(filename_or_checkpoint, unwrapped(self.network))
         # nnU-Net writes a checkpoint before it compares the epoch with the best one, so the stored figure is too old.
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
@@ -178,16 +190,18 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        if self.settings.loss == "dice_ce":
+            return loss
+        batch_dice = self.configuration_manager.batch_dice
+        return with_hardest_voxels(loss, self.label_manager, batch_dice=batch_dice, ddp=self.is_ddp)
+
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
-        default = self.settings.lr if self.from_scratch else 0.1 * self.settings.lr
-        optimizer = build_optimizer(unwrapped(self.network), self.settings.lr, self.settings.encoder_lr or default)
-        schedule = StepSchedule(
-            optimizer,
-            steps=self.settings.steps,
-            epoch_steps=self.num_iterations_per_epoch,
-            freeze_steps=self.freeze_steps,
-        )
-        return optimizer, schedule
+        lr, slower = self.settings.lr, self.settings.schedule == "paper" and not self.from_scratch
+        encoder_lr = self.settings.encoder_lr or (0.1 * lr if slower else lr)
+        optimizer = build_optimizer(unwrapped(self.network), lr, encoder_lr, self.settings.optimizer)
+        return optimizer, StepSchedule(optimizer, self.schedule, self.num_iterations_per_epoch)
 
     def on_train_epoch_start(self) -> None:
         self.step_in_epoch = 0
@@ -206,13 +220,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         if self.grad_scaler is None:
             loss.backward()
             self._check_encoder()
-            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP[self.settings.optimizer])
             self.optimizer.step()
         else:
             self.grad_scaler.scale(loss).backward()
             self._check_encoder()
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP)
+            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_CLIP[self.settings.optimizer])
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
@@ -227,7 +241,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """Set learning rates for the coming step, and freeze or unfreeze the encoder when its time has come."""
         step = self.current_epoch * self.num_iterations_per_epoch + self.step_in_epoch
         self.lr_scheduler.set_step(step)
-        if self.encoder_trainable != (step >= self.freeze_steps):
+        if self.encoder_trainable != (step >= self.schedule.freeze_steps):
             self.encoder_trainable = not self.encoder_trainable
             self.network = with_trainable_encoder(self.network, self.encoder_trainable)
             self.encoder_checked = False
@@ -239,6 +253,19 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             with exit_on_user_error():
                 check_gradients({"encoder": unwrapped(self.network).encoder})
             self.encoder_checked = True
+
+    def on_epoch_end(self) -> None:
+        if self.current_epoch >= self.num_epochs - self.settings.averaged_epochs:
+            self.average = with_weights_of(self.average, unwrapped(self.network))
+        super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Let the final checkpoint and the validation have the mean of the late weights, where it is asked for."""
+        if self.average is not None:
+            unwrapped(self.network).load_state_dict(self.average.module.state_dict())
+            self.print_to_log_file(f"The final weights are the mean of the last {self.average.n_averaged} epochs'")
+            self.average = None  # or continuing the finished training would go on with it
+        super().on_train_end()
 
     # ---- data and files ----------------------------------------------------------------------------------------------
 
@@ -255,6 +282,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             return
         with written_beside(filename) as temporary:
             super().save_checkpoint(str(temporary))
+            if self.average is not None:
+                add_average(self.average, temporary)
 
 
 def _on_device(target: torch.Tensor | list[torch.Tensor], device: torch.device) -> torch.Tensor | list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Optimizer and learning rates of fine-tuning: encoder and decoder each have their own pace."""
+"""Optimizers of fine-tuning, in which encoder and decoder each have their own pace."""
 
 from __future__ import annotations
 
@@ -10,49 +10,56 @@ from torch import distributed, nn
 
 from nnunet_ssl.decay import decay_groups
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.schedules import warmup_cosine
+from nnunet_ssl.trainers.schedules import Schedule
 
 # arXiv 2511.11311, fine-tuning recipe
-WARMUP_SHARE = 0.05
 DECODER_DECAY = 1e-2
 ENCODER_DECAY = 1e-3
-FLOOR_OF_PEAK = 0.02  # a peak of 5e-4 falls to 1e-5
+# nnU-Net's own
+SGD_DECAY = 3e-5
+SGD_MOMENTUM = 0.99
+
+GRADIENT_CLIP = {"adamw": 2.0, "sgd": 12.0}
+"""Norm to which all gradients together are clipped: arXiv 2511.11311's with AdamW, nnU-Net's with SGD."""
 
 
-def build_optimizer(network: nn.Module, lr: float, encoder_lr: float) -> torch.optim.AdamW:
-    """Return AdamW over the decoder's groups first, then the encoder's; each group knows its `peak_lr` and `part`."""
+def build_optimizer(network: nn.Module, lr: float, encoder_lr: float, name: str = "adamw") -> torch.optim.Optimizer:
+    """Return an optimizer over the decoder's groups first, then the encoder's; each knows its `peak_lr` and `part`.
+
+    Whatever is the encoder's is not the decoder's, although nnU-Net's U-Nets hold the encoder inside the decoder too.
+
+    Args:
+        name: ``adamw``, or ``sgd``: nnU-Net's, with Nesterov's momentum and one weight decay on everything.
+    """
     encoder = {id(parameter) for parameter in network.encoder.parameters()}
     named = list(network.named_parameters())
     groups = []
     for part, peak, decay in (("decoder", lr, DECODER_DECAY), ("encoder", encoder_lr, ENCODER_DECAY)):
-        own = [(name, p) for name, p in named if (id(p) in encoder) == (part == "encoder")]
-        groups += [{**group, "peak_lr": peak, "part": part} for group in decay_groups(own, decay)]
-    return torch.optim.AdamW(groups, lr=lr)
+        own = [(key, p) for key, p in named if (id(p) in encoder) == (part == "encoder")]
+        split = decay_groups(own, decay) if name == "adamw" else [{"params": [p for _, p in own]}]
+        groups += [{**group, "peak_lr": peak, "part": part} for group in split]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.SGD(groups, lr=lr, weight_decay=SGD_DECAY, momentum=SGD_MOMENTUM, nesterov=True)
 
 
 class StepSchedule:
-    """Warm-up and cosine for each part, set before every step; the encoder's begins when it is unfrozen.
+    """Sets the learning rates of a schedule before every step.
 
     nnU-Net asks its scheduler once an epoch, through :meth:`step`; the trainer asks :meth:`set_step` before each step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: int, epoch_steps: int, freeze_steps: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, epoch_steps: int) -> None:
         self.optimizer = optimizer
-        self.steps = steps
+        self.schedule = schedule
         self.epoch_steps = epoch_steps
-        self.freeze_steps = freeze_steps
 
     def step(self, epoch: int) -> None:
         self.set_step(epoch * self.epoch_steps)
 
     def set_step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            start = self.freeze_steps if group["part"] == "encoder" else 0
-            group["lr"] = self._rate(step - start, self.steps - start, group["peak_lr"]) if step >= start else 0.0
-
-    def _rate(self, step: int, steps: int, peak: float) -> float:
-        warmup = round(WARMUP_SHARE * self.steps)
-        return warmup_cosine(step, steps=steps, warmup=warmup, peak=peak, floor=FLOOR_OF_PEAK * peak)
+            group["lr"] = self.schedule.rate(group["part"], step, group["peak_lr"])
 
 
 def refuse_lost_epoch(losses: Sequence[float], epoch: int, is_ddp: bool) -> None:

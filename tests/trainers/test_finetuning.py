@@ -70,7 +70,7 @@ def test_the_encoder_starts_from_the_checkpoint_rests_and_then_moves(workplace, 
     trainer.initialize()
     pretrained = read_checkpoint(swin_checkpoint).tensors
     states = list(train_epochs(trainer, range(3)))
-    assert trainer.freeze_steps == 3
+    assert trainer.schedule.freeze_steps == 3
     for state in states[:3]:
         assert all(torch.equal(tensor, pretrained[name]) for name, tensor in state.items())
     for before, after in itertools.pairwise(states[2:]):
@@ -142,7 +142,7 @@ def test_a_compiled_training_is_the_plain_one_across_the_unfreeze_and_a_restart(
     for state, reference in zip(states, expected, strict=True):
         for name, tensor in state.items():
             torch.testing.assert_close(tensor, reference[name], atol=2e-6, rtol=0, msg=name)
-    frozen, trained = states[first.freeze_steps - 1], states[-1]
+    frozen, trained = states[first.schedule.freeze_steps - 1], states[-1]
     assert not any(torch.equal(tensor, frozen[name]) for name, tensor in trained.items())
 
 
@@ -156,7 +156,7 @@ def test_a_training_that_would_not_move_the_encoder_ends_with_one_sentence(workp
         SystemExit, match=r"\d+ of the \d+ tensors of the encoder received no gradient, such as "
     ) as exit:
         list(train_epochs(trainer, range(3)))
-    assert trainer.current_epoch * 2 + trainer.step_in_epoch - 1 == trainer.freeze_steps
+    assert trainer.current_epoch * 2 + trainer.step_in_epoch - 1 == trainer.schedule.freeze_steps
     assert "\n" not in exit.value.code and "nnUNet_compile" in exit.value.code
 
 
@@ -312,7 +312,7 @@ def test_nnunets_prediction_looks_for_default_settings_where_the_training_puts_t
     monkeypatch.delenv("nnssl_settings")
     trainer = workplace.trainer(nnUNetTrainerMCLMIM)
     assert trainer.output_folder_base == get_output_folder(701, "nnUNetTrainerMCLMIM", "nnUNetPlans", "3d_fullres")
-    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.freeze_steps) == (20, 250, 1500)
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.schedule.freeze_steps) == (20, 250, 1500)
 
 
 def test_a_fraction_changes_the_training_cases_and_not_the_validation(workplace, monkeypatch):

@@ -10,22 +10,38 @@ from hypothesis import strategies as st
 from nnunet_ssl.architectures.swin import MERGINGS
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.plans import plans_with_settings
-from nnunet_ssl.trainers.settings import Settings
+from nnunet_ssl.trainers.recipes import OPTIMIZERS, RECIPES, SCHEDULES
+from nnunet_ssl.trainers.settings import CHOICES, Settings
 
 rates = st.floats(1e-9, 0.5)
-all_settings = st.builds(
-    Settings,
-    steps=st.integers(1, 40).map(lambda epochs: 250 * epochs),
-    freeze_share=st.floats(0, 0.99),
-    lr=rates,
-    encoder_lr=st.none() | rates,
-    patch_size=st.none() | st.tuples(*[st.integers(1, 320)] * 3),
-    batch_size=st.none() | st.integers(1, 64),
-    fraction=st.integers(1, 100),
-    merging=st.none() | st.sampled_from(sorted(MERGINGS)),
-    seed=st.integers(0, 10**6),
-    name=st.text("abcXYZ019", max_size=5) | st.sampled_from(["seed1", "lr", "steps500"]),
-)
+FREEZE_SHARES = {"paper": st.floats(0, 0.99), "warmup": st.just(0.0), "sawtooth": st.floats(0.01, 0.5)}
+
+
+@st.composite
+def settings_of_all_kinds(draw):
+    schedule = draw(st.sampled_from([*FREEZE_SHARES]))
+    freeze_share, warmup_share = draw(FREEZE_SHARES[schedule]), draw(st.floats(0, 0.4))
+    left = max(0.0, 1 - freeze_share - warmup_share)
+    choices = {key: draw(st.sampled_from(CHOICES[key])) for key in ("recipe", "decay", "optimizer", "loss")}
+    return Settings(
+        **choices,
+        schedule=schedule,
+        freeze_share=freeze_share,
+        warmup_share=warmup_share,
+        average_share=draw(st.just(0.0) | st.floats(0, 0.99 * left)),
+        steps=draw(st.integers(1, 40).map(lambda epochs: 250 * epochs)),
+        lr=draw(rates),
+        encoder_lr=draw(st.none() | rates),
+        patch_size=draw(st.none() | st.tuples(*[st.integers(1, 320)] * 3)),
+        batch_size=draw(st.none() | st.integers(1, 64)),
+        fraction=draw(st.integers(1, 100)),
+        merging=draw(st.none() | st.sampled_from(sorted(MERGINGS))),
+        seed=draw(st.integers(0, 10**6)),
+        name=draw(st.text("abcXYZ019", max_size=5) | st.sampled_from(["seed1", "lr", "steps500", "long"])),
+    )
+
+
+all_settings = settings_of_all_kinds()
 
 
 def as_text(given_settings):
@@ -65,11 +81,83 @@ def test_later_settings_take_the_place_of_earlier_ones_and_keep_the_rest():
     assert Settings(steps=500).updated("lr=0.001") == Settings(steps=500, lr=0.001)
 
 
+def test_the_defaults_are_the_papers_recipe():
+    assert dataclasses.asdict(Settings()) | RECIPES["paper"] == dataclasses.asdict(Settings())
+
+
+def test_recipes_name_the_same_settings_so_that_one_takes_the_place_of_another():
+    for recipe in RECIPES.values():
+        assert recipe.keys() == RECIPES["paper"].keys()
+        assert recipe | SCHEDULES[recipe["schedule"]] == recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_its_settings_and_single_ones_override_it_wherever_they_stand(recipe):
+    whole = Settings().updated(f"recipe={recipe}")
+    assert {key: getattr(whole, key) for key in RECIPES[recipe]} == RECIPES[recipe]
+    one = dataclasses.replace(whole, steps=500, lr=0.02)
+    assert Settings().updated(f"recipe={recipe},steps=500,lr=0.02") == one
+    assert Settings().updated(f"steps=500, lr=0.02, recipe={recipe}") == one
+    assert whole.updated("steps=500").updated("lr=0.02") == one
+
+
+@settings(deadline=None)
+@given(all_settings, st.sampled_from([*RECIPES]))
+def test_naming_a_recipe_again_changes_nothing_and_another_replaces_what_recipes_set(chosen, recipe):
+    brought = {} if recipe == chosen.recipe else RECIPES[recipe] | {"recipe": recipe}
+    assert dataclasses.asdict(chosen.updated(f"recipe={recipe}")) == dataclasses.asdict(chosen) | brought
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_schedule_brings_its_numbers_into_every_recipe(recipe, schedule):
+    chosen = Settings().updated(f"recipe={recipe},schedule={schedule}")
+    assert {key: getattr(chosen, key) for key in SCHEDULES[schedule]} == SCHEDULES[schedule]
+    assert (chosen.steps, chosen.lr) == (RECIPES[recipe]["steps"], RECIPES[recipe]["lr"])
+
+
+def test_sgd_brings_a_rate_of_its_own():
+    assert Settings().updated("optimizer=sgd").lr == OPTIMIZERS["sgd"]["lr"]
+    assert Settings().updated("recipe=long,optimizer=sgd").lr == OPTIMIZERS["sgd"]["lr"]
+    assert Settings().updated("optimizer=sgd,lr=0.01").lr == 0.01
+    assert Settings().updated("recipe=long,optimizer=adamw") == Settings().updated("recipe=long")
+
+
+def test_names_tell_the_recipe_and_what_differs_from_it():
+    def suffix(text):
+        return Settings().updated(text).suffix()
+
+    assert suffix("recipe=paper,schedule=paper") == ""
+    assert suffix("recipe=long") == "_recipe-long"
+    assert suffix("recipe=long,steps=500,freeze_share=0") == "_recipe-long_steps500"
+    assert suffix("recipe=long,schedule=sawtooth") == "_recipe-long_schedule-sawtooth"
+    assert suffix("schedule=sawtooth,optimizer=sgd") == "_schedule-sawtooth_optimizer-sgd"
+    assert suffix("schedule=sawtooth,freeze_share=0.1,loss=dice_topk") == "_schedule-sawtooth_freeze0.1_loss-dice_topk"
+
+
+def test_plans_written_before_there_were_recipes_are_the_papers_under_their_old_name():
+    written = {"steps": 500, "epoch_steps": 250, "freeze_share": 0.3, "lr": 5e-4, "encoder_lr": None}
+    written |= {"patch_size": [64, 64, 64], "batch_size": None, "fraction": 100, "seed": 0, "name": ""}
+    plans = {"plans_name": "nnUNetPlans_steps500_patch64x64x64", "configurations": {}}
+    plans["nnunet_ssl"] = {"base": "nnUNetPlans", "settings": written}
+    opened = Settings.of_plans(plans)
+    assert opened == Settings(steps=500, patch_size=(64, 64, 64))
+    assert plans_with_settings(plans, opened)["plans_name"] == plans["plans_name"]
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "averaged"), [(0.0, 20, 0), (0.1, 20, 2), (0.1, 1000, 100), (0.1, 2, 1), (0.5, 3, 2)]
+)
+def test_the_mean_is_over_the_last_share_of_the_epochs(share, epochs, averaged):
+    chosen = Settings(steps=epochs, epoch_steps=1, average_share=share)
+    assert chosen.averaged_epochs == averaged
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("step=3", "no key 'step': did you mean steps?"),
-        ("momentum=3", "known are steps, epoch_steps"),
+        ("momentum=3", "known are recipe, steps, epoch_steps"),
         ("steps=many", "'many' is not a value for steps"),
         ("steps", "'' is not a value for steps"),
         ("patch_size=96", "three positive numbers"),
@@ -81,6 +169,19 @@ def test_later_settings_take_the_place_of_earlier_ones_and_keep_the_rest():
         ("encoder_lr=-1", "between 0 and 1"),
         ("batch_size=0", "at least 1"),
         ("seed=-1", "not be negative"),
+        ("recipe=best", "recipe=best is none of paper, long, quick"),
+        ("schedule=cosine", "schedule=cosine is none of paper, warmup, sawtooth"),
+        ("decay=step", "decay=step is none of cosine, poly"),
+        ("optimizer=SGD", "optimizer=SGD is none of adamw, sgd"),
+        ("loss=blob", "loss=blob is none of dice_ce, dice_topk"),
+        ("schedule=warmup,freeze_share=0.3", "trains all from the first step, so freeze_share=0.3 contradicts it"),
+        ("recipe=long,freeze_share=0.3", "trains all from the first step, so freeze_share=0.3 contradicts it"),
+        ("schedule=sawtooth,freeze_share=0", "freeze_share=0.0 of steps=5000 is no step"),
+        ("schedule=sawtooth,steps=8", "freeze_share=0.05 of steps=8 is no step"),
+        ("schedule=sawtooth,freeze_share=0.6,warmup_share=0.4", "would never decay"),
+        ("warmup_share=-0.1", "at least 0 and below 1"),
+        ("average_share=1", "at least 0 and below 1"),
+        ("average_share=0.7", "reaches back into the 0.35 of the steps"),
         ("name=a__b", "letters and digits"),
     ],
 )
