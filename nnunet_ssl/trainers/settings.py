@@ -110,8 +110,8 @@ class Settings:
         )
         _require(
             self.schedule != "sawtooth" or round(self.freeze_share * self.steps) > 0,
-            f"schedule=sawtooth trains the decoder first, and freeze_share={self.freeze_share} of steps={self.steps} is no "
-            "step; schedule=warmup trains all from the first step",
+            f"schedule=sawtooth trains the decoder first, and freeze_share={self.freeze_share} of steps={self.steps} "
+            "is no step; schedule=warmup trains all from the first step",
         )
         rising = self.freeze_share + self.warmup_share
         _require(

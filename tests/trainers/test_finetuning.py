@@ -1,5 +1,6 @@
 """The trainer inside nnU-Net's classes, step by step on batches that do not change."""
 
+import copy
 import functools
 import itertools
 import shutil
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from torch._dynamo import OptimizedModule
 
 from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
 from nnunet_ssl.architectures.swin import MERGINGS
+from nnunet_ssl.trainers import averaging
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
 from nnunet_ssl.trainers.freezing import unwrapped
 from nnunet_ssl.trainers.provenance import source_of
+from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.encoders import read_checkpoint, write_encoder
 
 STEPS = "steps=6,epoch_steps=2,freeze_share=0.5,lr=0.01"  # the encoder moves from the second step of the second epoch
@@ -75,6 +79,175 @@ def test_the_encoder_starts_from_the_checkpoint_rests_and_then_moves(workplace, 
         assert all(torch.equal(tensor, pretrained[name]) for name, tensor in state.items())
     for before, after in itertools.pairwise(states[2:]):
         assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.fixture
+def fixed_batches(monkeypatch):
+    """Let whole trainings take the same batches, whatever was interrupted; yields the weights after each epoch.
+
+    Of all trainings of a test, one after another.
+    """
+
+    def loaders(trainer):
+        def batches():
+            while True:
+                yield batch_for(trainer, 10 * trainer.current_epoch + trainer.step_in_epoch)
+
+        return batches(), batches()
+
+    states, end_epoch = [], nnUNetTrainer.on_epoch_end
+
+    def recorded(trainer):
+        states.append(copy.deepcopy(unwrapped(trainer.network).state_dict()))
+        end_epoch(trainer)
+
+    for costly in ("plot_network_architecture", "_save_debug_information"):
+        monkeypatch.setattr(nnUNetTrainer, costly, lambda trainer: None)
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda logger, folder: None)
+    monkeypatch.setattr(nnUNetTrainer, "get_dataloaders", loaders)
+    monkeypatch.setattr(nnUNetTrainer, "on_epoch_end", recorded)
+    return states
+
+
+def interrupted_after(monkeypatch, epoch):
+    """Let the process die when the checkpoint of an epoch is written."""
+    end_epoch = nnUNetTrainer.on_epoch_end
+
+    def killed(trainer):
+        end_epoch(trainer)
+        if trainer.current_epoch > epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nnUNetTrainer, "on_epoch_end", killed)
+
+
+def check_that_a_training_goes_on_as_if_it_had_not_been_broken(workplace, monkeypatch, states, stop, plans):
+    """And ends, broken or not, with the mean of the weights after its last three epochs."""
+    cls, settings = nnUNetTrainerMCLMIM, Settings().updated_from_environment()
+    unbroken = workplace.trainer(cls, plans=plans)
+    unbroken.run_training()
+    finals = [torch.load(f"{unbroken.output_folder}/checkpoint_final.pth", weights_only=False)]
+    late = states[-3:]
+    assert len(states) == settings.epochs and settings.averaged_epochs == 3
+
+    broken = workplace.trainer(cls, plans=plans, fold=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_after(patch, stop)
+        broken.run_training()
+    monkeypatch.delenv("nnssl_settings")
+    for file in ("checkpoint_latest.pth", "checkpoint_final.pth"):  # the second time there is nothing left to do
+        continued = workplace.trainer(cls, plans=plans + settings.suffix(), fold=1)
+        continued.load_checkpoint(f"{broken.output_folder}/{file}")
+        continued.run_training()
+        finals.append(torch.load(f"{broken.output_folder}/checkpoint_final.pth", weights_only=False))
+    assert len(states) == 2 * settings.epochs
+    for name, tensor in finals[0]["network_weights"].items():
+        mean = torch.stack([state[name] for state in late]).mean(0)
+        torch.testing.assert_close(tensor, mean, atol=1e-6, rtol=1e-5, msg=name)
+        assert all(torch.equal(tensor, other["network_weights"][name]) for other in finals[1:]), name
+        assert torch.equal(tensor, unwrapped(continued.network).state_dict()[name]), "what validation and users get"
+    moved = [name for name in late[0] if not torch.equal(late[0][name], late[2][name])]
+    assert len(moved) > len(late[0]) / 2
+    assert all(final.keys() == finals[0].keys() and averaging.KEY not in final for final in finals)
+
+
+AVERAGED = "steps=10,epoch_steps=2,lr=0.001,warmup_share=0.2,average_share=0.6"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stop"),
+    [("sgd", 0), ("adamw", 1), ("sgd", 3)],
+    ids=["in the decoder's phase", "before the mean", "within the mean"],
+)
+def test_a_broken_sawtooth_ends_with_the_mean_of_the_unbroken_ones_late_weights(
+    workplace, monkeypatch, fixed_batches, optimizer, stop
+):
+    monkeypatch.setenv(
+        "nnssl_settings", f"schedule=sawtooth,optimizer={optimizer},freeze_share=0.2,loss=dice_topk,{AVERAGED}"
+    )
+    check_that_a_training_goes_on_as_if_it_had_not_been_broken(
+        workplace, monkeypatch, fixed_batches, stop, "nnUNetPlans"
+    )
+
+
+def test_the_mean_is_right_where_the_decoder_holds_the_encoder(
+    workplace, monkeypatch, fixed_batches, resenc_checkpoint
+):
+    monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    monkeypatch.setenv("nnssl_settings", f"recipe=long,{AVERAGED}")
+    check_that_a_training_goes_on_as_if_it_had_not_been_broken(
+        workplace, monkeypatch, fixed_batches, 3, "nnUNetResEncUNetLPlans"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["swin", "resenc"])
+def test_a_compiled_sawtooth_goes_on_as_if_it_had_not_been_broken(
+    workplace, monkeypatch, fixed_batches, compiling, resenc_checkpoint, backbone
+):
+    plans = "nnUNetPlans"
+    if backbone == "resenc":
+        plans = "nnUNetResEncUNetLPlans"
+        monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    monkeypatch.setenv("nnssl_settings", f"schedule=sawtooth,freeze_share=0.2,{AVERAGED}")
+    compiling()
+    check_that_a_training_goes_on_as_if_it_had_not_been_broken(workplace, monkeypatch, fixed_batches, 3, plans)
+
+
+@pytest.mark.parametrize("backbone", ["swin", "resenc"])
+def test_a_sawtooth_trains_the_decoder_alone_and_then_both(workplace, monkeypatch, resenc_checkpoint, backbone):
+    """A decoder that holds the encoder must not train it."""
+    plans = "nnUNetPlans"
+    if backbone == "resenc":
+        plans = "nnUNetResEncUNetLPlans"
+        monkeypatch.setenv("nnssl_checkpoint", str(resenc_checkpoint))
+    monkeypatch.setenv("nnssl_settings", "steps=6,epoch_steps=2,schedule=sawtooth,optimizer=sgd,freeze_share=0.5")
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans)
+    trainer.initialize()
+    start = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    decoder = [name for name in start if name.startswith("decoder.") and not name.startswith("decoder.encoder.")]
+    encoders = list(train_epochs(trainer, range(2)))
+    assert all(torch.equal(tensor, start[f"encoder.{name}"]) for name, tensor in encoders[2].items())
+    assert any(not torch.equal(trainer.network.state_dict()[name], start[name]) for name in decoder)
+    last = list(train_epochs(trainer, [2]))[-1]
+    assert all(not torch.equal(tensor, start[f"encoder.{name}"]) for name, tensor in last.items())
+    assert "Step 3: encoder unfrozen" in log_of(trainer)
+
+
+@pytest.mark.parametrize("schedule", ["warmup", "sawtooth"])
+def test_outside_the_papers_schedule_encoder_and_decoder_share_one_rate(workplace, monkeypatch, schedule):
+    monkeypatch.setenv("nnssl_settings", f"steps=6,epoch_steps=2,schedule={schedule},lr=0.01,freeze_share=0.5")
+    if schedule == "warmup":
+        monkeypatch.setenv("nnssl_settings", "steps=6,epoch_steps=2,schedule=warmup,lr=0.01")
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    trainer.initialize()
+    assert {group["peak_lr"] for group in trainer.optimizer.param_groups} == {0.01}
+    if schedule == "warmup":
+        before = {name: tensor.clone() for name, tensor in trainer.network.encoder.state_dict().items()}
+        after = next(train_epochs(trainer, [0]))
+        assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+        assert "frozen" not in log_of(trainer)
+
+
+def test_the_papers_recipe_tells_of_the_long_one(workplace, monkeypatch):
+    told = "nnssl_settings=recipe=long"
+    assert told in log_of(workplace.trainer(nnUNetTrainerMCLMIM))
+    monkeypatch.setenv("nnssl_settings", "recipe=quick")
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
+    assert told not in log_of(trainer)
+    assert "__nnUNetPlans_recipe-quick__" in trainer.output_folder_base
+    assert workplace.plans("nnUNetPlans_recipe-quick")["nnunet_ssl"]["settings"]["recipe"] == "quick"
+
+
+@pytest.mark.parametrize("text", ["loss=dice_topk", "recipe=long,loss=dice_topk"])
+def test_a_loss_that_regions_do_not_allow_ends_with_one_line_and_no_folder(
+    region_workplace, swin_checkpoint, monkeypatch, results, text
+):
+    region_workplace.enter(monkeypatch, nnUNet_results=results, nnssl_checkpoint=swin_checkpoint, nnssl_settings=text)
+    with pytest.raises(SystemExit, match="loss=dice_topk needs one label") as exit:
+        region_workplace.trainer(nnUNetTrainerMCLMIM)
+    assert exit.value.code.startswith("error: ") and "\n" not in exit.value.code
+    assert not list(results.iterdir())
 
 
 @pytest.mark.parametrize("stop", [1, 2], ids=["while frozen", "after the unfreeze"])
@@ -182,7 +355,9 @@ def test_regions_train_with_three_channels(region_workplace, swin_checkpoint, mo
     assert trainer.network(batch_for(trainer, 0)["data"]).shape[1] == 2
 
 
-def test_ignored_voxels_give_no_gradient(workplace):
+@pytest.mark.parametrize("loss", ["dice_ce", "dice_topk"])
+def test_ignored_voxels_give_no_gradient(workplace, monkeypatch, loss):
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},loss={loss}")
     trainer = workplace.trainer(nnUNetTrainerMCLMIM)
     trainer.dataset_json["labels"]["ignore"] = 2
     trainer.label_manager = trainer.plans_manager.get_label_manager(trainer.dataset_json)
