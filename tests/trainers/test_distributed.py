@@ -36,9 +36,17 @@ def run_as_one_of_two(rank: int, rendezvous: str, plans: dict, dataset_json: dic
     dist.destroy_process_group()
 
 
+SETTINGS = [
+    "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01",
+    "steps=6,epoch_steps=2,schedule=sawtooth,freeze_share=0.34,optimizer=sgd,loss=dice_topk,average_share=0.6,lr=0.01",
+]
+
+
 @pytest.mark.slow
-def test_two_processes_train_validate_and_end_together(workplace, swin_checkpoint, results, monkeypatch, tmp_path):
-    settings = "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01"
+@pytest.mark.parametrize("settings", SETTINGS, ids=["paper", "sawtooth, SGD, TopK, averaged"])
+def test_two_processes_train_validate_and_end_together(
+    workplace, swin_checkpoint, results, monkeypatch, tmp_path, settings
+):
     workplace.enter(
         monkeypatch, nnUNet_results=results, nnssl_checkpoint=swin_checkpoint, nnssl_settings=settings,
         nnUNet_n_proc_DA=0, nnUNet_def_n_proc=1,
@@ -52,6 +60,9 @@ def test_two_processes_train_validate_and_end_together(workplace, swin_checkpoin
         assert torch.equal(tensor, second[name]), name
         if (kept := pretrained.get(name.removeprefix("encoder."))) is not None:
             assert not torch.equal(tensor, kept), f"{name} has not moved"
+    (file,) = Path(results).glob("*/*/fold_0/checkpoint_final.pth")
+    for name, tensor in torch.load(file, weights_only=False)["network_weights"].items():
+        assert torch.equal(tensor, first[name]), name
     (fold,) = Path(results).glob("*/*/fold_0")
     assert (fold / "checkpoint_final.pth").is_file() and (fold / "validation" / "summary.json").is_file()
     log = "".join(path.read_text() for path in fold.glob("training_log_*.txt"))
