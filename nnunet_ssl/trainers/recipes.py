@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 ``paper``: arXiv 2511.11311. ``long``: as many steps as nnU-Net's own training, and nothing frozen; the whole network
 rises over 50 of 1,000 epochs and falls as nnU-Net does, at the rate of MIC-DKFZ's ``PretrainedTrainer_Primus`` (AdamW,
-1e-4); late weights are averaged, which helped KawhiQaQ/ISLES26-StrokeFusion on all five folds. ``quick``: a first look.
+1e-4); late weights are averaged, which made KawhiQaQ/ISLES26-StrokeFusion better. ``quick``: a first look.
 """
 
 
