@@ -1,4 +1,4 @@
-"""The fine-tuning recipe as a stock nnU-Net trainer: encoder from a checkpoint, frozen first, then slowly trained."""
+"""Fine-tuning as a stock nnU-Net trainer: an encoder from a checkpoint, a decoder from random weights, a recipe."""
 
 from __future__ import annotations
 
@@ -263,7 +263,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """Let the final checkpoint and the validation have the mean of the late weights, where it is asked for."""
         if self.average is not None:
             unwrapped(self.network).load_state_dict(self.average.module.state_dict())
-            self.print_to_log_file(f"The final weights are the mean of the last {self.average.n_averaged} epochs'")
+            epochs = int(self.average.n_averaged)
+            self.print_to_log_file(f"The final weights are the mean of those after each of the last {epochs} epochs")
             self.average = None  # or continuing the finished training would go on with it
         super().on_train_end()
 

@@ -1,5 +1,6 @@
 """nnU-Net's own command lines on the trainers: train, continue, validate, predict, compare, export, install."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def test_3d_lowres_trains_too_and_nnunet_compares_and_ensembles_both(trained, sw
         "nnUNetv2_ensemble", "-i", tmp_path / "full", tmp_path / "low", "-o", tmp_path / "both", "-np", 1, "--save_npz"
     )
     np.testing.assert_allclose(probabilities(tmp_path / "both"), (full + low) / 2, atol=1e-3)
+
+
+def test_a_recipe_trains_validates_and_predicts_under_its_own_name(workplace, swin_checkpoint, results, tmp_path):
+    command = ("nnUNetv2_train", workplace.number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
+    settings = "recipe=long,steps=4,epoch_steps=1,average_share=0.5,loss=dice_topk"
+    shown = workplace.run(*command, nnssl_settings=settings, nnssl_checkpoint=swin_checkpoint, nnUNet_results=results)
+    plans = "nnUNetPlans_recipe-long_steps4_epoch1_loss-dice_topk_average0.5"
+    assert f"-p {plans}" in shown and "encoder frozen" not in shown and "paper's" not in shown
+    assert "mean of those after each of the last 2 epochs" in shown and "Validation complete" in shown
+    dice = re.search("Mean Validation Dice:.*", shown).group()
+    assert dice in workplace.run(*command, "-p", plans, "--val", nnUNet_results=results), "the same weights"
+    predict(workplace, tmp_path, plans=plans, nnUNet_results=results)
 
 
 PUBLISHED = {
