@@ -120,7 +120,7 @@ class Settings:
             f"{self.schedule} would never decay",
         )
         _require(
-            self.average_share == 0 or rising + self.average_share <= 1,
+            self.average_share == 0 or rising + self.average_share <= 1 + 1e-9,
             f"average_share={self.average_share} reaches back into the {rising:g} of the steps that freeze_share="
             f"{self.freeze_share} and warmup_share={self.warmup_share} take",
         )
