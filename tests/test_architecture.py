@@ -12,6 +12,7 @@ MAY_USE = {
     "phantom": set(),
     "weights": {"architectures"},
     "corpus": {"imaging"},
+    "conversion": {"imaging", "corpus"},
     "pretraining": {"architectures", "weights", "corpus"},
     "trainers": {"architectures", "weights", "pretraining", "imaging"},
     "evaluation": {"architectures", "weights", "corpus", "imaging", "pretraining", "trainers"},

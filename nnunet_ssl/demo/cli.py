@@ -50,12 +50,11 @@ def main() -> None:
 
     from nnunet_ssl.demo.report import describe, draw
     from nnunet_ssl.demo.running import run_steps
-    from nnunet_ssl.demo.steps import find_scripts, steps, variables
+    from nnunet_ssl.demo.steps import steps, variables
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # so that the command under way ends as well
-    scripts = find_scripts()
     announce(variables(work))
-    run_steps(steps(work, scripts, arguments.device or default_device()), work / "logs", variables(work))
+    run_steps(steps(work, arguments.device or default_device()), work / "logs", variables(work))
     draw(work, work / "demo.png")
     logger.info("\n%s\n\nThe figure is %s\n%s", describe(work), work / "demo.png", _NEXT)
 

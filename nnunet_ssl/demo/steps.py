@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.settings import Settings
 
 SUBJECTS, TRAINING_CASES, TEST_CASES = 24, 24, 6
@@ -60,12 +59,11 @@ def variables(work: Path) -> dict[str, str]:
     return {**folders, "nnssl_settings": SMALL_FINETUNING}
 
 
-def steps(work: Path, scripts: Path, device: str) -> list[Step]:
+def steps(work: Path, device: str) -> list[Step]:
     """List the steps.
 
     Args:
         work: the demo's folder.
-        scripts: the folder ``dataset_conversion`` of the repository.
         device: cpu, cuda or mps.
     """
     corpus, atlas, truth, predictions = (work / name for name in ("fomo", "ATLAS_2", "truth", "predictions"))
@@ -96,7 +94,7 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
         Step(
             name="03_index",
             title="Index the corpus (a manifest; images stay where they are)",
-            command=("python", str(scripts / "Dataset500_FOMO60K.py"), "-i", str(corpus)),
+            command=("python", "-m", "nnunet_ssl.conversion.fomo60k", "-i", str(corpus)),
         ),
         Step(
             name="04_prepare",
@@ -115,7 +113,7 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
         Step(
             name="06_convert",
             title="Convert ATLAS for nnU-Net",
-            command=("python", str(scripts / "Dataset501_ATLASv2.py"), "-i", str(atlas), "-np", "2"),
+            command=("python", "-m", "nnunet_ssl.conversion.atlas_v2", "-i", str(atlas), "-np", "2"),
         ),
         Step(
             name="07_plan",
@@ -156,18 +154,3 @@ def steps(work: Path, scripts: Path, device: str) -> list[Step]:
             ),
         ),
     ]
-
-
-def find_scripts() -> Path:
-    """Return the repository's folder ``dataset_conversion``: here, or beside the installed package.
-
-    Raises:
-        UserError: there is none.
-    """
-    for root in (Path.cwd(), Path(__file__).parents[2]):
-        if (root / "dataset_conversion" / "Dataset500_FOMO60K.py").is_file():
-            return root / "dataset_conversion"
-    raise UserError(
-        f"The demo runs the scripts of dataset_conversion/, which is not in {Path.cwd()}. Run nnssl_demo in the folder "
-        "of the cloned repository."
-    )

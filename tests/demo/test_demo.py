@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -146,8 +147,9 @@ def test_without_nilearn_the_extra_is_named(demo, tmp_path, monkeypatch):
         demo("-w", tmp_path / "work")
 
 
-def test_outside_the_repository_the_demo_says_where_to_go(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(steps, "__file__", str(tmp_path / "site-packages" / "nnunet_ssl" / "demo" / "steps.py"))
-    with pytest.raises(steps.UserError, match="Run nnssl_demo in the folder of the cloned repository"):
-        steps.find_scripts()
+def test_the_demo_needs_no_clone():
+    """It runs what an installation has: commands, and modules of packages."""
+    for step in steps.steps(Path("work"), "cpu"):
+        program, *arguments = step.command
+        assert program.startswith(("nnU", "nnssl")) or (program == "python" and arguments[0] == "-m")
+        assert not any("dataset_conversion" in argument for argument in arguments)

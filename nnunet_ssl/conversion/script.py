@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion import PARTS, Case, Prepare, Target, convert, dataset_target, write_dataset_json
-from discovery import Skipped
-from report import log_skipped
-from splits import Folds, make_splits, store_splits
-
+from nnunet_ssl.conversion.dataset import PARTS, Case, Prepare, Target, convert, dataset_target, write_dataset_json
+from nnunet_ssl.conversion.discovery import Skipped
+from nnunet_ssl.conversion.reporting import log_skipped
+from nnunet_ssl.conversion.splits import Folds, make_splits, store_splits
 from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)

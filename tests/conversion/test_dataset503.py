@@ -4,8 +4,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from Dataset503_FCDBonn import INFO, find_cases
 
+from nnunet_ssl.conversion.fcd_bonn import INFO, find_cases
 from nnunet_ssl.errors import UserError
 
 SHAPE, T1_SHAPE = (20, 36, 30), (30, 44, 40)

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from discovery import ImageFile, choose_one, find_images, lesion_masks, refuse_two_homes
 
+from nnunet_ssl.conversion.discovery import ImageFile, choose_one, find_images, lesion_masks, refuse_two_homes
 from nnunet_ssl.errors import UserError
 
 KINDS = {"t1w": "t1", "flair": "flair", "roi": "mask", "dwi": "dwi"}

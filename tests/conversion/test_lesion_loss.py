@@ -31,7 +31,7 @@ def convert(tools, env, tmp_path, monkeypatch):
 
     Returns the folder, and for each case its label or None. A case beside them is always in order.
     """
-    import Dataset501_ATLASv2
+    from nnunet_ssl.conversion import atlas_v2 as Dataset501_ATLASv2
 
     def run(*masks, image_affine=AFFINE):
         root = tmp_path / "atlas"
@@ -146,7 +146,7 @@ def test_a_small_lesion_that_resampling_drops_beside_a_large_one_is_told(convert
 )
 @pytest.mark.parametrize("place", ["read_mask", "write_volume", "align_mask"])
 def test_any_error_of_one_case_skips_that_case_only(convert, tools, monkeypatch, error, reason, place):
-    import conversion
+    from nnunet_ssl.conversion import dataset as conversion
 
     working, calls = getattr(conversion, place), []
 
@@ -167,7 +167,7 @@ def test_any_error_of_one_case_skips_that_case_only(convert, tools, monkeypatch,
 
 
 def test_a_full_disk_ends_the_run(convert, monkeypatch):
-    import conversion
+    from nnunet_ssl.conversion import dataset as conversion
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from splits import make_splits, size_bins, store_splits
+
+from nnunet_ssl.conversion.splits import make_splits, size_bins, store_splits
 
 
 def cases(groups, sessions=1):

@@ -12,9 +12,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from discovery import Skipped
 from scipy import ndimage
 
+from nnunet_ssl.conversion.discovery import Skipped
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.imaging.geometry import Volume
 

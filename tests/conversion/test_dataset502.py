@@ -5,10 +5,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conversion import Case
-from Dataset502_ISLES2022 import INFO, find_cases, prepare
 from scipy.spatial.transform import Rotation
 
+from nnunet_ssl.conversion.dataset import Case
+from nnunet_ssl.conversion.isles2022 import INFO, find_cases, prepare
 from nnunet_ssl.errors import UserError
 
 UNITS = {1: ("mm2/s", 1e-6), 2: ("1e-6 mm2/s", 1.0), 3: ("1e-3 mm2/s", 1e-3), 4: ("1e-6 mm2/s", 1.0)}

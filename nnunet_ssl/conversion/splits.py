@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from report import write_text
 
+from nnunet_ssl.conversion.reporting import write_text
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, refuse_two_homes
+from nnunet_ssl.conversion.discovery import ImageFile, Skipped, choose_one, find_images, lesion_masks, refuse_two_homes
 
 KINDS = {"t1w": "t1", "t1": "t1", "mask": "mask", "msk": "mask", "seg": "mask", "lesion": "mask"} | dict.fromkeys(
     ("t1c", "t2w", "t2", "flair", "pd", "swi", "t2star", "dwi", "adc", "bold", "mni152nlin2009asym"), "other"

@@ -4,8 +4,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from Dataset501_ATLASv2 import find_cases
 
+from nnunet_ssl.conversion.atlas_v2 import find_cases
 from nnunet_ssl.errors import UserError
 
 SHAPE = (24, 28, 22)

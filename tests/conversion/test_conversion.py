@@ -65,8 +65,7 @@ def test_without_nnunet_preprocessed_the_folds_stay_beside_the_images(tools, env
     ],
 )
 def test_mistakes_get_one_line(tools, env, tmp_path, monkeypatch, capsys, options, message):
-    import Dataset501_ATLASv2
-
+    from nnunet_ssl.conversion import atlas_v2 as Dataset501_ATLASv2
     from nnunet_ssl.imaging import skull_strip
 
     monkeypatch.setattr(skull_strip.importlib.util, "find_spec", lambda name: None)

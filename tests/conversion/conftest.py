@@ -18,8 +18,6 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "dataset_conversion"
 UNTURNED, UNMOVED = np.eye(3), np.eye(4)
 
-sys.path.insert(0, str(SCRIPTS))  # the scripts import the modules beside them
-
 
 def write_nifti(path, array, affine=None, *, qform=1, sform=1, slope=None):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from Dataset504_ATLASv3 import find_cases, strata_of, zero_background
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy import ndimage
 
+from nnunet_ssl.conversion.atlas_v3 import find_cases, strata_of, zero_background
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders
 from nnunet_ssl.imaging.geometry import Volume

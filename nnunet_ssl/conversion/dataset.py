@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-import report
-from discovery import RECORDS, Skipped
 from tqdm import tqdm
 
+from nnunet_ssl.conversion import reporting
+from nnunet_ssl.conversion.discovery import RECORDS, Skipped
 from nnunet_ssl.corpus.workers import WorkerDied, run_locally
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
@@ -169,9 +169,9 @@ def convert(
     skipped = [*skipped, *failed]
     rows = [json.loads(target.record_path(case.id).read_text())["row"] for case in converted]
     changed = bool(gone or reasons.keys() & earlier or {case.id for case in waiting} - reasons.keys())
-    report.write_report(rows, skipped, target.folder / "conversion", target.channels, changed)
-    report.log_notes(rows)
-    report.log_skipped(skipped, target.folder / "conversion")
+    reporting.write_report(rows, skipped, target.folder / "conversion", target.channels, changed)
+    reporting.log_notes(rows)
+    reporting.log_skipped(skipped, target.folder / "conversion")
     return converted, rows
 
 
@@ -187,7 +187,7 @@ def write_dataset_json(folder: Path, n_training: int, channel_names: Sequence[st
         **description,
         "converted_by": "nnunet_ssl",
     }
-    report.write_text(folder / "dataset.json", json.dumps(content, indent=2))
+    reporting.write_text(folder / "dataset.json", json.dumps(content, indent=2))
 
 
 def dataset_target(number: int, name: str) -> Path:
@@ -256,7 +256,7 @@ def _convert_one(case: Case, target: Target, prepare: Prepare) -> None:
     if label is not None:
         write_volume(target.label_path(case), channels[0].with_array(label))
     row = _row(case, channels[0], facts)
-    report.write_tile(target.tile_path(case.id), channels, label)
+    reporting.write_tile(target.tile_path(case.id), channels, label)
     _write_record(case.id, target, made_from=_made_from(case, target), row=row)
 
 

@@ -1,0 +1,157 @@
+"""Convert ISLES 2022 (DWI, ADC and FLAIR; acute stroke) for nnU-Net: Dataset502_ISLES2022."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_ssl.console import command
+from nnunet_ssl.conversion.channels import Facts, note, onto_grid, read_image, registered_onto, with_places
+from nnunet_ssl.conversion.dataset import Case, Prepared
+from nnunet_ssl.conversion.discovery import (
+    ImageFile,
+    Skipped,
+    choose_one,
+    find_images,
+    lesion_masks,
+    nothing_found,
+    refuse_two_homes,
+)
+from nnunet_ssl.conversion.script import DatasetInfo, chosen_channels, make_parser, parse, run
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.imaging.geometry import Volume
+from nnunet_ssl.imaging.registration import foreground
+
+INFO = DatasetInfo(
+    name="ISLES2022",
+    channel_names={"dwi": "DWI", "adc": "ADC", "flair": "FLAIR"},
+    numbers={
+        ("dwi", "adc", "flair"): 502,
+        ("dwi",): 510,
+        ("adc",): 511,
+        ("flair",): 512,
+        ("dwi", "adc"): 513,
+        ("dwi", "flair"): 514,
+        ("adc", "flair"): 515,
+    },
+    reference="Hernandez Petzsche et al., Scientific Data 2022, doi 10.1038/s41597-022-01875-5",
+    licence="CC BY 4.0",
+)
+
+EXAMPLE = """\
+examples:
+  python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022
+  python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022 --channels dwi     (one modality: Dataset510)
+  python dataset_conversion/Dataset502_ISLES2022.py -i /data/new_patients --images-only -o /data/prepared
+
+FLAIR is registered to DWI, ADC is brought to 1e-6 mm2/s. Found by looking: the published BIDS layout, the older one
+with rawdata/, and images/ beside labels_derivatives/.
+"""
+
+KINDS = {"dwi": "dwi", "adc": "adc", "flair": "flair", "msk": "mask", "mask": "mask", "lesion": "mask", "seg": "mask"}
+
+EXPECTED = (
+    "sub-strokecase0001/ses-0001/dwi/sub-strokecase0001_ses-0001_{dwi,adc}.nii.gz, .../anat/..._FLAIR.nii.gz and "
+    "derivatives/.../..._msk.nii.gz"
+)
+
+
+def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tuple[list[Case], list[Skipped]]:
+    """Find the sessions below `root` that have the wanted channels, DWI (it gives the grid) and a mask.
+
+    Raises:
+        UserError: it isn't ISLES 2022, or two folders hold images of one name.
+    """
+    images, skipped = find_images(root)
+    sessions = defaultdict(lambda: defaultdict(list))
+    for image in images:
+        kind = image.kind(KINDS)
+        if kind:
+            sessions[image.scan_id(KINDS)][kind].append(image)
+        else:
+            skipped.append(Skipped(image.relative, "neither DWI, ADC, FLAIR nor a mask by its name"))
+    needed = tuple(dict.fromkeys(("dwi", *channels)))
+    found = [_case(scan_id, files, needed, images_only, skipped) for scan_id, files in sorted(sessions.items())]
+    cases = [case for case in found if isinstance(case, Case)]
+    skipped_cases = [case for case in found if isinstance(case, Skipped)]
+    if not cases:
+        raise nothing_found(root, images, skipped_cases, name="ISLES 2022", expected=EXPECTED, images_only=images_only)
+    return cases, skipped + skipped_cases
+
+
+def _case(
+    scan_id: str,
+    files: dict[str, list[ImageFile]],
+    needed: tuple[str, ...],
+    images_only: bool,
+    skipped: list[Skipped],
+) -> Case | Skipped:
+    """Put one session together."""
+    masks = [] if images_only else lesion_masks(files["mask"])
+    missing = [kind for kind in needed if not files[kind]]
+    if missing:
+        return Skipped(scan_id, f"no {' and no '.join(missing)} image")
+    if not masks and not images_only:
+        return Skipped(scan_id, "no lesion mask; images without one are prepared with --images-only")
+    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
+    images = {}
+    for kind in needed:
+        image, others = choose_one(files[kind], like=None)
+        images[kind] = image
+        skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
+    return Case(
+        id=scan_id,
+        subject=images["dwi"].entity("sub") or scan_id,
+        images={kind: image.path for kind, image in images.items()},
+        masks=tuple(mask.path for mask in masks),
+        labelled=not images_only,
+    )
+
+
+def prepare(case: Case) -> Prepared:
+    """Bring the channels onto DWI's grid: ADC by its header and to one unit, FLAIR by registration."""
+    facts: Facts = {}
+    images = {name: read_image(path, facts, clip_negative=True) for name, path in case.images.items()}
+    images = with_places(images, facts)
+    dwi = images["dwi"]
+    if "adc" in images:
+        images["adc"] = onto_grid(images["adc"], dwi, "adc", facts)
+        images["adc"] = _in_one_unit(images["adc"], dwi, case.images["adc"], facts)
+    if "flair" in images:
+        images["flair"] = registered_onto(images["flair"], dwi, "flair", facts)
+    return Prepared(images, facts)
+
+
+def _in_one_unit(adc: Volume, dwi: Volume, path: Path, facts: Facts) -> Volume:
+    """Bring an ADC map to 1e-6 mm2/s.
+
+    The unit is read off the brain's median, about 800 in that unit: published maps come in it, in 1e-3 mm2/s and in
+    mm2/s, a factor of 1000 apart each.
+
+    Raises:
+        UserError: there is nothing in the map.
+    """
+    values = adc.array[foreground(dwi.array) & (adc.array > 0)]
+    if values.size == 0:
+        raise UserError(f"{path} has no positive value within the brain.")
+    median = float(np.median(values))
+    unit, factor = ("mm2/s", 1e6) if median < 0.025 else ("1e-3 mm2/s", 1e3) if median < 25 else ("1e-6 mm2/s", 1.0)
+    facts |= {"adc_unit_found": unit, "adc_median_1e-6mm2/s": median * factor}
+    if not 300 < median * factor < 3000:
+        note(facts, f"CHECK: the median ADC of {median * factor:.0f}e-6 mm2/s is none of a brain")
+    return adc.with_array(adc.array * np.float32(factor))
+
+
+@command
+def main() -> None:
+    parser = make_parser(INFO, __doc__, EXAMPLE)
+    arguments = parse(parser)
+    channels = chosen_channels(arguments, INFO)
+    cases, skipped = find_cases(arguments.i, channels, arguments.images_only)
+    run(arguments, INFO, cases, skipped, prepare)
+
+
+if __name__ == "__main__":
+    main()
