@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-VERSIONS = 64
-"""Of one part's graph that may be kept: one for each shape that the parts of a class have (eight for the blocks of the
-paper's Swin encoder), with and without gradients and autocast, for each size of batch of training, validation and
-prediction. Past PyTorch's default of 8 a part would run uncompiled."""
+VERSIONS = 256
+"""Graphs that may be kept. All parts count together, because they are called through one function of PyTorch's: about
+thirteen shapes of the paper's Swin encoder, with and without gradients and autocast, for each size of batch of
+training, validation and prediction. Past PyTorch's default of 8 a part would run uncompiled."""
 
 
 def compile_parts(network: nn.Module, **options: Any) -> None:

@@ -69,7 +69,9 @@ def compiled_in_parts(network):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("wrap", [not_compiled, compiled_as_a_whole, compiled_in_parts])
+@pytest.mark.parametrize(
+    "wrap", [not_compiled, compiled_in_parts, pytest.param(compiled_as_a_whole, marks=pytest.mark.slow)]
+)
 def test_the_encoder_rests_while_frozen_and_moves_afterwards(wrap):
     """And rests again: nothing that was compiled for the other state is used."""
     network = wrap(new_network())
