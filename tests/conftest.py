@@ -1,6 +1,7 @@
 """What tests share: processes of one thread, memory that is not given back too eagerly, nnU-Net's folders."""
 
 import os
+import signal
 
 import pytest
 
@@ -13,6 +14,15 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**34))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_compile", "f")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Handlers that a command sets in this process go with the test: forked workers, which nnU-Net's pools end by a
+    signal, would inherit them, and wait forever where the signal comes just before they fall asleep."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
