@@ -24,7 +24,7 @@ def assert_refused(folder, command, release):
     assert done.returncode == 1
     assert done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: nnunet_ssl needs torch") and f"not torch {release}" in done.stderr
-    assert f"run: {sys.executable} -m pip install 'torch" in done.stderr
+    assert f"run: {Path(sys.executable).parent}/python" in done.stderr and "-m pip install 'torch" in done.stderr
 
 
 def test_this_environment_is_within_the_ranges():
