@@ -7,7 +7,7 @@ import numpy as np
 
 FILE = Path(__file__).parents[1] / "golden" / "losses.json"
 DIGITS = 7  # as many as float32 has
-TOLERANCE = 2e-4
+TOLERANCE = 2e-3
 """Absolute. tests/golden/README.md tells what was measured on either side of it."""
 RENEW = "If that is meant, renew them as tests/golden/README.md says, and tell why in the commit."
 
