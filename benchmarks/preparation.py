@@ -29,7 +29,7 @@ from nnunet_ssl.phantom.layouts import write_fomo
 
 OURS, STOCK = "Dataset500_FOMO60K", "Dataset900_Stock"
 COMMANDS = {
-    "nnssl_prepare": [sys.executable, "-c", "from nnunet_ssl.pretraining.cli import prepare; prepare()", "-d", "500"],
+    "nnssl_prepare": [sys.executable, "-c", "from nnunet_ssl.corpus.cli import prepare; prepare()", "-d", "500"],
     "nnUNetv2_preprocess": [
         *(sys.executable, "-c"),
         "from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import preprocess_entry; preprocess_entry()",

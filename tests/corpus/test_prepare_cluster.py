@@ -55,7 +55,7 @@ def start(store):
     """A function that starts the command, and returns its process when the first session is finished."""
 
     def start(address):
-        command = [sys.executable, "-c", "from nnunet_ssl.pretraining.cli import prepare; prepare()", "-d", "500"]
+        command = [sys.executable, "-c", "from nnunet_ssl.corpus.cli import prepare; prepare()", "-d", "500"]
         run = subprocess.Popen([*command, "--scheduler", address], stderr=subprocess.PIPE, text=True)
         journal = store / "nnsslPlans_journal.jsonl"
         while not journal.is_file() or not journal.read_text():

@@ -78,7 +78,7 @@ def test_the_command_killed_with_its_workers_at_work_goes_on(store, unbroken, co
     command = [
         sys.executable,
         "-c",
-        "from nnunet_ssl.pretraining.cli import prepare; prepare()",
+        "from nnunet_ssl.corpus.cli import prepare; prepare()",
         "-d",
         "500",
         "-np",
