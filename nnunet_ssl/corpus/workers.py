@@ -121,17 +121,18 @@ def run_on_cluster(
         queue = deque(tasks)
         running = {}
         completed = as_completed()
+        gone = f"The Dask scheduler at {scheduler} went away. What was finished is kept: call again with another."
         while queue or running:
-            while queue and len(running) < max(64, 2 * sum(client.nthreads().values())):
-                future = client.submit(function, queue[0], pure=False)
-                running[future] = queue.popleft()
-                completed.add(future)
-            future = next(completed)
-            if future.cancelled():
-                raise UserError(
-                    f"The Dask scheduler at {scheduler} went away. What was finished is kept: call again with another."
-                )
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                error = WorkerDied()
-            yield running.pop(future), future.result() if error is None else error
+            try:  # a lost connection shows wherever the scheduler is asked next
+                while queue and len(running) < max(64, 2 * sum(client.nthreads().values())):
+                    future = client.submit(function, queue[0], pure=False)
+                    running[future] = queue.popleft()
+                    completed.add(future)
+                future = next(completed)
+                if future.cancelled():
+                    raise UserError(gone)
+                error = future.exception()
+                outcome = future.result() if error is None else error
+            except OSError as lost:
+                raise UserError(gone) from lost
+            yield running.pop(future), WorkerDied() if isinstance(error, KilledWorker) else outcome
