@@ -88,6 +88,7 @@ def prepare_corpus(
         else:
             outcomes = run_locally(prepare_session, pending, processes)
         done |= _work(folder, tasks, done, outcomes)
+        remove_leftovers(folder / DATA_IDENTIFIER)  # of workers that were killed
         return _conclude(folder, scans, [done[task.session] for task in tasks])
 
 
