@@ -108,7 +108,7 @@ def test_a_killed_run_is_continued_and_ends_like_an_unbroken_one(tools, env, tmp
     root = write_training(tools, tmp_path / "atlas", 40)
     unbroken = tools.environment(tmp_path / "unbroken")
     assert tools.run_script(501, "-i", root, "-np", 1, env=unbroken).returncode == 0
-    script = Path(sys.modules["conversion"].__file__).with_name("Dataset501_ATLASv2.py")
+    script = Path(__file__).parents[2] / "dataset_conversion" / "Dataset501_ATLASv2.py"
     process = subprocess.Popen(
         [sys.executable, script, "-i", root, "-np", "2"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
