@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py -o gpu_check.md             at most five minutes, one GPU; about 8 GiB of its memory
     python benchmarks/gpu_check.py -device cpu                 the same at small size, to try the script itself
-    python benchmarks/gpu_check.py --only attention recipe     the checks whose names contain one of these
+    python benchmarks/gpu_check.py --only attention recipe     the checks whose names begin so, and what they build on
 
 Numbers are compared with the same computation on the CPU, in float64 where the device rounds. Fine-tunings are stock
 `nnUNetv2_train` with nnU-Net's own default for torch.compile, on synthetic strokes: one per backbone, killed while the
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("-o", type=Path, metavar="FILE.md", help="write the table here as well")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="checks, by parts of their names")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="checks, by how their names begin")
     arguments = parser.parse_args()
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no GPU here; -device cpu tries the script without one.")
@@ -45,7 +45,7 @@ def main() -> None:
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         for name, check in checks(Place(arguments.device, Path(folder))):
-            if name.startswith("prepare") or any(words in name for words in arguments.only):
+            if name.startswith(("prepare", *arguments.only)):
                 row = {"check": name, **run(check, arguments.device)}
                 rows.append(row)
                 print(f"{row['result']}  {name}: {row['measured']}  ({row['seconds']} s)", flush=True)
@@ -96,7 +96,7 @@ def run(check: Check, device: torch.device) -> dict[str, str]:
         torch.cuda.empty_cache()
     return {
         "result": {True: "PASS", False: "FAIL", None: "SKIP"}[finding.passed],
-        "measured": " ".join(finding.measured.split())[:300].replace("|", "/"),
+        "measured": " ".join(finding.measured.split())[:600].replace("|", "/"),
         "seconds": f"{time.monotonic() - started:.1f}",
     }
 

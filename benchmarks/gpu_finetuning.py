@@ -41,9 +41,9 @@ def checks(place: Place, backbone: str) -> dict[str, Check]:
     training = Training(place, backbone)
     return {
         "trained, killed, continued": training.run,
-        "encoder tensors that moved": training.encoder_moved,
-        "optimizer and GradScaler go on": training.updates_counted,
-        "prediction as on the CPU": training.predicts_as_the_cpu,
+        "encoder tensors that moved": partial(training.after, training.encoder_moved),
+        "optimizer and GradScaler go on": partial(training.after, training.updates_counted),
+        "prediction as on the CPU": partial(training.after, training.predicts_as_the_cpu),
     }
 
 
@@ -108,6 +108,10 @@ class Training:
         text = f"{'' if compiled else 'not '}compiled; loss of the epochs {', '.join(f'{loss:.3f}' for loss in losses)}"
         whole = len(losses) == STEPS // STEPS_IN_EPOCH and bool(np.isfinite(losses).all())
         return Finding(whole and compiled == wanted, text)
+
+    def after(self, check: Check) -> Finding:
+        """Make a check that looks at what the training left."""
+        return check() if self.final else Finding(False, "the training did not come to its end")
 
     def encoder_moved(self) -> Finding:
         """None while frozen, all of them after the unfreeze."""
