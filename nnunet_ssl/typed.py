@@ -108,7 +108,8 @@ def assign(values: dict[str, Any], override: str) -> None:
 
 
 def _fields(kind: type) -> dict[str, dataclasses.Field]:
-    return {one.name: one for one in dataclasses.fields(kind)}
+    """The fields that have a key."""
+    return {one.name: one for one in dataclasses.fields(kind) if one.metadata.get("key", True)}
 
 
 def _default(one: dataclasses.Field) -> Any:

@@ -1,5 +1,6 @@
 """An objective and a backbone from a package outside, as docs/extending.md has them: installed, found, trained."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import yaml
 
 from nnunet_ssl.architectures import backbones
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.pretraining import objectives
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining import config, objectives
 from nnunet_ssl.pretraining.config import from_dict, load_config
 from nnunet_ssl.pretraining.loop import pretrain
+from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
 
 DOCS = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -49,21 +52,23 @@ def test_an_objective_from_outside_learns_beside_ours(my_package, write_prepared
     write_prepared()
     recipe = tmp_path / "mim_brightness.yaml"
     recipe.write_text(re.search(r"```yaml\n(.*?)```", DOCS, re.DOTALL)[1])
-    config = load_config(recipe, [*FAST, *SMALL_SWIN])
-    assert from_dict(yaml.safe_load(config.as_yaml())) == config
-    assert [objective.name for objective in config.objectives] == ["masked", "brightness"]
-    pretrain(config, 500, False, torch.device("cpu"))
+    settings = load_config(recipe, [*FAST, *SMALL_SWIN])
+    assert from_dict(yaml.safe_load(settings.as_yaml())) == settings
+    assert [objective.name for objective in settings.objectives] == ["masked", "brightness"]
+    pretrain(settings, 500, False, torch.device("cpu"))
     header = figures_of(nnunet_folders, "mim_brightness").splitlines()[0]
     assert {"loss/brightness", "gradient/brightness", "gradient/masked", "gradient/cosine"} <= set(header.split(","))
-    with pytest.raises(Exception, match=r"did you mean 'brightness\.weight'"):
+    with pytest.raises(UserError, match=r"did you mean 'brightness\.weight'"):
         load_config(recipe, ["brightness.weigt=1"])
+    with pytest.raises(UserError, match=r"brightness\.weight is -1\.0; it must be 0 or more"):
+        load_config(recipe, ["brightness.weight=-1"])
 
 
 def test_a_backbone_from_outside_is_pretrained_and_read_back(my_package, write_prepared, nnunet_folders):
     write_prepared()
-    config = load_config("mim", [*FAST, "backbone=pooled", "pooled.width=8"])
-    assert from_dict(yaml.safe_load(config.as_yaml())) == config
-    pretrain(config, 500, False, torch.device("cpu"))
+    settings = load_config("mim", [*FAST, "backbone=pooled", "pooled.width=8"])
+    assert from_dict(yaml.safe_load(settings.as_yaml())) == settings
+    pretrain(settings, 500, False, torch.device("cpu"))
     folder = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mim"
     for file in ("encoder.safetensors", "checkpoint_final.pth"):
         pretrained = read_checkpoint(folder / file)
@@ -73,7 +78,48 @@ def test_a_backbone_from_outside_is_pretrained_and_read_back(my_package, write_p
 
 
 def test_an_unknown_backbone_is_an_error_that_lists_the_known(my_package):
-    with pytest.raises(Exception, match="'primus'; it can be swin, resenc, pooled"):
+    with pytest.raises(UserError, match="'primus'; it can be swin, resenc, pooled"):
         build_encoder({"backbone": "primus"})
-    with pytest.raises(Exception, match="'primus'; it can be swin, resenc, pooled"):
+    with pytest.raises(UserError, match="'primus'; it can be swin, resenc, pooled"):
         load_config("mim", ["backbone=primus"])
+
+
+@pytest.mark.parametrize("section", ["steps", "masked", "swin"])
+def test_a_section_of_another_package_never_takes_a_key_of_ours(monkeypatch, section):
+    kind = type("Theirs", (objectives.Contrastive,), {"section": section})
+    monkeypatch.setattr(config, "announced", lambda: (kind,))
+    with pytest.raises(UserError, match=f"section '{section}', which is taken"):
+        load_config("mim")
+
+
+def test_a_backbone_of_another_package_never_takes_the_place_of_ours(monkeypatch):
+    monkeypatch.setattr(backbones, "announced", lambda group: [backbones.SWIN])
+    backbones.known.cache_clear()
+    with pytest.raises(UserError, match="Two backbones have one name"):
+        backbones.known()
+
+
+def test_a_package_that_cannot_be_imported_is_named(my_package, tmp_path):
+    (tmp_path / "my_package.py").write_text("import nowhere_to_be_found")
+    with pytest.raises(UserError, match=r"my_package announces 'brightness' .* pip uninstall my_package"):
+        load_config("mim")
+
+
+def test_an_encoder_whose_maps_do_not_halve_the_grid_is_refused(my_package):
+    from my_package import Pooled
+
+    settings = load_config("mim", [*FAST, "backbone=pooled"])
+    stretched = dataclasses.replace(
+        backbones.known()["pooled"], encoder=type("Stretched", (Pooled,), {"__init__": stretch(Pooled)})
+    )
+    backbones.known()["pooled"] = stretched
+    with pytest.raises(ValueError, match=r"cells of 4 voxels.*the strides of Stretched are \(2, 8\)"):
+        Learner(settings)
+
+
+def stretch(kind):
+    def build(encoder, *arguments, **keywords):
+        kind.__init__(encoder, *arguments, **keywords)
+        encoder.strides = (2, 8)
+
+    return build

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class PretrainingConfig:
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
-    others: Mapping[str, Any] = field(default_factory=dict)  # the sections of what other packages announce, by name
+    others: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})  # the sections of what other
+    # packages announce, by name; each has a key of its own beside ours
     shared_pass: bool = False  # one masked pass of the query network for all branches: faster, not the paper's
     queue_size: int = ranged(16384, "at least 1")  # keys kept as negatives
     momentum: Ramp = ranged(Ramp(low=0.996, high=0.999, begin=0.05, until=0.2), "between 0 and 1")  # of the key network
@@ -101,6 +102,8 @@ class PretrainingConfig:
             f"recipe is '{self.recipe}'; it names a folder, so use letters, digits, - and _",
         )
         check_ranges(self)
+        for name, section in self.others.items():
+            check_ranges(section, f"{name}.")
         _require(
             self.minimum_learning_rate <= self.learning_rate,
             f"minimum_learning_rate is {self.minimum_learning_rate}, above learning_rate {self.learning_rate}",
@@ -220,13 +223,31 @@ def from_dict(values: dict[str, Any]) -> PretrainingConfig:
         UserError: an unknown key, a value of the wrong type or out of range.
     """
     values = with_todays_names(values)
-    elsewhere = {kind.section: kind.section_type for kind in announced()}
-    elsewhere |= {name: one.settings for name, one in known_backbones().items() if name not in _OWN_SECTIONS}
+    elsewhere = _sections_of_other_packages()
     others = {
         name: build(elsewhere[name], value or {}, f"{name}.") for name, value in values.items() if name in elsewhere
     }
     own = {name: value for name, value in values.items() if name not in elsewhere}
     return build(PretrainingConfig, own, built={"others": others})
+
+
+def _sections_of_other_packages() -> dict[str, type]:
+    """By key: the dataclasses of the settings that announced objectives and backbones have.
+
+    Raises:
+        UserError: two have one key, or one has a key of ours, which would hide what the user says.
+    """
+    found = [(kind.section, kind.section_type) for kind in announced()]
+    found += [(name, one.settings) for name, one in known_backbones().items() if name not in _OWN_SECTIONS]
+    taken = {one.name for one in fields(PretrainingConfig)}
+    for name, _ in found:
+        _require(
+            name not in taken,
+            f"An installed package announces an objective or a backbone with the section '{name}', which is taken: "
+            "it must have a name of its own",
+        )
+        taken.add(name)
+    return dict(found)
 
 
 def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +256,10 @@ def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     logger.info("The section 'encoder' is called 'swin' now: write swin.embed_dim for encoder.embed_dim.")
     rest = {name: value for name, value in values.items() if name != "encoder"}
-    return rest | {"swin": {**(rest.get("swin") or {}), **(values["encoder"] or {})}}
+    sections = [one for one in (rest.get("swin"), values["encoder"]) if one is not None]
+    if not all(isinstance(one, Mapping) for one in sections):
+        return rest | {"swin": sections[-1]}  # what is wrong with it is said where sections are read
+    return rest | {"swin": {name: value for one in sections for name, value in one.items()}}
 
 
 class _Dumper(yaml.SafeDumper):

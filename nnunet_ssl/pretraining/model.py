@@ -43,6 +43,11 @@ class Network(nn.Module):
     def __init__(self, config: PretrainingConfig) -> None:
         super().__init__()
         self.encoder = build_encoder({**config.architecture(), "checkpointing": config.checkpointing})
+        if self.encoder.strides[-1] != config.stride:
+            raise ValueError(
+                f"Masks have cells of {config.stride} voxels, for each of the {config.maps} maps is to halve the grid, "
+                f"but the strides of {type(self.encoder).__name__} are {self.encoder.strides}."
+            )
         for objective in config.objectives:
             self.add_module(objective.head_name, objective.build_head(self.encoder))
         self.bf16 = config.bf16

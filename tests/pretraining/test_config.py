@@ -91,6 +91,7 @@ def test_an_override_leaves_its_neighbours_at_their_defaults():
     [
         ("swinn.embed_dim=24", "no key 'swinn'; did you mean 'swin'"),
         ("swin.embd_dim=24", "no key 'swin.embd_dim'; did you mean 'swin.embed_dim'"),
+        ("others.swin=1", "no key 'others'"),
         ("steps=1.5", "steps is 1.5; it takes a whole number"),
         ("workers=true", "workers is True; it takes a whole number"),
         ("learning_rate=fast", "learning_rate is 'fast'; it takes a number"),
@@ -132,6 +133,10 @@ def test_choices_that_need_two_branches_are_refused_for_one():
         load_config("mcl_ibot", ["augmentation.shared_affine=false"])
     with pytest.raises(UserError, match="maps are 0 to 4"):
         load_config("mcl_ibot", ["masked.tokens.level=5"])
+    with pytest.raises(
+        UserError, match=r"leave the encoder beyond it untrained: set masked\.tokens\.level=4"
+    ):
+        load_config("mcl_ibot", ["contrastive.pairs=none"])
 
 
 def test_a_file_can_be_a_recipe_and_gives_it_its_name(tmp_path):
@@ -180,3 +185,5 @@ def test_settings_of_0_1_0_are_read_with_a_hint(caplog):
     written = config.as_dict()
     written["encoder"] = written.pop("swin")
     assert from_dict(written) == config
+    with pytest.raises(UserError, match="swin is 3; it takes keys"):
+        load_config("mim", ["encoder=3"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 
 from nnunet_ssl.architectures.backbones.base import Backbone
 from nnunet_ssl.architectures.backbones.resenc import RESENC
 from nnunet_ssl.architectures.backbones.swin import SWIN
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.extensions import announced
 
 ENTRY_POINTS = "nnunet_ssl.backbones"
 """The group under which an installed package names its records."""
@@ -16,9 +16,17 @@ ENTRY_POINTS = "nnunet_ssl.backbones"
 
 @cache
 def known() -> dict[str, Backbone]:
-    """Every backbone by its name: ours, then those of other installed packages."""
-    others = [one.load() for one in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name)]
-    return {backbone.name: backbone for backbone in (SWIN, RESENC, *others)}
+    """Every backbone by its name: ours, then those of other installed packages.
+
+    Raises:
+        UserError: a package's cannot be imported, or two have one name.
+    """
+    backbones = (SWIN, RESENC, *announced(ENTRY_POINTS))
+    by_name = {backbone.name: backbone for backbone in backbones}
+    if len(by_name) < len(backbones):
+        names = ", ".join(backbone.name for backbone in backbones)
+        raise UserError(f"Two backbones have one name ({names}): another package's must have a name of its own.")
+    return by_name
 
 
 def backbone_of(name: object) -> Backbone:

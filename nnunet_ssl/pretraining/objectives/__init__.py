@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 
+from nnunet_ssl.extensions import announced as load_announced
 from nnunet_ssl.pretraining.objectives.base import Objective
 from nnunet_ssl.pretraining.objectives.contrastive import Contrastive
 from nnunet_ssl.pretraining.objectives.masked import Voxels
@@ -19,7 +19,7 @@ ENTRY_POINTS = "nnunet_ssl.objectives"
 @cache
 def announced() -> tuple[type[Objective], ...]:
     """The objectives of other installed packages, in the order of their entry points' names."""
-    return tuple(one.load() for one in sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name))
+    return tuple(load_announced(ENTRY_POINTS))
 
 
 def known() -> tuple[type[Objective], ...]:

@@ -69,6 +69,11 @@ class Tokens(Objective):
             )
         if not 0 <= self.settings.level < self.config.maps:
             raise UserError(f"masked.tokens.level is {self.settings.level}; the maps are 0 to {self.config.maps - 1}.")
+        if len(self.config.objectives) == 1 and self.settings.level < self.config.maps - 1:
+            raise UserError(
+                f"masked.target=tokens by itself looks at map {self.settings.level} and would leave the encoder beyond "
+                f"it untrained: set masked.tokens.level={self.config.maps - 1}, or contrastive.pairs."
+            )
 
     def build_head(self, encoder: Any) -> TokenHead:
         own = self.settings
