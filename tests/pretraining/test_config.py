@@ -133,9 +133,7 @@ def test_choices_that_need_two_branches_are_refused_for_one():
         load_config("mcl_ibot", ["augmentation.shared_affine=false"])
     with pytest.raises(UserError, match="maps are 0 to 4"):
         load_config("mcl_ibot", ["masked.tokens.level=5"])
-    with pytest.raises(
-        UserError, match=r"leave the encoder beyond it untrained: set masked\.tokens\.level=4"
-    ):
+    with pytest.raises(UserError, match=r"leave the encoder beyond it untrained: set masked\.tokens\.level=4"):
         load_config("mcl_ibot", ["contrastive.pairs=none"])
 
 

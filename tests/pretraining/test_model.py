@@ -125,3 +125,14 @@ def test_batches_of_several_sizes_compile_without_symbolic_shapes(tiny, compilin
     assert len(counter.graphs) == 3 * len(network.encoder.parts())
     inputs = [node for graph in counter.graphs for node in graph.graph.find_nodes(op="placeholder")]
     assert not any(isinstance(node.meta["example_value"], torch.SymInt) for node in inputs)
+
+
+def test_a_checkpoint_of_0_1_0_is_read(tiny):
+    """It kept the mean of the teacher's scores as a buffer of the learner itself."""
+    learner, other = (Learner(load_config("mcl_ibot", tiny)) for _ in range(2))
+    learner.centre.mean.normal_()
+    state = learner.state_dict()
+    state["centre"] = state.pop("centre.mean")
+    other.load_state_dict(state)
+    assert torch.equal(other.centre.mean, learner.centre.mean)
+    assert "centre" in state, "the caller's dictionary stays"
