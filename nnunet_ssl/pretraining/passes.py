@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Objective
+from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Objective, Pass
 
 
 @torch.no_grad()
@@ -32,8 +32,11 @@ def query_passes(
     """
 
     def branches(objectives: Sequence[Objective], maps: Sequence[Tensor]) -> dict[str, Branch]:
+        common = {"maps": maps, "examples": examples, "schedule": schedule}
         return {
-            one.name: one.branch(learner.query, maps, examples, taught.get(one.name), learner.state_of(one), schedule)
+            one.name: one.branch(
+                learner.query, Pass(taught=taught.get(one.name), state=learner.state_of(one), **common)
+            )
             for one in objectives
         }
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.pretraining.run.panels import Panel
 from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig, Batch
 from nnunet_ssl.schedules import Ramp
@@ -43,7 +44,7 @@ class Recipe(Protocol):
 class Network(Protocol):
     """What an objective may ask of the query or the key network, :class:`nnunet_ssl.pretraining.model.Network`."""
 
-    encoder: Any  # with `channels` and `strides`
+    encoder: Encoder
 
     def encode(self, views: Tensor, mask: Tensor | None = None) -> list[Tensor]: ...
     def head(self, name: str, *inputs: Any) -> Tensor: ...
@@ -99,6 +100,26 @@ class Branch:
     def detached(self) -> Branch:
         """The same without the graph behind the loss."""
         return replace(self, loss=self.loss.detach())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What an objective is given of a pass of the query network.
+
+    Attributes:
+        maps: the query encoder's, finest first: of ``examples.views`` with hidden cells if the objective is `masked`,
+            else of ``examples.paired_views``. In a shared pass both are one, and paired views come first.
+        examples: the views, targets, masks, subjects and sessions.
+        taught: what :meth:`Objective.teach` returned.
+        state: what :meth:`Objective.build_state` returned, to be read.
+        schedule: the step's numbers.
+    """
+
+    maps: Sequence[Tensor]
+    examples: Examples
+    taught: Tensor | None
+    state: Any
+    schedule: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +196,8 @@ class Objective(abc.ABC):
         """
 
     @abc.abstractmethod
-    def build_head(self, encoder: Any) -> nn.Module:
-        """Return the head; `encoder` tells its `channels` and `strides`."""
+    def build_head(self, encoder: Encoder) -> nn.Module:
+        """Return the head for the maps of `encoder`."""
 
     def build_state(self) -> nn.Module | None:
         """Return a module of buffers that lives beside the networks and is kept in checkpoints."""
@@ -197,25 +218,12 @@ class Objective(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} needs keys, so it has to say what they are.")
 
     @abc.abstractmethod
-    def branch(
-        self,
-        query: Network,
-        maps: Sequence[Tensor],
-        examples: Examples,
-        taught: Tensor | None,
-        state: nn.Module | None,
-        schedule: Mapping[str, float],
-    ) -> Branch:
+    def branch(self, query: Network, given: Pass) -> Branch:
         """The loss of a pass.
 
         Args:
             query: the network that learns; ``query.head(self.head_name, ...)`` calls the head in the right precision.
-            maps: the query encoder's, finest first: of ``examples.views`` with hidden cells if `masked`, else of
-                ``examples.paired_views``. In a shared pass both are one, and paired views come first.
-            examples: the views, targets, masks, subjects and sessions.
-            taught: what :meth:`teach` returned.
-            state: what :meth:`build_state` returned, to be read.
-            schedule: the step's numbers.
+            given: what the pass made and what else there is to know.
         """
 
     def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:  # noqa: B027

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Recipe
+from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Pass, Recipe
 from nnunet_ssl.pretraining.run.panels import BLUE, GREEN, Curve, Panel, both
 from nnunet_ssl.representation import effective_rank, uniformity
 from nnunet_ssl.schedules import Ramp
@@ -83,7 +84,7 @@ class Contrastive(Objective):
     def max_gradient_ratio(self) -> float | None:
         return self.settings.max_gradient_ratio
 
-    def build_head(self, encoder: Any) -> ProjectionHead:
+    def build_head(self, encoder: Encoder) -> ProjectionHead:
         return ProjectionHead(encoder.channels[-1], self.settings.hidden, self.settings.dim)
 
     def build_state(self) -> Queue:
@@ -98,23 +99,15 @@ class Contrastive(Objective):
         by_view = examples.batch.views.shape[:2]
         return key.head(self.head_name, maps[-1][: by_view.numel()]).unflatten(0, by_view)
 
-    def branch(
-        self,
-        query: Network,
-        maps: Sequence[Tensor],
-        examples: Examples,
-        taught: Tensor | None,
-        state: nn.Module | None,
-        schedule: Mapping[str, float],
-    ) -> Branch:
-        by_view = examples.batch.views.shape[:2]
-        queries = query.head(self.head_name, maps[-1][: by_view.numel()])
+    def branch(self, query: Network, given: Pass) -> Branch:
+        by_view = given.examples.batch.views.shape[:2]
+        queries = query.head(self.head_name, given.maps[-1][: by_view.numel()])
         result = symmetric_info_nce(
             queries.unflatten(0, by_view),
-            taught,
-            examples.batch.subject,
-            state.keys,
-            state.subjects,
+            given.taught,
+            given.examples.batch.subject,
+            given.state.keys,
+            given.state.subjects,
             self.settings.temperature,
         )
         figures = {
@@ -122,7 +115,7 @@ class Contrastive(Objective):
             "contrastive/accuracy": result.accuracy,
             "contrastive/negatives": result.negatives,
         }
-        return Branch(loss=schedule.get("contrastive_weight", 1.0) * result.loss, figures=figures)
+        return Branch(loss=given.schedule.get("contrastive_weight", 1.0) * result.loss, figures=figures)
 
     def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:
         """Put the keys of all ranks into the queue."""

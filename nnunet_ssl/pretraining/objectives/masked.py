@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, HeldOut, Network, Objective, Recipe
+from nnunet_ssl.pretraining.objectives.base import Branch, HeldOut, Network, Objective, Pass, Recipe
 from nnunet_ssl.pretraining.objectives.tokens import TokenConfig
 from nnunet_ssl.pretraining.run.panels import ORANGE, Panel, both
 from nnunet_ssl.pretraining.run.reconstructions import Reconstruction, reconstructions
@@ -62,23 +63,15 @@ class Voxels(Objective):
     def is_on(cls, config: Recipe) -> bool:
         return config.section("masked").target == "voxels"
 
-    def build_head(self, encoder: Any) -> FPNDecoder:
+    def build_head(self, encoder: Encoder) -> FPNDecoder:
         return FPNDecoder(encoder.channels, 1, width=self.settings.width, stride=encoder.strides[0])
 
-    def branch(
-        self,
-        query: Network,
-        maps: Sequence[Tensor],
-        examples: Examples,
-        taught: Tensor | None,
-        state: nn.Module | None,
-        schedule: Mapping[str, float],
-    ) -> Branch:
-        targets, stride = examples.targets, query.encoder.strides[-1]
-        prediction = query.head(self.head_name, maps, targets.shape[2:])
-        loss = reconstruction_error(prediction, targets, examples.mask, stride).mean()
+    def branch(self, query: Network, given: Pass) -> Branch:
+        targets, stride = given.examples.targets, query.encoder.strides[-1]
+        prediction = query.head(self.head_name, given.maps, targets.shape[2:])
+        loss = reconstruction_error(prediction, targets, given.examples.mask, stride).mean()
         with torch.no_grad():
-            of_mean = error_of_the_mean(targets, examples.mask, stride).mean()
+            of_mean = error_of_the_mean(targets, given.examples.mask, stride).mean()
         figures = {"loss/masked": loss.detach(), "masked/error_over_mean": loss.detach() / of_mean}
         return Branch(loss=self.settings.weight * loss, figures=figures)
 

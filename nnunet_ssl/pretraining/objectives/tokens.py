@@ -6,19 +6,19 @@ session as views, a token's target is then what both modalities have in common a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Recipe
+from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Pass, Recipe
 from nnunet_ssl.pretraining.run.panels import ORANGE, Panel, both
 from nnunet_ssl.schedules import Ramp
 from nnunet_ssl.typed import ranged
@@ -75,7 +75,7 @@ class Tokens(Objective):
                 f"it untrained: set masked.tokens.level={self.config.maps - 1}, or contrastive.pairs."
             )
 
-    def build_head(self, encoder: Any) -> TokenHead:
+    def build_head(self, encoder: Encoder) -> TokenHead:
         own = self.settings
         return TokenHead(encoder.channels[own.level], own.hidden, own.bottleneck, own.prototypes)
 
@@ -93,24 +93,16 @@ class Tokens(Objective):
         of_other_view = scores[:paired].unflatten(0, by_view).flip(0).flatten(0, 1)
         return torch.cat([of_other_view, scores[paired:]])
 
-    def branch(
-        self,
-        query: Network,
-        maps: Sequence[Tensor],
-        examples: Examples,
-        taught: Tensor | None,
-        state: nn.Module | None,
-        schedule: Mapping[str, float],
-    ) -> Branch:
+    def branch(self, query: Network, given: Pass) -> Branch:
         level, strides = self.settings.level, query.encoder.strides
-        hidden = expand_mask(examples.mask, maps[level].shape[2:], strides[-1] // strides[level]).flatten(1)
+        hidden = expand_mask(given.examples.mask, given.maps[level].shape[2:], strides[-1] // strides[level]).flatten(1)
         result = distillation(
-            query.head(self.head_name, maps[level]),
-            taught,
+            query.head(self.head_name, given.maps[level]),
+            given.taught,
             hidden,
-            state.mean,
+            given.state.mean,
             student_temperature=self.settings.student_temperature,
-            teacher_temperature=schedule["teacher_temperature"],
+            teacher_temperature=given.schedule["teacher_temperature"],
         )
         figures = {"loss/masked": result.loss.detach(), "masked/prototypes_used": result.perplexity}
         return Branch(loss=self.config.section("masked").weight * result.loss, figures=figures, kept=result.centre)
