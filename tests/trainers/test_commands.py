@@ -151,14 +151,19 @@ def test_weights_of_others_are_taken_as_they_were_published(workplace, tmp_path,
     file = tmp_path / "published.ckpt"
     torch.save(PUBLISHED[origin](), file)
     plans = "nnUNetResEncUNetLPlans" if origin == "nnssl" else "nnUNetPlans"
-    shown = workplace.run(
-        "nnUNetv2_train", workplace.number, "3d_fullres", 0, "-tr", "nnUNetTrainerSSL", "-p", plans, "-device", "cpu",
-        nnssl_settings="steps=1,epoch_steps=1", nnssl_checkpoint=file, nnUNet_results=results,
-    )  # fmt: skip
+    command = ("nnUNetv2_train", workplace.number, "3d_fullres", 0, "-tr", "nnUNetTrainerSSL", "-p", plans)
+    given = {"nnssl_settings": "steps=1,epoch_steps=1", "nnssl_checkpoint": file, "nnUNet_results": results}
+    suffix = "_steps1_epoch1"
+    if origin == "monai":  # whose files do not tell how patches are merged
+        refused = workplace.run(*command, "-device", "cpu", **given, fails=True)
+        assert "nnssl_settings=merging=" in refused and not list(results.rglob("*.pth"))
+        given["nnssl_settings"] += ",merging=monai"
+        suffix += "_merging-monai"
+    shown = workplace.run(*command, "-device", "cpu", **given)
     assert f"Pre-trained encoder: {file}" in shown and f"origin {origin}" in shown
     assert "100.0% of the encoder loaded" in shown
     file.unlink()
-    what = {"trainer": "nnUNetTrainerSSL", "plans": f"{plans}_steps1_epoch1"}
+    what = {"trainer": "nnUNetTrainerSSL", "plans": f"{plans}{suffix}"}
     predict(workplace, tmp_path / "out", **what, nnUNet_results=results)
 
 
