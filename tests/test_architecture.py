@@ -15,7 +15,8 @@ MAY_USE = {
     "conversion": {"imaging", "corpus"},
     "pretraining": {"architectures", "weights", "corpus"},
     "trainers": {"architectures", "weights", "pretraining", "imaging"},
-    "evaluation": {"architectures", "weights", "corpus", "imaging", "pretraining", "trainers"},
+    "interface": {"architectures", "weights", "corpus"},
+    "evaluation": {"architectures", "weights", "corpus", "interface", "imaging", "pretraining", "trainers"},
     "demo": {"evaluation", "trainers"},
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_ssl.corpus.modalities import MODALITIES, UNKNOWN
-from nnunet_ssl.corpus.store import UnreadableScan, read_box
+from nnunet_ssl.corpus.store import UnreadableScan, padded_patch, read_box
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder
 
@@ -118,11 +118,8 @@ class Corpus:
         Raises:
             UnreadableScan: the scan's file is missing or damaged.
         """
-        start, length = np.array(start), self.scans[["size_x", "size_y", "size_z"]].iloc[row].to_numpy(int)
-        first, last = start.clip(0, length), (start + size).clip(0, length)
-        missing = np.stack([first - start, start + size - last], axis=1)
-        voxels = read_box(self.path(row), length, np.stack([first, last], axis=1))
-        return np.pad(voxels, missing, mode="edge")[None]
+        shape = self.scans[["size_x", "size_y", "size_z"]].iloc[row].to_numpy(int)
+        return padded_patch(lambda box: read_box(self.path(row), shape, box), shape, start, size)[None]
 
     def read_central_patch(self, row: int, size: Sequence[int]) -> np.ndarray:
         """Read (1, *size) voxels around the centre of a scan's foreground; beyond the volume its edge repeats."""

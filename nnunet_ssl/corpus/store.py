@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,21 @@ def read_box(path: Path, shape: Sequence[int], box: Sequence[Sequence[int]]) -> 
         return array[(slice(0, 1), *(slice(int(start), int(stop)) for start, stop in box))][0]
     except Exception as error:  # blosc2 answers damaged files with any kind of exception
         raise UnreadableScan(f"{path} cannot be read ({error})") from error
+
+
+def padded_patch(
+    read: Callable[[np.ndarray], np.ndarray], shape: Sequence[int], start: Sequence[int], size: Sequence[int]
+) -> np.ndarray:
+    """Return the patch of `size` voxels from `start` on, (X, Y, Z); beyond a volume of `shape` its edge repeats.
+
+    Args:
+        read: returns the voxels of a box (3, 2), half open, inside the volume.
+    """
+    first = np.asarray(start)
+    last = first + size
+    inside = np.stack([first.clip(0, shape), last.clip(0, shape)], axis=1)
+    missing = np.stack([inside[:, 0] - first, last - inside[:, 1]], axis=1)
+    return np.pad(read(inside), missing, mode="edge")
 
 
 def _record(case: Path) -> dict[str, Any] | None:

@@ -14,22 +14,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import Corpus, open_corpus
 from nnunet_ssl.corpus.store import UnreadableScan
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
-from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
-from nnunet_ssl.weights.pretrained import encoder_file
+from nnunet_ssl.interface.encoders import View, load_encoder, patch_starts, pooled_bottleneck
+from nnunet_ssl.weights.pretrained import PretrainedEncoder
 
-DEFAULT_PATCH = (96, 96, 96)
 INTERNAL_COLUMNS = (
     *("scan_id", "subject", "session", "shape", "bbox", "subject_index", "session_index", "place_index"),
     *("x0", "x1", "y0", "y1", "z0", "z1", "size_x", "size_y", "size_z"),
 )
 """Of a corpus' manifest, what says where a scan lies; the rest says what it is, and stays with its embedding."""
 
-View = Literal["centre", "tiles"]
 Subjects = Literal["all", "validation"]
 
 logger = logging.getLogger(__name__)
@@ -67,16 +64,12 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     Raises:
         UserError: the checkpoint or the corpus cannot be read, or not one of its scans.
     """
-    pretrained = read_checkpoint(encoder_file(checkpoint))
+    encoder = load_encoder(checkpoint, device)
     corpus = open_corpus(dataset)
-    _compare_preprocessing(pretrained, corpus)
-    encoder = build_encoder({**pretrained.architecture, "in_channels": 1})  # scans are encoded one by one
-    for key, why in pretrained.assumed.items():
-        logger.warning("Assumed of the checkpoint: %s %s (%s).", key, pretrained.architecture[key], why)
-    logger.info("%s", load_encoder(encoder, pretrained))
-    rows = choose_rows(corpus, pretrained, config)
-    patch_size = config.patch_size or _pretraining(pretrained).get("patch_size", DEFAULT_PATCH)
-    rows, vectors = encode_scans(encoder.to(device).eval(), corpus, rows, tuple(patch_size), config)
+    _compare_preprocessing(encoder.pretrained, corpus)
+    rows = choose_rows(corpus, encoder.pretrained, config)
+    patch_size = tuple(config.patch_size or encoder.patch_size)
+    rows, vectors = encode_scans(encoder.network, corpus, rows, patch_size, config)
     scans = corpus.scans.loc[rows].reset_index(drop=True)
     identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)
     known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(object)
@@ -92,7 +85,7 @@ def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingC
     scans = corpus.scans
     if config.subjects == "validation":
         try:
-            settings = _pretraining(pretrained)
+            settings = pretrained.metadata["config"]
             fraction, seed = settings["validation"]["fraction"], settings["seed"]
         except KeyError:
             raise UserError(
@@ -108,9 +101,8 @@ def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingC
     return scans.index[scans["subject"].isin(names)].to_numpy()
 
 
-@torch.no_grad()
 def encode_scans(
-    encoder: nn.Module, corpus: Corpus, rows: np.ndarray, patch_size: tuple[int, int, int], config: EncodingConfig
+    network: nn.Module, corpus: Corpus, rows: np.ndarray, patch_size: tuple[int, int, int], config: EncodingConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embed the scans in `rows` that can be read.
 
@@ -120,9 +112,10 @@ def encode_scans(
     Raises:
         UserError: not one of them can be read.
     """
-    device = next(encoder.parameters()).device
     places = [
-        (place, start) for place, row in enumerate(rows) for start in patch_starts(corpus, row, patch_size, config)
+        (place, start)
+        for place, row in enumerate(rows)
+        for start in patch_starts(corpus.foreground_box(row), patch_size, config.view)
     ]
     progress = tqdm(total=len(places), desc="embedding patches", disable=None)
     failures: dict[int, UnreadableScan] = {}
@@ -130,8 +123,7 @@ def encode_scans(
     sums, counts = None, np.zeros(len(rows))
     while batch := list(itertools.islice(patches, config.batch_size)):
         owners = np.array([place for place, _ in batch])
-        views = torch.from_numpy(np.stack([patch for _, patch in batch]))
-        pooled = encoder(views.to(device).float())[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
+        pooled = pooled_bottleneck(network, torch.from_numpy(np.stack([patch for _, patch in batch])))
         sums = np.zeros((len(rows), pooled.shape[1])) if sums is None else sums
         np.add.at(sums, owners, pooled)
         np.add.at(counts, owners, 1)
@@ -158,20 +150,6 @@ def _read_patches(
                 failures[place] = failure
 
 
-def patch_starts(
-    corpus: Corpus, row: int, patch_size: tuple[int, int, int], config: EncodingConfig
-) -> list[tuple[int, int, int]]:
-    """Return the first voxel of each patch of a scan; it may lie outside the volume."""
-    axes = []
-    for (first, last), size in zip(corpus.foreground_box(row).tolist(), patch_size):
-        count = 1 if config.view == "centre" else -(-(last - first) // size)
-        if count == 1:
-            axes.append([(first + last - size) // 2])
-        else:
-            axes.append(np.linspace(first, last - size, count).round().astype(int).tolist())
-    return list(itertools.product(*axes))
-
-
 def find_device(name: str) -> torch.device:
     """Return the torch device that ``-device`` names.
 
@@ -191,11 +169,6 @@ def find_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("-device mps: PyTorch sees no Apple GPU here. Use -device cpu.")
     return device
-
-
-def _pretraining(pretrained: PretrainedEncoder) -> dict:
-    """The pre-training's configuration, where the checkpoint carries it."""
-    return pretrained.metadata.get("config", {})
 
 
 def _compare_preprocessing(pretrained: PretrainedEncoder, corpus: Corpus) -> None:

@@ -10,8 +10,9 @@ from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import read_embeddings
-from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device, patch_starts
+from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device
 from nnunet_ssl.evaluation.probes import probe
+from nnunet_ssl.interface.encoders import patch_starts
 from nnunet_ssl.weights.encoders import write_encoder
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_an_embedding_is_the_spatial_mean_of_the_bottleneck_of_the_central_patch
 def test_tiles_cover_the_foreground_and_their_embeddings_are_averaged(write_corpus, checkpoint):
     write_corpus()
     tiles = EncodingConfig(view="tiles", patch_size=(16, 32, 32))
-    starts = patch_starts(open_corpus(500), 0, tiles.patch_size, tiles)
+    starts = patch_starts(open_corpus(500).foreground_box(0), tiles.patch_size, tiles.view)
     assert [start[0] for start in starts][::2] == [4, 20]  # the box spans 4 ... 36 there
     assert {start[1] for start in starts} == {0, 4}
     assert {start[2] for start in starts} == {0}  # 28 voxels fit into one patch around their centre

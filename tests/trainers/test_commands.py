@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import nnunet_ssl
+from nnunet_ssl.errors import UserError
+
 pytestmark = pytest.mark.slow
 TRAINER = "nnUNetTrainerMCLMIM"
 SETTINGS = "steps=2,epoch_steps=1,freeze_share=0.5,lr=0.01"
@@ -31,6 +34,12 @@ def probabilities(folder) -> np.ndarray:
     assert nibabel.load(mask).shape == values.shape[:0:-1]
     assert values.std() > 1e-4
     return values
+
+
+def predict_with_mirroring(place, folder) -> nibabel.Nifti1Image:
+    which = ("-d", place.number, "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-p", PLANS)
+    place.run("nnUNetv2_predict", "-i", place.test_images, "-o", folder, *which, *LIGHT[:6])
+    return nibabel.load(next(folder.glob("*.nii.gz")))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +98,19 @@ def test_a_model_folder_predicts_what_its_name_predicts(trained, prediction, tmp
     what = ("-i", trained.test_images, "-o", tmp_path, "-m", model, "-f", "0")
     trained.run("nnUNetv2_predict_from_modelfolder", *what, *LIGHT)
     np.testing.assert_array_equal(probabilities(tmp_path), prediction)
+
+
+def test_segmenting_in_python_gives_what_the_command_writes(trained, prediction, tmp_path):
+    model, (image,) = trained.results / f"{TRAINER}__{PLANS}__3d_fullres", sorted(trained.test_images.glob("*"))
+    written = predict_with_mirroring(trained, tmp_path)
+    for case in (image, [image]):
+        (segmented,) = nnunet_ssl.segment(model, [case], device="cpu")
+        np.testing.assert_array_equal(segmented.dataobj, written.dataobj)
+        np.testing.assert_array_equal(segmented.affine, nibabel.load(image).affine)
+    with pytest.raises(UserError, match=r"finished folds 0, not \[3\]"):
+        nnunet_ssl.segment(model, [image], folds=[3])
+    with pytest.raises(UserError, match=r"1 channels \(MR0\).* has 2"):
+        nnunet_ssl.segment(model, [[image, image]])
 
 
 def test_an_exported_model_predicts_the_same_elsewhere(trained, prediction, tmp_path):
