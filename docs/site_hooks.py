@@ -1,0 +1,89 @@
+"""What the site shows that is written elsewhere: the README as its first page, and every command's own help."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changes.md": "CHANGELOG.md"}
+"""Pages that lie at the top of the repository, by their names in the site."""
+
+CONSOLE = """\
+import sys
+from importlib.metadata import entry_points
+(command,) = entry_points(group="console_scripts", name=sys.argv[1])
+main, sys.argv = command.load(), sys.argv[1:]
+main()
+"""
+"""Runs a console command of this installation, whether it is on the PATH or not."""
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Give every command a page of its own."""
+    reference = next(section for section in config.nav if "Reference" in section)
+    pages = [{name: page_of(name)} for name in commands()]
+    reference["Reference"].append({"Commands": pages})
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the pages that are no files of docs/."""
+    for name, source in ELSEWHERE.items():
+        files.append(File.generated(config, name, content=with_links_of_the_site((ROOT / source).read_text())))
+    for name, call in commands().items():
+        files.append(File.generated(config, page_of(name), content=manual(name, call)))
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Name the files of the repository that the site does not have, in place of links to them."""
+    return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"`\1`", markdown)
+
+
+def with_links_of_the_site(markdown: str) -> str:
+    """Turn links from the top of the repository into links from docs/."""
+    for name, source in ELSEWHERE.items():
+        markdown = markdown.replace(f"({source})", f"({name})")
+    markdown = markdown.replace("(docs/", "(")
+    return re.sub(r"\[([^\]]*)\]\((?!figures/)(?:LICENSE|[a-z_]+/[^):]*)\)", r"`\1`", markdown)
+
+
+def commands() -> dict[str, list[str]]:
+    """By name: how every command of the package is called here."""
+    scripts = sorted((ROOT / "dataset_conversion").glob("Dataset*.py"))
+    points = sorted(point.name for point in importlib.metadata.distribution("nnunet_ssl").entry_points)
+    return (
+        {name: ["-c", CONSOLE, name] for name in points if name.startswith("nnssl_")}
+        | {script.name: [str(script)] for script in scripts}
+        | {"python -m nnunet_ssl.phantom": ["-m", "nnunet_ssl.phantom"]}
+    )
+
+
+def page_of(name: str) -> str:
+    return f"commands/{name.split('.')[-1] if ' ' in name else name.removesuffix('.py')}.md"
+
+
+def manual(name: str, call: list[str]) -> str:
+    """Write a command's page: its help, and that of its subcommands."""
+    text = help_of(call)
+    parts = [f"# {name}", f"```text\n{text}```"]
+    found = re.search(r"^usage: \S+ \[-h\]\s+(\w+(?: \| \w+)+) \.\.\.", text)
+    for subcommand in found[1].split(" | ") if found else ():
+        parts += [f"## {name} {subcommand}", f"```text\n{help_of([*call, subcommand])}```"]
+    return "\n\n".join(parts)
+
+
+def help_of(call: list[str]) -> str:
+    return subprocess.run(
+        [sys.executable, *call, "--help"],
+        env=os.environ | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
