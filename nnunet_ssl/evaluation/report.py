@@ -14,6 +14,7 @@ from nnunet_ssl.evaluation.stages import results_of
 from nnunet_ssl.evaluation.statistics import holm, mean_interval, paired_wilcoxon, rate_interval
 from nnunet_ssl.evaluation.study import Experiment, Run, Study
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.pages import write_page
 
 PARTS = ("test", "validation")
 KEY = ("arm", "dataset", "fraction", "part")
@@ -101,7 +102,10 @@ def read_alignments(study: Study, experiment: Experiment, folder: Path) -> dict[
 
 
 def collect(study: Study, folder: Path) -> Path:
-    """Write ``report.md``, its tables as CSV and its figures into ``<folder>/report``; return the report's path."""
+    """Write the report into ``<folder>/report``; return the path of ``report.md``.
+
+    Beside it lie ``report.html``, one file that opens anywhere, the tables as CSV, and the figures.
+    """
     from nnunet_ssl.evaluation.figures.study import draw_fractions, draw_modalities
 
     out = folder / "report"
@@ -128,6 +132,7 @@ def collect(study: Study, folder: Path) -> Path:
                 text += [f"![{experiment.title}]({path.name})", ""]
     with written_beside(out / "report.md") as temporary:
         temporary.write_text("\n".join(text))
+    write_page(out / "report.html", "\n".join(text), study.name)
     return out / "report.md"
 
 

@@ -76,7 +76,9 @@ def execute_all(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, 
     for place, run in enumerate(runs, start=1):
         if read_record(folder, run).get("ended_at", 0) > began:
             continue
-        logger.info("[%d/%d] %s", place, len(runs), run.id)
+        each = (time.time() - began) / max(1, place - 1)
+        left = f" (about {each * (len(runs) - place + 1) / 3600:.1f} h left)" if place > 1 else ""
+        logger.info("[%d/%d] %s%s", place, len(runs), run.id, left)
         if execute(run, study, folder, device) == "failed":
             failed.append(run.id)
     return failed

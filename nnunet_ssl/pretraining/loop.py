@@ -21,7 +21,8 @@ from nnunet_ssl.pretraining.monitoring import Validation
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
 from nnunet_ssl.pretraining.run import checkpointing, outputs
 from nnunet_ssl.pretraining.run.records import Records
-from nnunet_ssl.pretraining.run.speed import Stopwatch
+from nnunet_ssl.pretraining.run.speed import Stopwatch, live_line
+from nnunet_ssl.pretraining.run.summary import write_summary
 from nnunet_ssl.pretraining.step import training_step
 from nnunet_ssl.pretraining.views.loading import lost_workers_explained
 from nnunet_ssl.pretraining.views.streams import Stream
@@ -70,6 +71,7 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
         records = stack.enter_context(Records(folder, step=first, config=config, device=device))
         stop_requested = stack.enter_context(stop_requests())
         stopwatch = Stopwatch(stream)
+        line = stack.enter_context(live_line(first, config.steps))
         announce(folder, corpus, config, learner, first)
         if distributed.is_main():
             outputs.reopen(folder)
@@ -89,6 +91,7 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
                 stop_requested=stop_requested,
             )
             stopwatch.step()
+            line.update()
 
             if update.finite:
                 suspects = []
@@ -116,6 +119,8 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
                 with stopwatch.paused():
                     save(folder, learner, optimizer, corpus, step=done, skipped=skipped)
                     records.plot()
+                    if distributed.is_main():
+                        write_summary(folder, config, outputs.description(corpus, config), distributed.world_size())
             if update.stopping and not last:
                 logger.info("Asked to stop: step %d is saved. Go on with the same command and --c.", done)
                 return
