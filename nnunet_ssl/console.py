@@ -11,23 +11,28 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeAlias
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.requirements import check_requirements
+
+Arguments = ParamSpec("Arguments")
+
+Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What ``add_subparsers`` returns."""
 
 PIPE_CLOSED = 141
 """The exit status that a shell gives to a program whose reader went away: 128 + SIGPIPE."""
 
 
-def command(main: Callable[..., None]) -> Callable[..., None]:
+def command(main: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Decorate a console entry point: log to the terminal, print a :class:`UserError` as one line and exit with 1.
 
     A full disk and an unwritable folder are the user's to mend as well, so ``OSError`` is reported the same way.
     """
 
     @functools.wraps(main)
-    def run(*args, **kwargs) -> None:
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Terminal(sys.stdout)], force=True)
         logging.getLogger("numexpr").setLevel(logging.WARNING)  # pandas' helper tells how many threads it takes
         try:
@@ -51,9 +56,9 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def add_subcommand(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, epilog: str
+    commands: Subcommands, name: str, run: Callable[[argparse.Namespace], None], help: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """Add to what ``add_subparsers`` returned a parser whose arguments are for `run`."""
+    """Add a parser whose arguments are for `run`."""
     parser = commands.add_parser(
         name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -7,14 +7,17 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.schedules import Ramp
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 RANGES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
