@@ -8,7 +8,7 @@ traced code depends on, what was compiled for the old one is dropped, by us.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,14 +19,20 @@ thirteen shapes of the paper's Swin encoder, with and without gradients and auto
 training, validation and prediction. Past PyTorch's default of 8 a part would run uncompiled."""
 
 
-def compile_parts(network: nn.Module, **options: Any) -> None:
+class Divisible(Protocol):
+    """A network that tells of what it is made."""
+
+    def parts(self) -> list[nn.Module]: ...
+
+
+def compile_parts(network: Divisible, **options: Any) -> None:
     """Let torch.compile have each of ``network.parts()`` when it is first called, in place of the whole.
 
     Parts of one class and one shape share what is compiled, so that the work grows with the number of shapes and not
     with the depth; what lies between them, such as the choice of windows, runs as Python.
 
     Args:
-        network: has a method `parts` that lists modules.
+        network: lists its `parts`.
         options: of :meth:`torch.nn.Module.compile`.
     """
     forget_compiled()  # another network of these classes may have been compiled under other settings

@@ -85,6 +85,8 @@ def conv_normalization(kind: str, channels: int, groups: int) -> nn.Module:
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with a learnt bias for each relative position."""
 
+    relative_position_index: Tensor
+
     def __init__(self, channels: int, heads: int, window: int):
         super().__init__()
         self.heads = heads
@@ -104,9 +106,10 @@ class WindowAttention(nn.Module):
         windows = to_windows(qkv, self.qkv.bias.to(qkv.dtype), plan)
         parts = windows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.bias(plan.length)
+        kinds = parts.split(plan.windows_of_kind, dim=1)
         attended = [
-            attention(*kind, bias if penalty is None else bias + penalty.to(bias.dtype))
-            for kind, penalty in zip(parts.split(plan.windows_of_kind, dim=1), plan.penalties, strict=True)
+            attention(query, key, value, bias if penalty is None else bias + penalty.to(bias.dtype))
+            for (query, key, value), penalty in zip(kinds, plan.penalties, strict=True)
         ]
         return from_windows(torch.cat([part.transpose(1, 2) for part in attended]).flatten(2), plan)
 
@@ -286,7 +289,7 @@ class SwinEncoder(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
-        return [module for stage in self.stages for module in (stage.conv, *stage.blocks, stage.merging)]
+        return [module for module in self.modules() if isinstance(module, (ResidualBlock, SwinBlock, PatchMerging))]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.

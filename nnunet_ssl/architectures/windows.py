@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,9 @@ class _ToWindows(torch.autograd.Function):
     """Tokens (rows, C) to window rows; padding rows hold `padding` (C,). Backward gathers too: no atomic additions."""
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, padding: Tensor, token_of_row, row_of_token, padding_rows) -> Tensor:
+    def forward(
+        ctx: Any, tokens: Tensor, padding: Tensor, token_of_row: Tensor, row_of_token: Tensor, padding_rows: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(row_of_token, padding_rows)
         windows = tokens.index_select(0, token_of_row)
         if padding_rows.shape[0]:
@@ -122,7 +125,7 @@ class _ToWindows(torch.autograd.Function):
         return windows
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         row_of_token, padding_rows = ctx.saved_tensors
         padding = gradient.index_select(0, padding_rows).sum(0)
         return gradient.index_select(0, row_of_token), padding, None, None, None
@@ -132,12 +135,12 @@ class _FromWindows(torch.autograd.Function):
     """Window rows (rows, C) to tokens; what lies in padding rows is dropped."""
 
     @staticmethod
-    def forward(ctx, windows: Tensor, token_of_row, row_of_token, padding_rows) -> Tensor:
+    def forward(ctx: Any, windows: Tensor, token_of_row: Tensor, row_of_token: Tensor, padding_rows: Tensor) -> Tensor:
         ctx.save_for_backward(token_of_row, padding_rows)
         return windows.index_select(0, row_of_token)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         token_of_row, padding_rows = ctx.saved_tensors
         windows = gradient.index_select(0, token_of_row)
         if padding_rows.shape[0]:
