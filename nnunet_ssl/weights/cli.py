@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.console import add_subcommand, command
+from nnunet_ssl.console import Subcommands, add_subcommand, command
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_inspect(commands) -> None:
+def _add_inspect(commands: Subcommands) -> None:
     parser = add_subcommand(commands, "inspect", _inspect, "Say what is in a checkpoint.", _EXAMPLES["inspect"])
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--tensors", action="store_true", help="list every tensor of the encoder")
@@ -119,7 +119,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     logger.info("%s", report)
 
 
-def _add_import(commands) -> None:
+def _add_import(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "import", _import, "Write the encoder of any checkpoint as a file of our own.", _EXAMPLES["import"]
     )
@@ -133,7 +133,7 @@ def _import(arguments: argparse.Namespace) -> None:
     _write_own(arguments.o, arguments.file, pretrained, report)
 
 
-def _add_export(commands) -> None:
+def _add_export(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "export", _export, "Write the encoder of any checkpoint for other software.", _EXAMPLES["export"]
     )
@@ -185,7 +185,7 @@ def _say_what_monai_needs(pretrained: PretrainedEncoder) -> None:
         logger.info("The mask token is left out: MONAI's class has none.")
 
 
-def _add_fetch(commands) -> None:
+def _add_fetch(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "fetch", _fetch, "Put a published encoder where the trainers look for it.", _EXAMPLES["fetch"]
     )

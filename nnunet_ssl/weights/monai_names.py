@@ -53,7 +53,7 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...], step: int) -> str:
         match = re.match(pattern, name)
         if match:
             stage = str(int(match[1]) + step)
-            return replacement.replace(r"\1", stage).replace(r"\2", match[match.lastindex]) + name[match.end() :]
+            return replacement.replace(r"\1", stage).replace(r"\2", match.groups()[-1]) + name[match.end() :]
     return name
 
 

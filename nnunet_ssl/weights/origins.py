@@ -228,7 +228,7 @@ def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
     place = plan["key_to_encoder"].removesuffix("stages") if plan.get("key_to_encoder") else None
     tensors, left_out = _encoder(state, RESENC.anchor, place=place)
     pretraining = _section(plan, "pretrain_plan")
-    configuration = next(iter(_section(pretraining, "configurations").values()), {})
+    configuration: Mapping[str, Any] = next(iter(_section(pretraining, "configurations").values()), {})
     return PretrainedEncoder(
         tensors=tensors,
         architecture=_architecture(tensors),
@@ -278,11 +278,12 @@ UNSEEN = ("merging", "conv_groups")
 
 def _section(content: Mapping[str, Any], *keys: Any) -> Mapping[str, Any]:
     """Return the mapping that lies at `keys`, one in the other; an empty one if there is none."""
+    found: Any = content
     for key in keys:
-        content = content.get(key)
-        if not isinstance(content, Mapping):
+        found = found.get(key)
+        if not isinstance(found, Mapping):
             return {}
-    return content
+    return found
 
 
 def _unwrapped(name: str) -> str:
