@@ -68,7 +68,7 @@ def finished_sessions(folder: Path, tasks: Sequence[SessionTask]) -> dict[str, S
 
 def _is_intact(store: Path, scan_id: str, result: SessionResult, sizes: Mapping[str, int]) -> bool:
     """Compare a case's files with what the journal recorded of them, or record it, once they are known to be whole."""
-    found = [sizes.get(scan_id + suffix) for suffix in SUFFIXES]
+    found = [sizes[scan_id + suffix] for suffix in SUFFIXES if scan_id + suffix in sizes]
     if scan_id not in result.sizes and is_whole(store / scan_id):
         result.sizes[scan_id] = found
     return found == result.sizes.get(scan_id)

@@ -26,7 +26,7 @@ NNSSL_FILE = "pretrain_data.json"
 
 _FOUND = [name for name in COLUMNS if name not in ("age", "sex")]  # what the names of files and folders tell
 _IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$", re.IGNORECASE)
-_FOMO_STEM = re.compile(r"(?P<name>.+?)(_(?P<repeat>\d+))?$")
+_REPEATED = re.compile(r"(?P<name>.+)_(?P<repeat>\d+)")
 _BIDS_FOLDERS = ("anat", "dwi", "swi")
 _SINGLE_SESSION = "ses-1"
 
@@ -97,7 +97,7 @@ def _read_fomo(root: Path) -> pd.DataFrame:
         for subject in _folders(dataset, "sub_"):
             for session in _folders(subject, "ses_"):
                 for file, stem in _images(session):
-                    parts = _FOMO_STEM.match(stem)
+                    repeated = _REPEATED.fullmatch(stem)
                     rows.append(
                         {
                             "scan_id": f"{dataset.name}__{subject.name}__{session.name}__{stem}",
@@ -107,8 +107,8 @@ def _read_fomo(root: Path) -> pd.DataFrame:
                             "filename": stem,
                             "subject": f"{dataset.name}/{subject.name}",
                             "session": f"{dataset.name}/{subject.name}/{session.name}",
-                            "modality": modality_of(parts["name"]),
-                            "repeat": int(parts["repeat"] or 1),
+                            "modality": modality_of(repeated["name"] if repeated else stem),
+                            "repeat": int(repeated["repeat"]) if repeated else 1,
                             "path": str(file),
                         }
                     )

@@ -24,7 +24,7 @@ from nnunet_ssl.corpus.plans import PreparationConfig, make_plans, settle_plans
 from nnunet_ssl.corpus.prepared import DATA_IDENTIFIER, summarize
 from nnunet_ssl.corpus.session import ScanTask, SessionResult, SessionTask, prepare_session
 from nnunet_ssl.corpus.store import SUFFIXES
-from nnunet_ssl.corpus.workers import run_locally, run_on_cluster
+from nnunet_ssl.corpus.workers import Outcomes, run_locally, run_on_cluster
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import remove_leftovers, written_beside
 from nnunet_ssl.imaging.skull_strip import require_hd_bet
@@ -154,7 +154,7 @@ def _work(
     folder: Path,
     tasks: Sequence[SessionTask],
     done: Mapping[str, SessionResult],
-    outcomes: Iterator[tuple[SessionTask, SessionResult | BaseException]],
+    outcomes: Outcomes[SessionTask, SessionResult],
 ) -> dict[str, SessionResult]:
     """Collect the outcomes of the pending tasks into the journal, with a progress bar; return them by session."""
     write_journal(folder, done.values())

@@ -11,6 +11,7 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,13 +109,13 @@ def prepare_session(task: SessionTask) -> SessionResult:
     result = SessionResult(session=task.session, fingerprint=task.fingerprint)
     session = _Session(task)
     looks = _attempt(session.look, task.scans, result)
-    looks = _attempt(lambda scan: session.place(scan, looks), looks, result)
+    looks = _attempt(partial(session.place, looks=looks), looks, result)
     agreements = pair_agreements(looks)
     for group in make_groups(looks, agreements):
         session.enter(group, looks)
         boxes = _attempt(session.foreground_box, group.kept, result)
         box = _union(boxes.values())
-        rows = _attempt(lambda scan, box=box: session.store(scan, box, agreements), boxes, result)
+        rows = _attempt(partial(session.store, box=box, agreements=agreements), boxes, result)
         result.rows += rows.values()
     result.remove_failed_cases(task.folder)
     result.sizes = {row["scan_id"]: file_sizes(Path(task.folder, row["scan_id"])) for row in result.rows}
@@ -146,7 +147,7 @@ class _Session:
         self.nan_voxels: dict[ScanTask, int] = {}
         self.notes: dict[ScanTask, list[str]] = {}
         self.affines: dict[ScanTask, np.ndarray] = {}
-        self.group: Group[ScanTask] | None = None
+        self.group: Group[ScanTask]  # the one that was entered
         self.regridded: dict[ScanTask, str] = {}
         self.skull: dict[ScanTask, str] = {}
         self.brain: np.ndarray | None = None

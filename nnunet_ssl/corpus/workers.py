@@ -8,16 +8,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nnunet_ssl.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Outcomes = Iterator[tuple[Task, Result | BaseException]]
+Outcomes = Generator[tuple[Task, Result | BaseException], None, None]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class WorkerDied(Exception):
         super().__init__("the process that worked on it was killed more than once (out of memory?)")
 
 
-def run_locally(function: Callable[[Task], Result], tasks: Iterable[Task], processes: int) -> Outcomes:
+def run_locally(function: Callable[[Task], Result], tasks: Iterable[Task], processes: int) -> Outcomes[Task, Result]:
     """Run `function` on every task in `processes` processes; one process means this one.
 
     When a worker is killed, the tasks that were under way are tried again one by one in a process of their own; one
@@ -65,7 +65,7 @@ def _run_pool(
     function: Callable[[Task], Result], queue: deque[Task], processes: int
 ) -> Generator[tuple[Task, Result | BaseException], None, list[Task]]:
     """Work `queue` off in a pool. Returns the tasks under way when a worker was killed; none if all went well."""
-    running = {}
+    running: dict[Future[Result], Task] = {}
     with ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     ) as pool:
@@ -92,12 +92,18 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # torch comes with the first task, and obeys
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None, "only a worker starts so"
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_on_cluster(
     function: Callable[[Task], Result], tasks: Iterable[Task], scheduler: str, *, timeout: str = "30s"
-) -> Outcomes:
+) -> Outcomes[Task, Result]:
     """Run `function` on every task on the workers of a Dask scheduler, such as ``tcp://host:8786``.
 
     Dask gives the task of a lost worker to another one. Workers may come and go; without any, this waits.
@@ -119,7 +125,7 @@ def run_on_cluster(
     with client:
         logger.info("%d Dask workers at %s; more may join.", len(client.nthreads()), scheduler)
         queue = deque(tasks)
-        running = {}
+        running: dict[Any, Task] = {}
         completed = as_completed()
         gone = f"The Dask scheduler at {scheduler} went away. What was finished is kept: call again with another."
         while queue or running:
@@ -131,8 +137,8 @@ def run_on_cluster(
                 future = next(completed)
                 if future.cancelled():
                     raise UserError(gone)
-                error = future.exception()
-                outcome = future.result() if error is None else error
+                failure = future.exception()
+                outcome = future.result() if failure is None else failure
             except OSError as lost:
                 raise UserError(gone) from lost
-            yield running.pop(future), WorkerDied() if isinstance(error, KilledWorker) else outcome
+            yield running.pop(future), WorkerDied() if isinstance(failure, KilledWorker) else outcome
