@@ -57,7 +57,7 @@ def find_sessions(root: Path, images_only: bool, refusal: Callable[[ImageFile], 
     images, skipped = find_images(root)
     found = Found(images=images, skipped=skipped)
     wanted = ("t1", "unnamed") if images_only else ("t1", "mask")
-    sessions = defaultdict(lambda: defaultdict(list))
+    sessions: dict[str, dict[str, list[ImageFile]]] = defaultdict(lambda: defaultdict(list))
     for image in images:
         kind = image.kind(KINDS) or "unnamed"
         reason = None if kind in wanted else f"not a T1{'' if images_only else ' or a lesion mask'} by its name"

@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunet_ssl.console import command
 from nnunet_ssl.conversion.atlas import Session, find_sessions
 from nnunet_ssl.conversion.channels import Facts, read_image
-from nnunet_ssl.conversion.dataset import Case, Prepared
+from nnunet_ssl.conversion.dataset import Case, Part, Prepared
 from nnunet_ssl.conversion.discovery import ImageFile, Skipped, nothing_found
 from nnunet_ssl.conversion.script import DatasetInfo, make_parser, parse, run
 
@@ -33,7 +33,7 @@ EXPECTED = (
     "Training/R001/sub-r001s001/ses-1/anat/"
     "sub-r001s001_ses-1_space-MNI152NLin2009aSym_{T1w,label-L_desc-T1lesion_mask}.nii.gz"
 )
-PARTS = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
+PARTS: dict[str, Part] = {"training": "Tr", "train": "Tr", "testing": "Ts", "test": "Ts"}
 
 
 def find_cases(root: Path, images_only: bool) -> tuple[list[Case], list[Skipped]]:
@@ -71,7 +71,7 @@ def _case(session: Session, images_only: bool) -> Case | Skipped:
     )
 
 
-def _part(image: ImageFile, has_mask: bool) -> str:
+def _part(image: ImageFile, has_mask: bool) -> Part:
     """Tell training from test by the closest folder that says it, else by the mask."""
     named = [PARTS[name.lower()] for name in image.folders if name.lower() in PARTS]
     return named[-1] if named else ("Tr" if has_mask else "Ts")

@@ -6,12 +6,12 @@ import errno
 import json
 import logging
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import nibabel as nib
 import numpy as np
@@ -47,8 +47,10 @@ BRAIN_ML = (400.0, STRIPPED_MAXIMUM_ML)
 NO_PLACE_TO_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of the disk that is written to: they end a run, whereas any error of one case skips that case only."""
 
-PARTS = ("Tr", "Ts")
+Part = Literal["Tr", "Ts"]
 """Training and test, as nnU-Net's folder names end."""
+
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Case:
     images: dict[str, Path]
     masks: tuple[Path, ...] = ()
     labelled: bool = True
-    part: Literal["Tr", "Ts"] = "Tr"
+    part: Part = "Tr"
     group: str = ""
     notes: tuple[str, ...] = ()
 
@@ -84,7 +86,10 @@ class Prepared:
     facts: dict[str, Any]
 
 
-Prepare = Callable[[Case], Prepared]
+SomeCase = TypeVar("SomeCase", bound=Case)
+"""A data set's own kind of case."""
+
+Prepare = Callable[[SomeCase], Prepared]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +137,8 @@ class Target:
 
 
 def convert(
-    cases: Sequence[Case], skipped: Sequence[Skipped], target: Target, prepare: Prepare, n_processes: int
-) -> tuple[list[Case], list[dict[str, Any]]]:
+    cases: Sequence[SomeCase], skipped: Sequence[Skipped], target: Target, prepare: Prepare[SomeCase], n_processes: int
+) -> tuple[list[SomeCase], list[dict[str, Any]]]:
     """Convert what is not converted yet, remove what no longer belongs to the data set, and write the report.
 
     Args:
@@ -206,7 +211,7 @@ def dataset_target(number: int, name: str) -> Path:
     return folder
 
 
-def _run(cases: Sequence[Case], work: Callable[[Case], None], n_processes: int) -> list[Skipped]:
+def _run(cases: Sequence[SomeCase], work: Callable[[SomeCase], None], n_processes: int) -> list[Skipped]:
     """Run `work` on every case and return the failures."""
     failed = []
     outcomes = run_locally(work, cases, max(1, min(n_processes, len(cases))))
@@ -237,7 +242,7 @@ def _remove_failed_files(cases: Sequence[Case], target: Target) -> None:
         _forget(case.id, target)
 
 
-def _convert_one(case: Case, target: Target, prepare: Prepare) -> None:
+def _convert_one(case: SomeCase, target: Target, prepare: Prepare[SomeCase]) -> None:
     """Convert a case.
 
     An empty record is written first: it claims the files. The true one is written last, so it means that all are there.
@@ -251,10 +256,9 @@ def _convert_one(case: Case, target: Target, prepare: Prepare) -> None:
     label, facts = _label(case, channels[0], target)
     facts = prepared.facts | facts
     channels = _finish_channels(channels, label, facts, target)
-    for path, channel in zip(target.image_paths(case), channels):
-        write_volume(path, channel)
-    if label is not None:
-        write_volume(target.label_path(case), channels[0].with_array(label))
+    outputs = [*channels, *([] if label is None else [channels[0].with_array(label)])]
+    for path, output in zip(target.outputs(case), outputs, strict=True):
+        write_volume(path, output)
     row = _row(case, channels[0], facts)
     reporting.write_tile(target.tile_path(case.id), channels, label)
     _write_record(case.id, target, made_from=_made_from(case, target), row=row)
@@ -274,7 +278,9 @@ def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | 
     if target.label_path(case) is None:
         return None, {}
     label = np.zeros(reference.array.shape, dtype=bool)
-    counts, alignments, notes = Counter(mask_ml=0.0, lost_ml=0.0), {}, []
+    counts: defaultdict[str, float] = defaultdict(int, mask_ml=0.0, lost_ml=0.0)
+    alignments: dict[Alignment, None] = {}
+    notes: list[str] = []
     for path in case.masks:
         mask = read_mask(path)
         notes += [f"{path.name}: {oddity}" for oddity in mask.notes]
@@ -283,7 +289,8 @@ def _label(case: Case, reference: Volume, target: Target) -> tuple[np.ndarray | 
         if how == "no orientation in header":
             notes.append(f"{path.name} was laid voxel by voxel on the image: a header says nothing of its place")
             mask = reference.with_array(mask.array)
-        counts.update(_measure(mask, reference, aligned, how))
+        for name, number in _measure(mask, reference, aligned, how).items():
+            counts[name] += number
         label |= aligned
     lost = counts.pop("lost_ml") / max(counts["mask_ml"], 1e-9)
     if lost > LESION_LOSS_TO_SKIP:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nnunet_ssl.console import command
 from nnunet_ssl.conversion.channels import Facts, read_image, registered_onto, with_places
-from nnunet_ssl.conversion.dataset import Case, Prepared
+from nnunet_ssl.conversion.dataset import Case, Part, Prepared
 from nnunet_ssl.conversion.discovery import (
     ImageFile,
     Skipped,
@@ -44,7 +44,7 @@ T1 is registered to FLAIR, where the lesions were drawn. The official split of p
 
 KINDS = {"t1w": "t1", "t1": "t1", "flair": "flair", "roi": "mask", "mask": "mask", "lesion": "mask"}
 EXPECTED = "sub-00001/anat/sub-00001_acq-iso08_T1w.nii.gz, ..._FLAIR.nii.gz and ..._FLAIR_roi.nii.gz"
-PARTS = {"train": "Tr", "test": "Ts"}
+PARTS: dict[str, Part] = {"train": "Tr", "test": "Ts"}
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def find_cases(
         UserError: it isn't the Bonn data set, or two folders hold images of one name.
     """
     images, skipped = find_images(root)
-    scans = defaultdict(lambda: defaultdict(list))
+    scans: dict[str, dict[str, list[ImageFile]]] = defaultdict(lambda: defaultdict(list))
     for image in images:
         kind = image.kind(KINDS)
         if kind:

@@ -65,7 +65,7 @@ def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tupl
         UserError: it isn't ISLES 2022, or two folders hold images of one name.
     """
     images, skipped = find_images(root)
-    sessions = defaultdict(lambda: defaultdict(list))
+    sessions: dict[str, dict[str, list[ImageFile]]] = defaultdict(lambda: defaultdict(list))
     for image in images:
         kind = image.kind(KINDS)
         if kind:

@@ -100,12 +100,13 @@ def write_tile(path: Path, channels: Sequence[Volume], label: np.ndarray | None)
 def _head(image: np.ndarray) -> tuple[slice, slice]:
     """Return the box around what is not background, in the first two axes, with a small margin."""
     tissue = image > 0.15 * np.percentile(image, 99)
-    box = []
-    for axis in (0, 1):
-        inside = np.flatnonzero(tissue.any(axis=(1 - axis, 2)))
-        low, high = (inside[0], inside[-1]) if inside.size else (0, image.shape[axis])
-        box.append(slice(max(low - 3, 0), high + 4))
-    return tuple(box)
+    return _extent(tissue.any(axis=(1, 2))), _extent(tissue.any(axis=(0, 2)))
+
+
+def _extent(inside: np.ndarray) -> slice:
+    places = np.flatnonzero(inside)
+    low, high = (int(places[0]), int(places[-1])) if places.size else (0, len(inside))
+    return slice(max(low - 3, 0), high + 4)
 
 
 def _panel(image: np.ndarray, mask: np.ndarray | None, spacing: np.ndarray) -> np.ndarray:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.conversion.dataset import PARTS, Case, Prepare, Target, convert, dataset_target, write_dataset_json
+from nnunet_ssl.conversion.dataset import (
+    PARTS,
+    Case,
+    Prepare,
+    SomeCase,
+    Target,
+    convert,
+    dataset_target,
+    write_dataset_json,
+)
 from nnunet_ssl.conversion.discovery import Skipped
 from nnunet_ssl.conversion.reporting import log_skipped
 from nnunet_ssl.conversion.splits import Folds, make_splits, store_splits
@@ -79,9 +88,9 @@ def chosen_channels(arguments: argparse.Namespace, info: DatasetInfo) -> tuple[s
 def run(
     arguments: argparse.Namespace,
     info: DatasetInfo,
-    cases: Sequence[Case],
+    cases: Sequence[SomeCase],
     skipped: Sequence[Skipped],
-    prepare: Prepare,
+    prepare: Prepare[SomeCase],
     folds: Folds = "random",
     strata_of: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]] | None = None,
 ) -> None:

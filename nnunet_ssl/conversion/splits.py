@@ -7,10 +7,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
+from nnunet_ssl.conversion.dataset import Case
 from nnunet_ssl.conversion.reporting import write_text
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
@@ -22,16 +23,8 @@ Folds = Literal["random", "cohort", "centre", "stratified"]
 _SEED = 12345  # nnU-Net's own
 
 
-class HasGroup(Protocol):
-    """What a split needs to know of a case."""
-
-    id: str
-    subject: str
-    group: str
-
-
 def make_splits(
-    cases: Sequence[HasGroup], folds: Folds, strata: Mapping[str, str] | None = None
+    cases: Sequence[Case], folds: Folds, strata: Mapping[str, str] | None = None
 ) -> list[dict[str, list[str]]]:
     """Divide training cases into five folds (fewer when there are fewer subjects or cohorts).
 
@@ -71,7 +64,9 @@ def make_splits(
 
 def size_bins(volumes: Mapping[str, float], n_bins: int = 5) -> dict[str, int]:
     """Return the bin of each volume, 0 the smallest; bins hold about equally many, and equal volumes share one."""
-    edges = np.quantile(list(volumes.values()), np.arange(1, n_bins) / n_bins) if volumes else []
+    if not volumes:
+        return {}
+    edges = np.quantile(list(volumes.values()), np.arange(1, n_bins) / n_bins)
     return {name: int(np.searchsorted(edges, volume, side="left")) for name, volume in volumes.items()}
 
 
@@ -105,7 +100,7 @@ def _quietly(parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.nd
         return list(parts)
 
 
-def _random(cases: Sequence[HasGroup]) -> list[dict[str, list[str]]]:
+def _random(cases: Sequence[Case]) -> list[dict[str, list[str]]]:
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     subjects = list(dict.fromkeys(case.subject for case in cases))
@@ -118,5 +113,5 @@ def _random(cases: Sequence[HasGroup]) -> list[dict[str, list[str]]]:
     ]
 
 
-def _read(path: Path):
+def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
