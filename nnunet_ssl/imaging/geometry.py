@@ -51,7 +51,8 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        return tuple(float(size) for size in nib.affines.voxel_sizes(self.affine))
+        x, y, z = nib.affines.voxel_sizes(self.affine).tolist()
+        return x, y, z
 
     @property
     def voxel_ml(self) -> float:

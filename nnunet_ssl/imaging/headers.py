@@ -74,6 +74,8 @@ def open_nifti(path: Path) -> Opened:
         _check_file(path)
     with bad_if_unreadable("not a readable NIfTI file"), nib.imageglobals.LoggingOutputSuppressor():
         image = nib.load(path)
+        if not isinstance(image, nib.spatialimages.SpatialImage):
+            raise BadScan(f"a {type(image).__name__}: only images of voxels are used")
         shape = image.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -81,7 +83,7 @@ def open_nifti(path: Path) -> Opened:
             raise BadScan(f"{len(shape)}-D, shape {image.shape}: only 3-D images are used")
         if image.get_data_dtype().kind not in "iuf":
             raise BadScan(f"voxels of type {image.get_data_dtype()}: only real numbers are used")
-        return Opened(image=image, **_place(image, shape))
+        return _placed(image, shape)
 
 
 @contextmanager
@@ -111,14 +113,14 @@ def _check_file(path: Path) -> None:
         raise BadScan("not compressed, though named .nii.gz: rename it to end in .nii")
 
 
-def _place(image: nib.spatialimages.SpatialImage, shape: tuple[int, ...]) -> dict:
-    """Find the affine that holds, and check it: the fields of :class:`Opened` beside the image."""
+def _placed(image: nib.spatialimages.SpatialImage, shape: tuple[int, ...]) -> Opened:
+    """Find the affine that holds, and check it."""
     header = image.header
-    if not hasattr(header, "get_sform"):  # not NIfTI: a single affine, and no doubt about it
-        forms = {"affine": image.affine}
-    else:
+    if isinstance(header, nib.Nifti1Header):  # or NIfTI 2's, which builds on it
         forms = {"sform": header.get_sform(coded=True)[0], "qform": _qform(header)}
         forms = {name: affine for name, affine in forms.items() if affine is not None}
+    else:  # a single affine, and no doubt about it
+        forms = {"affine": image.affine}
     usable = {name: affine for name, affine in (forms or {"guess": image.affine}).items() if _invertible(affine)}
     if not usable:
         raise BadScan("header: the affine is not finite or not invertible")
@@ -126,7 +128,7 @@ def _place(image: nib.spatialimages.SpatialImage, shape: tuple[int, ...]) -> dic
     _check_size(affine, header, shape)
     broken = [other for other in forms if other not in usable]
     notes = [f"header: its {other} is not invertible, so its {name} is used" for other in broken if name == "qform"]
-    return {"affine": np.asarray(affine, np.float64), "oriented": bool(forms), "notes": tuple(notes)}
+    return Opened(image=image, affine=np.asarray(affine, np.float64), oriented=bool(forms), notes=tuple(notes))
 
 
 def _qform(header: nib.Nifti1Header) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -19,8 +20,6 @@ from nnunet_ssl.limits import MINIMUM_AGREEMENT
 WORKING_MM = 1.5
 """Both images are brought to isotropic voxels of this size for the search; the result is finer than a voxel."""
 
-_COARSE = {"shrink": 4, "smooth_mm": 6.0, "samples": 0.5}
-_FINE = {"shrink": 2, "smooth_mm": 1.5, "samples": 0.3}
 _JUDGING_MM = 3.0
 _DISPLACED_MM = 15.0
 _TURNED_DEG = (15.0, 45.0)
@@ -32,6 +31,18 @@ _SAME_ROTATION_DEG = 2.0
 _SAME_SHIFT_MM = 2.0
 _LARGEST_ROTATION_DEG = 60.0
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class _Level(NamedTuple):
+    """A resolution at which the search looks at the images, and the share of their voxels that it compares."""
+
+    shrink: int
+    smooth_mm: float
+    samples: float
+
+
+_COARSE = _Level(shrink=4, smooth_mm=6.0, samples=0.5)
+_FINE = _Level(shrink=2, smooth_mm=1.5, samples=0.3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +177,7 @@ def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
         transform = sitk.Euler3DTransform()
         transform.SetCenter((_TO_LPS[:3, :3] @ centre).tolist())
         transform.SetTranslation((_TO_LPS[:3, :3] @ shift).tolist())
-        method = _metric(mask, transform, seed, **_COARSE)
+        method = _metric(mask, transform, seed, _COARSE)
         method.SetOptimizerAsRegularStepGradientDescent(
             learningRate=2.0, minStep=1e-2, numberOfIterations=200, relaxationFactor=0.6
         )
@@ -178,7 +189,7 @@ def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
     if not starts:
         raise failures[-1]
     _, transform = min(starts, key=lambda start: start[0])
-    method = _metric(mask, transform, seed, **_FINE)
+    method = _metric(mask, transform, seed, _FINE)
     # Thick slices make a narrow valley of the metric, in which gradient descent stops 1 to 2 mm short.
     method.SetOptimizerAsPowell(numberOfIterations=5, maximumLineIterations=20, stepLength=0.5, stepTolerance=1e-2)
     method.Execute(*images)
@@ -186,17 +197,17 @@ def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
 
 
 def _metric(
-    mask: sitk.Image, transform: sitk.Euler3DTransform, seed: int, *, shrink: int, smooth_mm: float, samples: float
+    mask: sitk.Image, transform: sitk.Euler3DTransform, seed: int, level: _Level
 ) -> sitk.ImageRegistrationMethod:
     """Return a registration method for one resolution, without its optimiser, that works on `transform` in place."""
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(48)
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(samples, seed + 1)
+    method.SetMetricSamplingPercentage(level.samples, seed + 1)
     method.SetMetricFixedMask(mask)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetShrinkFactorsPerLevel([shrink])
-    method.SetSmoothingSigmasPerLevel([smooth_mm])
+    method.SetShrinkFactorsPerLevel([level.shrink])
+    method.SetSmoothingSigmasPerLevel([level.smooth_mm])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetInitialTransform(transform, inPlace=True)

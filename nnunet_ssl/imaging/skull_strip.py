@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -93,7 +94,7 @@ def require_hd_bet() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _predictor(device: str):
+def _predictor(device: str) -> Any:
     require_hd_bet()
     with _contained():
         import torch

@@ -58,3 +58,11 @@ def test_trailing_axes_of_length_one_are_dropped(write_scan, tmp_path):
     plain, deep = (read_volume(tmp_path / f"{name}.nii.gz")[0] for name in "ab")
     np.testing.assert_array_equal(plain.array, deep.array)
     np.testing.assert_allclose(plain.affine, deep.affine)
+
+
+def test_a_map_over_a_surface_is_no_image(tmp_path):
+    cortex = nibabel.cifti2.BrainModelAxis.from_surface(np.arange(8), 8, name="cortex_left")
+    axes = (nibabel.cifti2.ScalarAxis(["thickness"]), cortex)
+    nibabel.save(nibabel.Cifti2Image(np.ones((1, 8), np.float32), axes), tmp_path / "a.dscalar.nii")
+    with pytest.raises(BadScan, match="a Cifti2Image: only images of voxels are used"):
+        read_volume(tmp_path / "a.dscalar.nii")
