@@ -122,11 +122,13 @@ def scan_grid(
     affine[:3, :3] = Rotation.from_euler("xyz", tilt, degrees=True).as_matrix() @ np.diag(spacing)
     affine[:3, 3] = (low + high) / 2 + shift_mm - affine[:3, :3] @ ((shape - 1) / 2)
     ornt = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(orientation))
-    shape_stored = tuple(int(shape[int(np.where(ornt[:, 0] == axis)[0][0])]) for axis in range(3))
-    return ScanGrid(shape_stored, affine @ nib.orientations.inv_ornt_aff(ornt, tuple(shape)))
+    i, j, k = (int(shape[int(np.where(ornt[:, 0] == axis)[0][0])]) for axis in range(3))
+    return ScanGrid((i, j, k), affine @ nib.orientations.inv_ornt_aff(ornt, tuple(shape)))
 
 
-def move(affine: np.ndarray, rotation_deg: tuple[float, float, float], shift_mm: tuple[float, float, float]):
+def move(
+    affine: np.ndarray, rotation_deg: tuple[float, float, float], shift_mm: tuple[float, float, float]
+) -> np.ndarray:
     """Return `affine` as a head that turned by `rotation_deg` about the brain and moved by `shift_mm` would need it."""
     centre = np.array([0.0, -18.0, 10.0])
     motion = np.eye(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.phantom.fields import Axes, bspline, random_coefficients, random_field, refine
+from nnunet_ssl.phantom.fields import Axes, Box, bspline, random_coefficients, random_field, refine
 
 MNI_BOX = ((-98.0, 98.0), (-134.0, 98.0), (-72.0, 116.0))
 """The field of view of the MNI152 template in mm, from the centre of the first voxel to that of the last."""
@@ -43,11 +44,13 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(len(axis) for axis in self.axes)
+        x, y, z = self.axes
+        return len(x), len(y), len(z)
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        return tuple(float(axis[1] - axis[0]) for axis in self.axes)
+        x, y, z = (float(axis[1] - axis[0]) for axis in self.axes)
+        return x, y, z
 
     @property
     def affine(self) -> np.ndarray:
@@ -103,16 +106,17 @@ def mni_grid(voxel_mm: float) -> Grid:
     return box_grid(MNI_BOX, (voxel_mm,) * 3)
 
 
-def box_grid(box, spacing) -> Grid:
+def box_grid(box: Box, spacing: Sequence[float]) -> Grid:
     """Return the grid that fills `box` ((low, high) per axis, mm) from its lower corner with the given spacing."""
-    return Grid(tuple(np.arange(low, high + 1e-6, step) for (low, high), step in zip(box, spacing)))
+    x, y, z = (np.arange(low, high + 1e-6, step) for (low, high), step in zip(box, spacing, strict=True))
+    return Grid((x, y, z))
 
 
 def draw_person(rng: np.random.Generator, *, ages: tuple[int, int] = (20, 85)) -> Person:
     """Draw a subject. Atrophy (0 young ... 1 old) grows with age, so that age can be read off the anatomy."""
     age = int(rng.integers(ages[0], ages[1] + 1))
     atrophy = float(np.clip((age - 40) / 45, 0, 1) + 0.1 * rng.standard_normal())
-    sex = "M" if rng.random() < 0.5 else "F"
+    sex: Literal["M", "F"] = "M" if rng.random() < 0.5 else "F"
     return Person(seed=tuple(rng.integers(0, 2**32, 4).tolist()), age=age, sex=sex, atrophy=atrophy)
 
 
@@ -138,7 +142,7 @@ def build_anatomy(person: Person, grid: Grid, *, pose: bool = True) -> Anatomy:
     depth = sample(template.depth, outside=60.0)
     tissues = _vary_cortex(rng, person, grid.axes, {name: sample(volume) for name, volume in template.tissues.items()})
     vessels = _vessels(rng, grid.axes, where, depth)
-    fractions = tissues | _head(rng, grid.axes, where, depth, 1 - sum(tissues.values()))
+    fractions = tissues | _head(rng, grid.axes, where, depth, np.subtract(1, sum(tissues.values())))
     return Anatomy(grid, fractions, where, depth).with_tissues({"vessel": vessels})
 
 
@@ -220,7 +224,7 @@ def _vary_cortex(
     rng: np.random.Generator, person: Person, axes: Axes, tissues: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Sharpen the population's average tissue maps into one subject's, with sulci and cortex of its own width."""
-    bias = {
+    bias: dict[str, np.ndarray | float] = {
         "csf": 0.3 + 1.2 * person.atrophy + 0.8 * random_field(rng, axes, 9.0, MNI_BOX),
         "gm": -0.4 + 0.35 * random_field(rng, axes, 14.0, MNI_BOX),
         "wm": 0.0,

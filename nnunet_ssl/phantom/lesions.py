@@ -128,7 +128,7 @@ def _grow(
     centre_mm: tuple[float, float, float] | np.ndarray,
     volume_ml: float,
     territory: Territory | None = None,
-    preference: Callable[[], np.ndarray] = lambda: np.float32(0),
+    preference: Callable[[], np.ndarray | np.float32] = lambda: np.float32(0),
 ) -> np.ndarray:
     """Grow a lesion from a point in MNI space until it has its volume.
 

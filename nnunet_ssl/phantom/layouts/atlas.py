@@ -71,7 +71,8 @@ def write_atlas(
 
 def _case_names(count: int) -> list[tuple[str, str]]:
     """Return (cohort, subject) of each case: cohorts R001, R002, R004 ... of uneven size, ids with gaps."""
-    names, cohort, size = [], 1, max(2, count // 3)
+    names: list[tuple[str, str]] = []
+    cohort, size = 1, max(2, count // 3)
     while len(names) < count:
         for k in range(min(size, count - len(names))):
             names.append((f"R{cohort:03d}", f"r{cohort:03d}s{1 + k + k // 3:03d}"))
