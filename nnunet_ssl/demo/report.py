@@ -39,7 +39,7 @@ def draw(work: Path, path: Path) -> None:
     lesions = _result(work, "lesions")
     cases = sorted(lesions["cases"], key=lambda case: -case["reference_ml"])[:SHOWN_CASES]
     with figure(path, (9.5, 1.9 * len(cases) + 2.8)) as drawing:
-        slices, curves = drawing.subfigures(2, 1, height_ratios=[1.9 * len(cases), 2.8])
+        slices, curves = drawing.subfigures(2, 1, squeeze=False, height_ratios=[1.9 * len(cases), 2.8])[:, 0]
         slices.suptitle("Held-out cases (synthetic brains)", fontsize=11)
         rows = slices.subplots(len(cases), len(COLUMNS), squeeze=False)
         for axes, case in zip(rows, cases):

@@ -48,12 +48,12 @@ def run_steps(steps: Sequence[Step], folder: Path, variables: Mapping[str, str])
             continue
         for later in steps[number + 1 :]:
             (folder / f"{later.name}.json").unlink(missing_ok=True)
-        continues = last == this and step.continued is not None
-        if log.is_file() and not continues:
+        more = step.continued if last == this else None
+        if log.is_file() and more is None:
             for leftover in step.leftovers:
                 shutil.rmtree(leftover, ignore_errors=True)
         _write(mark, this)
-        _write(mark, this | {"seconds": _run(step, step.continued if continues else (), log, variables)})
+        _write(mark, this | {"seconds": _run(step, more or (), log, variables)})
 
 
 def _run(step: Step, more: Sequence[str], log: Path, variables: Mapping[str, str]) -> float:
