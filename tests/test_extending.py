@@ -117,6 +117,21 @@ def test_an_encoder_whose_maps_do_not_halve_the_grid_is_refused(my_package):
         Learner(settings)
 
 
+@pytest.mark.parametrize("missing", ["channels", "strides", "parts"])
+def test_a_module_that_is_no_encoder_is_refused(my_package, missing):
+    from my_package import Pooled
+
+    def without(*given, **settings):
+        encoder = Pooled(*given, **settings)
+        delattr(encoder if missing in vars(encoder) else Pooled, missing)
+        return encoder
+
+    settings = load_config("mim", [*FAST, "backbone=pooled"])
+    backbones.known()["pooled"] = dataclasses.replace(backbones.known()["pooled"], encoder=without)
+    with pytest.raises(TypeError, match=r"Pooled is no encoder, which has channels, strides and parts\(\)"):
+        Learner(settings)
+
+
 def stretch(kind):
     def build(encoder, *arguments, **keywords):
         kind.__init__(encoder, *arguments, **keywords)

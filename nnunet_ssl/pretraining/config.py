@@ -118,7 +118,7 @@ class PretrainingConfig:
         )
         heads = [objective.head_name for objective in self.objectives]
         _require(len(set(heads)) == len(heads), f"Two objectives of the recipe have a head of one name: {heads}")
-        kinds = {objective.pairs for objective in self.objectives} - {None}
+        kinds = {objective.pairs for objective in self.objectives if objective.pairs}
         _require(len(kinds) < 2, f"The objectives of the recipe compare different pairs: {' and '.join(sorted(kinds))}")
         combined = self.has_masked and not all(objective.masked for objective in self.objectives)
         _require(combined or not self.shared_pass, "shared_pass needs a contrastive and a masked branch to share it")
@@ -224,7 +224,7 @@ def from_dict(values: dict[str, Any]) -> PretrainingConfig:
     """
     values = with_todays_names(values)
     elsewhere = _sections_of_other_packages()
-    others = {
+    others: dict[str, Any] = {
         name: build(elsewhere[name], value or {}, f"{name}.") for name, value in values.items() if name in elsewhere
     }
     own = {name: value for name, value in values.items() if name not in elsewhere}

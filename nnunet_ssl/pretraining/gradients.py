@@ -25,7 +25,7 @@ def backward(losses: Mapping[str, Tensor], shared: Sequence[nn.Parameter], apart
             `shared` by branch, and leaves their ``.grad`` at None.
     """
     if apart is None:
-        sum(losses.values()).backward()
+        torch.autograd.backward([*losses.values()])
         return
     for place, (branch, loss) in enumerate(losses.items(), start=1):
         loss.backward(retain_graph=place < len(losses))

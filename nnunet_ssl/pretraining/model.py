@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.compiling import compile_parts
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.objectives.base import Objective
 
 Result = TypeVar("Result")
+Inputs = ParamSpec("Inputs")
 
 
 @functools.cache
@@ -24,15 +26,15 @@ def gpu_has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def in_bf16(method: Callable[..., Result]) -> Callable[..., Result]:
+def in_bf16(method: Callable[Concatenate[Network, Inputs], Result]) -> Callable[Concatenate[Network, Inputs], Result]:
     """Compute in bfloat16 what bears it, where the network's device can and its recipe allows; float32 elsewhere."""
 
     @functools.wraps(method)
-    def run(network: Network, *inputs) -> Result:
+    def run(network: Network, *inputs: Inputs.args, **named: Inputs.kwargs) -> Result:
         device = next(network.parameters()).device
         usable = network.bf16 and device.type == "cuda" and gpu_has_bf16()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable):
-            return method(network, *inputs)
+            return method(network, *inputs, **named)
 
     return run
 
@@ -42,14 +44,17 @@ class Network(nn.Module):
 
     def __init__(self, config: PretrainingConfig) -> None:
         super().__init__()
-        self.encoder = build_encoder({**config.architecture(), "checkpointing": config.checkpointing})
-        if self.encoder.strides[-1] != config.stride:
+        encoder = build_encoder({**config.architecture(), "checkpointing": config.checkpointing})
+        if not isinstance(encoder, Encoder):
+            raise TypeError(f"{type(encoder).__name__} is no encoder, which has channels, strides and parts().")
+        if encoder.strides[-1] != config.stride:
             raise ValueError(
                 f"Masks have cells of {config.stride} voxels, for each of the {config.maps} maps is to halve the grid, "
-                f"but the strides of {type(self.encoder).__name__} are {self.encoder.strides}."
+                f"but the strides of {type(encoder).__name__} are {encoder.strides}."
             )
+        self.encoder = encoder
         for objective in config.objectives:
-            self.add_module(objective.head_name, objective.build_head(self.encoder))
+            self.add_module(objective.head_name, objective.build_head(encoder))
         self.bf16 = config.bf16
 
     @in_bf16
@@ -82,8 +87,8 @@ class Learner(nn.Module):
         for objective in config.objectives:
             if self.key is not None and not objective.needs_keys:
                 delattr(self.key, objective.head_name)
-            if (state := objective.build_state()) is not None:
-                self.add_module(objective.state_name, state)
+            if objective.state_name is not None:
+                self.add_module(objective.state_name, objective.build_state())
         if config.compile:
             self._compile()
 

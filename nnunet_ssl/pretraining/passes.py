@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +13,18 @@ from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Objective, 
 
 
 @torch.no_grad()
-def key_pass(learner: Learner, examples: Examples) -> dict[str, Tensor]:
+def key_pass(learner: Learner, examples: Examples) -> dict[str, Any]:
     """Let the key network look at whole views; return what it teaches each branch that wants to know."""
-    asking = [objective for objective in learner.config.objectives if objective.needs_keys]
-    if not asking:
+    if learner.key is None:
         return {}
+    asking = [objective for objective in learner.config.objectives if objective.needs_keys]
     everything = any(objective.teaches_unpaired for objective in asking)
     maps = learner.key.encode(examples.views if everything else examples.paired_views)
     return {objective.name: objective.teach(learner.key, maps, examples) for objective in asking}
 
 
 def query_passes(
-    learner: Learner, examples: Examples, taught: Mapping[str, Tensor], schedule: Mapping[str, float]
+    learner: Learner, examples: Examples, taught: Mapping[str, Any], schedule: Mapping[str, float]
 ) -> Iterator[dict[str, Branch]]:
     """Yield the branches pass by pass: of whole views, then of views with hidden cells.
 
@@ -32,10 +33,16 @@ def query_passes(
     """
 
     def branches(objectives: Sequence[Objective], maps: Sequence[Tensor]) -> dict[str, Branch]:
-        common = {"maps": maps, "examples": examples, "schedule": schedule}
         return {
             one.name: one.branch(
-                learner.query, Pass(taught=taught.get(one.name), state=learner.state_of(one), **common)
+                learner.query,
+                Pass(
+                    maps=maps,
+                    examples=examples,
+                    taught=taught.get(one.name),
+                    state=learner.state_of(one),
+                    schedule=schedule,
+                ),
             )
             for one in objectives
         }

@@ -49,7 +49,7 @@ def training_step(
     config = learner.config
     shared = list(learner.query.encoder.parameters())
     limits = {one.name: one.max_gradient_ratio for one in config.objectives if one.max_gradient_ratio is not None}
-    apart = {} if measured or limits else None
+    apart: dict[str, Gradients] | None = {} if measured or limits else None
     parts: dict[str, list[Part]] = {objective.name: [] for objective in config.objectives}
     scans = []
     optimizer.zero_grad()
@@ -65,8 +65,8 @@ def training_step(
     figures = collect_gradients(learner, shared, apart, limits)
     check_gradients(dict(learner.query.named_children()))
     figures["gradient/total"] = nn.utils.clip_grad_norm_(learner.query.parameters(), config.gradient_clip)
-    branches = [part.branch for of_branch in parts.values() for part in of_branch]
-    finite = torch.stack([figures["gradient/total"], *(branch.loss for branch in branches)]).isfinite().all()
+    results = [part.branch for of_branch in parts.values() for part in of_branch]
+    finite = torch.stack([figures["gradient/total"], *(branch.loss for branch in results)]).isfinite().all()
     spoilt, stopping = distributed.any_rank(~finite, stop_requested(), device=finite.device)
     if not spoilt:
         optimizer.step()
@@ -76,7 +76,7 @@ def training_step(
     return Update(
         finite=not spoilt,
         stopping=stopping,
-        figures=[figures, *(branch.figures for branch in branches)],
+        figures=[figures, *(branch.figures for branch in results)],
         scans=scans,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ Architecture = Mapping[str, Any]
 """As checkpoints carry it: ``{"backbone": name, "in_channels": 1, ...}``, every other key a keyword of the class."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What every encoder has beside what :class:`torch.nn.Module` has.
 

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 class Recipe(Protocol):
     """What an objective may ask of the configuration, :class:`nnunet_ssl.pretraining.config.PretrainingConfig`."""
 
-    patch_size: tuple[int, int, int]
-    batch_size: int
-    queue_size: int
-    seed: int
-    augmentation: AugmentationConfig
-
+    @property
+    def patch_size(self) -> tuple[int, int, int]: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def queue_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def augmentation(self) -> AugmentationConfig: ...
     @property
     def maps(self) -> int: ...
     @property
@@ -44,8 +48,8 @@ class Recipe(Protocol):
 class Network(Protocol):
     """What an objective may ask of the query or the key network, :class:`nnunet_ssl.pretraining.model.Network`."""
 
-    encoder: Encoder
-
+    @property
+    def encoder(self) -> Encoder: ...
     def encode(self, views: Tensor, mask: Tensor | None = None) -> list[Tensor]: ...
     def head(self, name: str, *inputs: Any) -> Tensor: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -68,6 +72,12 @@ class Examples:
     batch: Batch
     unpaired: Batch | None
     mask: Tensor | None  # (N, *grid) bool for the N views of `batch`, then of `unpaired`; None where nothing is hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """The mask, which there is if any objective is `masked`."""
+        assert self.mask is not None, "no objective of the recipe is masked"
+        return self.mask
 
     @property
     def batches(self) -> list[Batch]:
@@ -95,7 +105,7 @@ class Branch:
 
     loss: Tensor
     figures: dict[str, Tensor]
-    kept: Tensor | None = None  # what :meth:`Objective.remember` wants of it after the step
+    kept: Any = None  # what :meth:`Objective.remember` wants of it after the step
 
     def detached(self) -> Branch:
         """The same without the graph behind the loss."""
@@ -117,7 +127,7 @@ class Pass:
 
     maps: Sequence[Tensor]
     examples: Examples
-    taught: Tensor | None
+    taught: Any
     state: Any
     schedule: Mapping[str, float]
 
@@ -127,7 +137,7 @@ class Part:
     """What a part of a step leaves for :meth:`Objective.remember`."""
 
     examples: Examples
-    taught: Tensor | None
+    taught: Any
     branch: Branch
 
 
@@ -207,7 +217,7 @@ class Objective(abc.ABC):
         """The numbers that change over the training, by their names in the schedule."""
         return {}
 
-    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Tensor:
+    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Any:
         """What the key network makes of whole views; without gradient, and only if `needs_keys`.
 
         Args:
@@ -226,14 +236,14 @@ class Objective(abc.ABC):
             given: what the pass made and what else there is to know.
         """
 
-    def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:  # noqa: B027
+    def remember(self, state: Any, parts: Sequence[Part]) -> None:  # noqa: B027
         """Update the state after a step on all ranks, without gradient."""
 
-    def forget_subjects(self, state: nn.Module | None) -> str | None:
+    def forget_subjects(self, state: Any) -> str | None:
         """Drop what the state knows of single subjects, whose numbers have changed; return what to tell the user."""
         return None
 
-    def state_figures(self, state: nn.Module | None) -> dict[str, float]:
+    def state_figures(self, state: Any) -> dict[str, float]:
         """What is worth recording of the state at every interval, on the main process."""
         return {}
 

@@ -117,7 +117,7 @@ class Contrastive(Objective):
         }
         return Branch(loss=given.schedule.get("contrastive_weight", 1.0) * result.loss, figures=figures)
 
-    def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:
+    def remember(self, state: Queue, parts: Sequence[Part]) -> None:
         """Put the keys of all ranks into the queue."""
         batches = [part.examples.batch for part in parts]
         views = len(batches[0].views)
@@ -127,13 +127,13 @@ class Contrastive(Objective):
             distributed.gather(torch.cat([batch.session for batch in batches])).repeat(views),
         )
 
-    def forget_subjects(self, state: nn.Module | None) -> str:
+    def forget_subjects(self, state: Queue) -> str:
         """Subjects would meet their own keys as negatives."""
         state.subjects.fill_(EMPTY)
         state.sessions.fill_(EMPTY)
         return "the queue begins empty"
 
-    def state_figures(self, state: nn.Module | None) -> dict[str, float]:
+    def state_figures(self, state: Queue) -> dict[str, float]:
         return queue_figures(state)
 
 
@@ -213,6 +213,11 @@ class Queue(nn.Module):
         dim: of a key.
     """
 
+    keys: Tensor
+    subjects: Tensor
+    sessions: Tensor
+    position: Tensor
+
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(size, dim))
@@ -247,5 +252,5 @@ def queue_figures(queue: Queue) -> dict[str, float]:
     keys = queue.filled()
     if len(keys) < 2:
         return {}
-    keys = keys[:: math.ceil(len(keys) / QUEUE_SAMPLE)].cpu().numpy()
-    return {"queue/effective_rank": effective_rank(keys), "queue/uniformity": uniformity(keys)}
+    sample = keys[:: math.ceil(len(keys) / QUEUE_SAMPLE)].cpu().numpy()
+    return {"queue/effective_rank": effective_rank(sample), "queue/uniformity": uniformity(sample)}

@@ -69,9 +69,9 @@ class Voxels(Objective):
     def branch(self, query: Network, given: Pass) -> Branch:
         targets, stride = given.examples.targets, query.encoder.strides[-1]
         prediction = query.head(self.head_name, given.maps, targets.shape[2:])
-        loss = reconstruction_error(prediction, targets, given.examples.mask, stride).mean()
+        loss = reconstruction_error(prediction, targets, given.examples.hidden, stride).mean()
         with torch.no_grad():
-            of_mean = error_of_the_mean(targets, given.examples.mask, stride).mean()
+            of_mean = error_of_the_mean(targets, given.examples.hidden, stride).mean()
         figures = {"loss/masked": loss.detach(), "masked/error_over_mean": loss.detach() / of_mean}
         return Branch(loss=self.settings.weight * loss, figures=figures)
 

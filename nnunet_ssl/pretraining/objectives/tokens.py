@@ -95,7 +95,9 @@ class Tokens(Objective):
 
     def branch(self, query: Network, given: Pass) -> Branch:
         level, strides = self.settings.level, query.encoder.strides
-        hidden = expand_mask(given.examples.mask, given.maps[level].shape[2:], strides[-1] // strides[level]).flatten(1)
+        hidden = expand_mask(given.examples.hidden, given.maps[level].shape[2:], strides[-1] // strides[level]).flatten(
+            1
+        )
         result = distillation(
             query.head(self.head_name, given.maps[level]),
             given.taught,
@@ -107,7 +109,7 @@ class Tokens(Objective):
         figures = {"loss/masked": result.loss.detach(), "masked/prototypes_used": result.perplexity}
         return Branch(loss=self.config.section("masked").weight * result.loss, figures=figures, kept=result.centre)
 
-    def remember(self, state: nn.Module | None, parts: Sequence[Part]) -> None:
+    def remember(self, state: Centre, parts: Sequence[Part]) -> None:
         """Put the teacher's mean scores on all ranks into their running mean."""
         centre = torch.stack([part.branch.kept for part in parts]).mean(dim=0)
         distributed.average_([centre])
@@ -116,6 +118,8 @@ class Tokens(Objective):
 
 class Centre(nn.Module):
     """The running mean (K,) of the teacher's scores."""
+
+    mean: Tensor
 
     def __init__(self, prototypes: int) -> None:
         super().__init__()

@@ -96,10 +96,10 @@ def _errors_by_modality(table: pd.DataFrame) -> Panel:
 
 def _colours() -> Iterator[str]:
     """Blue and orange first, as the objectives have them, then others, without end."""
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
     from matplotlib.colors import to_hex
 
-    return itertools.cycle((BLUE, ORANGE, *(to_hex(one) for one in colormaps["tab10"].colors[2:])))
+    return itertools.cycle((BLUE, ORANGE, *(to_hex(one) for one in color_sequences["tab10"][2:])))
 
 
 def _draw(axis: Axes, panel: Panel, table: pd.DataFrame) -> None:

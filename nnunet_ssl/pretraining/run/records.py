@@ -110,6 +110,8 @@ class Records:
 
     def picture(self, name: str, figure: Figure, step: int) -> None:
         """Show a figure in TensorBoard, and keep the latest as a PNG."""
+        if self._sinks is None:
+            return
         with written_beside(self.folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=100)
         self._sinks.tensorboard.add_figure(name, figure, step)
