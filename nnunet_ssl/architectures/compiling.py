@@ -8,7 +8,7 @@ traced code depends on, what was compiled for the old one is dropped, by us.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ thirteen shapes of the paper's Swin encoder, with and without gradients and auto
 training, validation and prediction. Past PyTorch's default of 8 a part would run uncompiled."""
 
 
+@runtime_checkable
 class Divisible(Protocol):
     """A network that tells of what it is made."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from nnunet_ssl.architectures.backbones import backbone_of
-from nnunet_ssl.architectures.compiling import compile_parts, forget_compiled
+from nnunet_ssl.architectures.compiling import Divisible, compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.console import exit_on_user_error
 from nnunet_ssl.files import written_beside
@@ -24,7 +24,7 @@ from nnunet_ssl.requirements import check_requirements
 from nnunet_ssl.trainers.averaging import add_average, saved_average, with_weights_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
-from nnunet_ssl.trainers.freezing import unwrapped, with_own_buffers, with_trainable_encoder
+from nnunet_ssl.trainers.freezing import encoder_of, unwrapped, with_own_buffers, with_trainable_encoder
 from nnunet_ssl.trainers.losses import check_loss, with_hardest_voxels
 from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, plans_residual_unet
 from nnunet_ssl.trainers.optimization import GRADIENT_CLIP, StepSchedule, build_optimizer, refuse_lost_epoch
@@ -48,6 +48,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     recipe: str | None = None
     from_scratch = False
+    network: nn.Module
 
     def __init__(
         self,
@@ -105,10 +106,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             entry = self._choose_network(pretrained.architecture if pretrained else PAPER_ENCODER)
             refuse_to_mix(Path(self.output_folder_base), self.fold, self.configuration_name, entry, source)
             self._build(entry)
-            if source:
+            if pretrained and source:
                 self._load_encoder(pretrained, source, entry)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         self.resuming = not self.was_initialized
         super().load_checkpoint(filename_or_checkpoint)
         if self.settings.averaged_epochs:
@@ -127,13 +128,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             torch.manual_seed(self.settings.seed)
             super().initialize()
         self.network = with_own_buffers(self.network)
-        if super()._do_i_compile() and not self._do_i_compile():
+        network = unwrapped(self.network)
+        if super()._do_i_compile() and isinstance(network, Divisible):
             self.print_to_log_file("Using torch.compile for the parts of the network...")
-            compile_parts(unwrapped(self.network))
+            compile_parts(network)
 
     def _do_i_compile(self) -> bool:
         """Tell nnU-Net whether to compile the whole network: not one that lists its parts."""
-        return super()._do_i_compile() and not hasattr(unwrapped(self.network), "parts")
+        return super()._do_i_compile() and not isinstance(unwrapped(self.network), Divisible)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         super().set_deep_supervision_enabled(enabled)
@@ -175,7 +177,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         for key, why in pretrained.assumed.items():
             self.print_to_log_file(f"WARNING: assumed of the checkpoint: {key} {pretrained.architecture[key]} ({why})")
         backbone = backbone_of(pretrained.architecture["backbone"])
-        encoder = unwrapped(self.network).encoder
+        encoder = encoder_of(self.network)
         report = load_encoder(encoder, pretrained, minimum_fraction=backbone.minimum_fraction)
         for line in (str(report), *backbone.differences(pretrained.architecture, entry)):
             self.print_to_log_file(line)
@@ -207,7 +209,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.step_in_epoch = 0
         self._prepare_step()
         super().on_train_epoch_start()
-        unwrapped(self.network).encoder.train(self.encoder_trainable)
+        encoder_of(self.network).train(self.encoder_trainable)
 
     def train_step(self, batch: dict) -> dict:
         self._prepare_step()
@@ -251,7 +253,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """After the first backward pass that should train the encoder, see that it has."""
         if self.encoder_trainable and not self.encoder_checked:
             with exit_on_user_error():
-                check_gradients({"encoder": unwrapped(self.network).encoder})
+                check_gradients({"encoder": encoder_of(self.network)})
             self.encoder_checked = True
 
     def on_epoch_end(self) -> None:

@@ -16,6 +16,11 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
+def encoder_of(network: nn.Module) -> nn.Module:
+    """Return the encoder inside a network that may be wrapped."""
+    return unwrapped(network).get_submodule("encoder")
+
+
 def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
     """Switch the encoder's gradients on or off and return the network to use from now on.
 
@@ -26,7 +31,7 @@ def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:
     call this at the same step. What was compiled for the other state is dropped: PyTorch does not always notice that
     parameters want gradients now, and would never train the encoder.
     """
-    encoder = unwrapped(network).encoder
+    encoder = encoder_of(network)
     forget_compiled()
     encoder.requires_grad_(trainable)
     encoder.train(trainable and network.training)

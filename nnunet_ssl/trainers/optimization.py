@@ -31,7 +31,7 @@ def build_optimizer(network: nn.Module, lr: float, encoder_lr: float, name: str 
     Args:
         name: ``adamw``, or ``sgd``: nnU-Net's, with Nesterov's momentum and one weight decay on everything.
     """
-    encoder = {id(parameter) for parameter in network.encoder.parameters()}
+    encoder = {id(parameter) for parameter in network.get_submodule("encoder").parameters()}
     named = list(network.named_parameters())
     groups = []
     for part, peak, decay in (("decoder", lr, DECODER_DECAY), ("encoder", encoder_lr, ENCODER_DECAY)):

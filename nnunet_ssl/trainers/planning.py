@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -52,7 +53,7 @@ class PretrainingPlanner(ExperimentPlanner):
     def generate_data_identifier(self, configuration_name: str) -> str:
         return f"{self.plans_identifier}_{configuration_name}"
 
-    def get_plans_for_configuration(self, spacing, median_shape, *args: Any) -> dict[str, Any]:
+    def get_plans_for_configuration(self, spacing: Sequence[float], median_shape: Any, *args: Any) -> dict[str, Any]:
         if len(spacing) == 2:
             return {}
         plan = super().get_plans_for_configuration(spacing, PATCH_SIZE, *args)

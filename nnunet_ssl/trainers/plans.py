@@ -24,18 +24,18 @@ def plans_with_settings(plans: Mapping[str, Any], settings: Settings) -> dict[st
     Patch and batch size go into all three-dimensional configurations. Plans that have settings already get the new ones
     in their place, and the name that the plans they were made from would get.
     """
-    plans = copy.deepcopy(dict(plans))
-    base = plans.get(SECTION, {}).get("base", plans["plans_name"])
-    plans["plans_name"] = base + settings.suffix()
-    plans[SECTION] = {"base": base, "settings": dataclasses.asdict(settings)}
-    for name, configuration in plans["configurations"].items():
+    changed = copy.deepcopy(dict(plans))
+    base = changed.get(SECTION, {}).get("base", changed["plans_name"])
+    changed["plans_name"] = base + settings.suffix()
+    changed[SECTION] = {"base": base, "settings": dataclasses.asdict(settings)}
+    for name, configuration in changed["configurations"].items():
         if name.startswith("2d"):
             continue
         if settings.patch_size is not None:
             configuration["patch_size"] = list(settings.patch_size)
         if settings.batch_size is not None:
             configuration["batch_size"] = settings.batch_size
-    return plans
+    return changed
 
 
 def check_configuration(plans: Mapping[str, Any], configuration: str) -> None:
