@@ -22,7 +22,7 @@ from nnunet_ssl.architectures.backbones.resenc import ResEncConfig
 from nnunet_ssl.architectures.backbones.swin import SwinConfig
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
-from nnunet_ssl.pretraining.objectives.base import Objective
+from nnunet_ssl.pretraining.objectives.base import Objective, Pairs
 from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
 from nnunet_ssl.pretraining.objectives.masked import MaskedConfig
 from nnunet_ssl.pretraining.recipes import read_recipe, recipe_file
@@ -167,8 +167,8 @@ class PretrainingConfig:
         return tuple(kind(self) for kind in known() if kind.is_on(self))
 
     @property
-    def pairs(self) -> str | None:
-        """Which pairs of views the objectives compare: "mcl", "cl", or None, if single scans serve them all."""
+    def pairs(self) -> Pairs | None:
+        """Which pairs of views the objectives compare; None if single scans serve them all."""
         return next((objective.pairs for objective in self.objectives if objective.pairs), None)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from nnunet_ssl.schedules import Ramp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+Pairs = Literal["mcl", "cl"]
+"""The pairs of views that can be compared: two modalities of a session, or two views of a scan."""
 
 
 class Recipe(Protocol):
@@ -39,7 +43,7 @@ class Recipe(Protocol):
     @property
     def maps(self) -> int: ...
     @property
-    def pairs(self) -> str | None: ...
+    def pairs(self) -> Pairs | None: ...
     @property
     def objectives(self) -> tuple[Objective, ...]: ...
     def section(self, name: str) -> Any: ...
@@ -189,8 +193,8 @@ class Objective(abc.ABC):
         return config.section(cls.section) is not None
 
     @property
-    def pairs(self) -> str | None:
-        """Which pairs of views it compares: "mcl" (two modalities of a session), "cl" (two views of a scan), None."""
+    def pairs(self) -> Pairs | None:
+        """Which pairs of views it compares, if any."""
         return None
 
     @property

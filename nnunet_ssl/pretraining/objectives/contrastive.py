@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Pass, Recipe
+from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Pairs, Part, Pass, Recipe
 from nnunet_ssl.pretraining.run.panels import BLUE, GREEN, Curve, Panel, both
 from nnunet_ssl.representation import effective_rank, uniformity
 from nnunet_ssl.schedules import Ramp
@@ -77,7 +77,7 @@ class Contrastive(Objective):
         return config.section("contrastive").pairs != "none"
 
     @property
-    def pairs(self) -> str:
+    def pairs(self) -> Pairs:
         return self.settings.pairs
 
     @property

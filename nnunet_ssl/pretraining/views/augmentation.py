@@ -55,7 +55,7 @@ class AugmentationConfig:
     low_resolution_probability: float = 0.5
     low_resolution: tuple[float, float] = (0.8, 1.0)  # zoom
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, tuple | list) and not (len(value) == 2 and value[0] <= value[1]):
                 raise UserError(f"augmentation.{name} is {value}; it is a range: two numbers, the smaller first.")

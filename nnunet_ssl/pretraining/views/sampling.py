@@ -26,7 +26,7 @@ class SamplingConfig:
     jitter_mm: float = 0.0  # the centres of the two views are at most this far apart
     max_failed_share: float = 0.05  # of the scans drawn: more that cannot be read stop the training
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.weighting not in ("scan", "session", "source"):
             raise UserError(f"sampling.weighting is '{self.weighting}'; choose scan, session or source.")
         if self.jitter_mm < 0:
@@ -169,10 +169,10 @@ def draw_centre(box: np.ndarray, patch_size: Sequence[int], rng: np.random.Gener
     Along an axis on which the box is larger than the patch, the patch lies anywhere inside the box; on which it is
     smaller, the patch contains the box. So a patch always shows as much brain as it can.
     """
-    patch_size = np.asarray(patch_size)
-    ends = np.sort(np.stack([box[:, 0], box[:, 1] - patch_size]), axis=0)
+    size = np.asarray(patch_size)
+    ends = np.sort(np.stack([box[:, 0], box[:, 1] - size]), axis=0)
     start = rng.integers(ends[0], ends[1], endpoint=True)
-    return start + (patch_size - 1) / 2
+    return start + (size - 1) / 2
 
 
 def draw_jitter(radius_mm: float, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:

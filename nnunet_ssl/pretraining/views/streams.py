@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -47,37 +48,35 @@ class Stream:
         self.device = device
         self._parts = itertools.cycle(range(config.accumulation))
         self.waited = 0.0  # seconds in which there was nothing to do but wait for the workers
-        common = {
-            "patch_size": config.patch_size,
-            "sampling": config.sampling,
-            "augmentation": config.augmentation,
-            "seed": config.seed,
-            "rank": distributed.rank(),
-            "parts": config.accumulation,
-            "start_step": start,
-            "pin_memory": device.type == "cuda",
-        }
+        load = functools.partial(
+            make_loader,
+            corpus,
+            patch_size=config.patch_size,
+            sampling=config.sampling,
+            augmentation=config.augmentation,
+            seed=config.seed,
+            rank=distributed.rank(),
+            parts=config.accumulation,
+            start_step=start,
+            pin_memory=device.type == "cuda",
+        )
         self._batches = iter(
-            make_loader(
-                corpus,
+            load(
                 kind=config.pairs or "mim",
                 batch_size=share_of(config.batch_size, config, "batch_size"),
                 stream=PAIRS,
                 workers=workers,
-                **common,
             )
         )
         self._unpaired = None
         if has_unpaired_stream(corpus, config):
             self._unpaired = iter(
-                make_loader(
-                    corpus,
+                load(
                     kind="mim",
                     only_unpaired=True,
                     batch_size=share_of(config.masked.unpaired_batch_size, config, "masked.unpaired_batch_size"),
                     stream=UNPAIRED,
                     workers=min(1, workers),
-                    **common,
                 )
             )
 
