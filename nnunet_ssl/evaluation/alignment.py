@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def _retrieval(vectors: np.ndarray, patient: np.ndarray, modality: np.ndarray) -
     }
 
 
-def _over_scans(measure, vectors: np.ndarray, patient: np.ndarray) -> dict[str, Any]:
+def _over_scans(measure: Callable[[np.ndarray], float], vectors: np.ndarray, patient: np.ndarray) -> dict[str, Any]:
     """A measure of the whole set. Drawing scans twice would lower it, so its interval leaves patients out instead."""
     _, owner = np.unique(patient, return_inverse=True)
     return {"value": measure(vectors), "interval": jackknife_interval(lambda kept: measure(vectors[kept]), owner)}

@@ -6,10 +6,13 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.console import add_subcommand, command, positive
+from nnunet_ssl.console import Subcommands, add_subcommand, command, positive
 from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.embeddings import Embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +106,7 @@ def _add_embedding_source(parser: argparse.ArgumentParser, max_subjects: int) ->
     fresh.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
 
 
-def _embeddings(arguments: argparse.Namespace):
+def _embeddings(arguments: argparse.Namespace) -> tuple[Embeddings, str]:
     """Read the stored embeddings, or compute them; return them with a name for titles."""
     if bool(arguments.embeddings) != bool(arguments.metadata):
         raise UserError("--embeddings and --metadata belong together: the table says what each row of the array is.")
@@ -142,7 +145,7 @@ def _show(result: dict[str, Any], text: str, arguments: argparse.Namespace) -> N
             write_json(result, Path(arguments.json))
 
 
-def _add_alignment(commands) -> None:
+def _add_alignment(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands,
         "alignment",
@@ -176,7 +179,7 @@ def _alignment(arguments: argparse.Namespace) -> None:
         logger.info("written to %s", arguments.o)
 
 
-def _add_lesions(commands) -> None:
+def _add_lesions(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands,
         "lesions",
@@ -230,7 +233,7 @@ def _lesions(arguments: argparse.Namespace) -> None:
     logger.info("written to %s", folder)
 
 
-def _add_ranking(commands) -> None:
+def _add_ranking(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands,
         "ranking",
@@ -260,7 +263,7 @@ def _ranking(arguments: argparse.Namespace) -> None:
         logger.info("written to %s", arguments.o)
 
 
-def _add_probe(commands) -> None:
+def _add_probe(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands,
         "probe",
@@ -304,7 +307,7 @@ def _probe(arguments: argparse.Namespace) -> None:
         logger.info("written to %s", arguments.o)
 
 
-def _add_gradients(commands) -> None:
+def _add_gradients(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands,
         "gradients",

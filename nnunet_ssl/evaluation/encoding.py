@@ -130,6 +130,7 @@ def encode_scans(
         progress.update(len(batch))
     progress.close()
     corpus.warn_of_unreadable(list(failures.values()), len(rows))
+    assert sums is not None, "some scan could be read"
     good = ~np.isin(np.arange(len(rows)), list(failures))
     return rows[good], sums[good] / counts[good, None]
 

@@ -12,7 +12,7 @@ import pandas as pd
 from nnunet_ssl.evaluation.segmentations import NAMES, RATES, scored
 from nnunet_ssl.evaluation.stages import results_of
 from nnunet_ssl.evaluation.statistics import holm, mean_interval, paired_wilcoxon, rate_interval
-from nnunet_ssl.evaluation.study import Experiment, Run, Study
+from nnunet_ssl.evaluation.study import Experiment, Published, Run, Study
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.pages import write_page
 
@@ -221,8 +221,8 @@ def _metric_table(
     if not shown:
         return []
     header = [NAMES[metric]]
-    for _, *column in shown:
-        header += [column_label(study, experiment, *column)] + ["published"] * bool(published)
+    for _, dataset, fraction, part in shown:
+        header += [column_label(study, experiment, dataset, fraction, part)] + ["published"] * bool(published)
     rows = []
     for arm in experiment.arms:
         row = [study.arms[arm].label]
@@ -236,14 +236,23 @@ def _metric_table(
     return [*markdown(header, rows), _note(study, experiment, cells, shown, better, published), ""]
 
 
-def _note(study, experiment, cells, shown, better, published) -> str:
+def _note(
+    study: Study,
+    experiment: Experiment,
+    cells: Mapping[tuple[Any, ...], Mapping[str, Any]],
+    shown: Sequence[tuple[int, str, int, str]],
+    better: Mapping[tuple[Any, ...], str],
+    published: Published | None,
+) -> str:
     """Say what a table's figures are taken over."""
     sizes = []
-    for _, *column in shown:
-        present = [cells[key] for arm in experiment.arms if (key := (arm, *column)) in cells]
+    for _, dataset, fraction, part in shown:
+        present = [cells[key] for arm in experiment.arms if (key := (arm, dataset, fraction, part)) in cells]
         counts = " or ".join(str(n) for n in sorted({one["n_cases"] for one in present}))
         runs = " or ".join(str(n) for n in sorted({one["n_runs"] for one in present}))
-        sizes.append(f"{column_label(study, experiment, *column)}: {counts} cases, {runs} run(s) per arm")
+        sizes.append(
+            f"{column_label(study, experiment, dataset, fraction, part)}: {counts} cases, {runs} run(s) per arm"
+        )
     note = f"Mean over cases [95 % interval]. {'; '.join(sizes)}."
     if better:
         first = study.arms[experiment.arms[0]].label
@@ -251,7 +260,7 @@ def _note(study, experiment, cells, shown, better, published) -> str:
     return note + (f" Published: {published.source}." if published else "")
 
 
-def _significant(experiment: Experiment, tests: pd.DataFrame) -> dict[tuple, str]:
+def _significant(experiment: Experiment, tests: pd.DataFrame) -> dict[tuple[Any, ...], str]:
     """Which cells differ from the first arm's."""
     if not len(tests):
         return {}

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from nnunet_ssl.console import find_program
 from nnunet_ssl.errors import UserError
@@ -94,8 +94,8 @@ def execute(
     """
     paths = _locks_of(run, folder, stages_of(run, study, folder, device))
     with contextlib.ExitStack() as held:
-        locks = [held.enter_context(_locked(path, tries=5)) for path in paths]
-        if None in locks:
+        locks = [lock for path in paths if (lock := held.enter_context(_locked(path, tries=5))) is not None]
+        if len(locks) < len(paths):
             logger.info("    left to the runner that works on it")
             return "left to another runner"
         seconds = read_record(folder, run).get("seconds", {})
@@ -165,7 +165,7 @@ def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
     return f"it ended well and left no {missing[0]}" if missing else None
 
 
-def _call(command: list[str], environment: dict[str, str], output, locks: Sequence[int]) -> int:
+def _call(command: list[str], environment: dict[str, str], output: TextIO, locks: Sequence[int]) -> int:
     """Run a command in a process group of its own, which ends with it: a dead training leaves no workers behind."""
     try:
         process = subprocess.Popen(

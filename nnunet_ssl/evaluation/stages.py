@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
@@ -22,6 +23,9 @@ from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import VARIABLE, Settings
 from nnunet_ssl.weights.pretrained import encoder_file
+
+if TYPE_CHECKING:
+    from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +117,14 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
     if not resume and _needs_checkpoint(arm):
         _checkpoint(arm, residual=plans_residual_unet(plans))
     final_weights, validated = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
-    shared = {"variables": variables, "lock": fold.with_name(f".{fold.name}.lock")}
+    in_fold = partial(Stage, variables=variables, lock=fold.with_name(f".{fold.name}.lock"))
     evaluation = partial(_evaluation, out=results_of(run, folder), preset=dataset.preset)
     stages = [
-        Stage(
+        in_fold(
             name="train",
             command=(*train, "-p", study.plans, "-device", device, *resume),
             outputs=(final_weights, validated),
             inputs=(final_weights,),  # of the validation with which a training ends
-            **shared,
         ),
         evaluation("validation", reference=preprocessed / "gt_segmentations", predicted=fold / "validation"),
     ]
@@ -130,13 +133,12 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
         unfinished = fold / "test.unfinished"
         files = ("-i", str(raw / "imagesTs"), "-o", str(unfinished))
         stages += [
-            Stage(
+            in_fold(
                 name="predict",
                 command=("nnUNetv2_predict", *files, *model, "-device", device),
                 outputs=(fold / "test",),
                 inputs=(final_weights,),
                 unfinished=unfinished,
-                **shared,
             ),
             evaluation("test", reference=raw / "labelsTs", predicted=fold / "test"),
         ]
@@ -167,7 +169,7 @@ def _variables(run: Run, arm: Arm, folder: Path) -> dict[str, str]:
     if arm.checkpoint is None:
         return settings
     models = folder / "models" / run.arm
-    return settings | {checkpoints.VARIABLE: str(_named_checkpoint(arm)), "nnUNet_results": str(models)}
+    return settings | {checkpoints.VARIABLE: str(_named(arm.checkpoint, arm)), "nnUNet_results": str(models)}
 
 
 def _plans(preprocessed: Path, study: Study) -> dict:
@@ -207,7 +209,7 @@ def _checkpoint(arm: Arm, *, residual: bool) -> Path:
         UserError: there is none.
     """
     if arm.checkpoint is not None:
-        return _named_checkpoint(arm)
+        return _named(arm.checkpoint, arm)
     recipe = getattr(_own_trainers().get(arm.trainer), "recipe", None)
     try:
         return checkpoints.find_checkpoint(recipe, arm.trainer, residual=residual)
@@ -216,11 +218,11 @@ def _checkpoint(arm: Arm, *, residual: bool) -> Path:
         raise UserError(f"The arm {arm.label} has no checkpoint: {advice} one as its `checkpoint`.") from None
 
 
-def _named_checkpoint(arm: Arm) -> Path:
+def _named(checkpoint: str, arm: Arm) -> Path:
     """The file that the study's YAML names for an arm."""
-    path = encoder_file(Path(os.path.expandvars(arm.checkpoint)).expanduser())
+    path = encoder_file(Path(os.path.expandvars(checkpoint)).expanduser())
     if not path.is_file():
-        raise UserError(f"The arm {arm.label} names the checkpoint {arm.checkpoint}, which is not there.")
+        raise UserError(f"The arm {arm.label} names the checkpoint {checkpoint}, which is not there.")
     return path
 
 
@@ -241,7 +243,7 @@ def _needs_checkpoint(arm: Arm) -> bool:
 
 
 @cache
-def _own_trainers() -> dict[str, type]:
+def _own_trainers() -> dict[str, type[nnUNetTrainerSSL]]:
     """The trainers of this package, by name."""
     from nnunet_ssl.trainers.arms import ARMS, nnUNetTrainerSwinFPNScratch
     from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL

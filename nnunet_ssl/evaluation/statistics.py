@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,7 +36,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mean_interval(values: ArrayLike, **options) -> tuple[float, float]:
+def mean_interval(values: ArrayLike, **options: Any) -> tuple[float, float]:
     """Return the bootstrap interval of the mean of one value per unit; nan values are not units."""
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]

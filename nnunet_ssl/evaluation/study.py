@@ -17,8 +17,6 @@ from nnunet_ssl.evaluation.segmentations import METRICS
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.typed import build
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -237,10 +235,13 @@ def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]
     return {str(name): one for name, one in found.items()}
 
 
-def _labelled(kind: type[T], values: Any, where: str) -> T:
+Labelled = TypeVar("Labelled", Arm, Dataset)
+
+
+def _labelled(kind: type[Labelled], values: Any, where: str) -> Labelled:
     """Build what is called by its own name unless it has a label."""
-    label = {"label": where.partition(".")[2]} if isinstance(values, Mapping) else {}
-    return build(kind, label | values if label else values, f"{where}.")
+    named = {"label": where.partition(".")[2], **values} if isinstance(values, Mapping) else values
+    return build(kind, named, f"{where}.")
 
 
 def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experiment:
@@ -252,7 +253,7 @@ def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experimen
             raise UserError(f"{where}.published.values is {published['values']!r}; it takes a list of numbers per arm.")
         published = Published(source=str(published["source"]), values=dict(published["values"]))
         values = {key: value for key, value in values.items() if key != "published"}
-    named = {"title": where.partition(".")[2]} | values if isinstance(values, Mapping) else values
+    named = {"title": where.partition(".")[2], **values} if isinstance(values, Mapping) else values
     experiment = build(Experiment, named, f"{where}.")
     arms = experiment.arms or all_arms
     compare = experiment.compare or tuple((arm, arms[0]) for arm in arms[1:])

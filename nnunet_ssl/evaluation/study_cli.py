@@ -8,10 +8,19 @@ import os
 import shlex
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, TypeAlias
 
 from nnunet_ssl.console import command
 from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.evaluation.running import State
+    from nnunet_ssl.evaluation.study import AlignmentRun, Experiment, Run, Study
+
+    States: TypeAlias = dict[Run | AlignmentRun, State]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +58,7 @@ def study() -> None:
     {"run": _run, "status": _status, "collect": _collect}[arguments.action](arguments)
 
 
-def _open(arguments: argparse.Namespace):
+def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
     from nnunet_ssl.evaluation.running import state_of
     from nnunet_ssl.evaluation.slurm import queued_jobs
@@ -71,8 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.evaluation.running import execute_all
 
     study, folder, states = _open(arguments)
-    counts = Counter(state.kind for state in states.values())
-    logger.info("%s: %s; in %s", study.name, _counted(counts, len(states)), folder)
+    logger.info("%s: %s; in %s", study.name, _counted(states), folder)
     _explain(states, "waiting")
     todo = [run for run, state in states.items() if state.kind in ("missing", "failed")]
     if arguments.dry_run:
@@ -88,14 +96,14 @@ def _run(arguments: argparse.Namespace) -> None:
         failed = execute_all(todo, study, folder, arguments.device)
         if failed:
             raise UserError(f"{len(failed)} runs failed: {', '.join(failed)}. Their logs are in {folder / 'logs'}.")
-    if counts["waiting"]:
-        raise UserError(f"{counts['waiting']} runs wait for what is said above; then call this again.")
+    if waiting := sum(state.kind == "waiting" for state in states.values()):
+        raise UserError(f"{waiting} runs wait for what is said above; then call this again.")
 
 
 def _status(arguments: argparse.Namespace) -> None:
     study, folder, states = _open(arguments)
     logger.info("%s in %s", study.name, folder)
-    logger.info("%s", _counted(Counter(state.kind for state in states.values()), len(states)))
+    logger.info("%s", _counted(states))
     for name, experiment in study.experiments.items():
         logger.info("\n%s: %s\n%s", name, experiment.title, _matrix(study, experiment, states))
     logger.info("\nfinished/all; r running, q queued, F failed, w waiting for data or a pre-training\n")
@@ -113,7 +121,7 @@ def _collect(arguments: argparse.Namespace) -> None:
     logger.info("%d of %d runs are finished. Written to %s", finished, len(states), path.parent)
 
 
-def _print_commands(runs, study, folder: Path, device: str) -> None:
+def _print_commands(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, device: str) -> None:
     from nnunet_ssl.evaluation.stages import stages_of
 
     for run in runs:
@@ -124,13 +132,15 @@ def _print_commands(runs, study, folder: Path, device: str) -> None:
                 logger.info("%s", " ".join([*variables, shlex.join(stage.command)]))
 
 
-def _matrix(study, experiment, states) -> str:
+def _matrix(study: Study, experiment: Experiment, states: States) -> str:
     """Arms down, data sets and fractions across: how many runs are finished, of how many, and what the others do."""
     import pandas as pd
 
-    cells: dict[tuple[str, str], list] = {}
+    from nnunet_ssl.evaluation.study import AlignmentRun
+
+    cells: dict[tuple[str, str], list[str]] = {}
     for run in study.runs_of(experiment):
-        if experiment.kind == "alignment":
+        if isinstance(run, AlignmentRun):
             column = f"Dataset{run.corpus}"
         else:
             column = study.datasets[run.dataset].label + f" {run.fraction} %" * (len(experiment.fractions) > 1)
@@ -145,7 +155,7 @@ def _cell(kinds: list[str]) -> str:
     return f"{kinds.count('finished')}/{len(kinds)} {marks}".strip()
 
 
-def _explain(states, kind: str) -> None:
+def _explain(states: States, kind: str) -> None:
     """Say once what several runs have in common."""
     reasons: dict[str, list[str]] = {}
     for run, state in states.items():
@@ -156,9 +166,10 @@ def _explain(states, kind: str) -> None:
         logger.info("%s: %s%s: %s", kind, runs[0], others, reason)
 
 
-def _counted(counts: Counter, total: int) -> str:
-    return f"{total} runs: " + ", ".join(f"{number} {kind}" for kind, number in counts.items())
+def _counted(states: States) -> str:
+    counts = Counter(state.kind for state in states.values())
+    return f"{len(states)} runs: " + ", ".join(f"{number} {kind}" for kind, number in counts.items())
 
 
-def _interrupt(number: int, frame) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt

@@ -18,7 +18,9 @@ HIGHLIGHTED = 8
 SMALLEST_TSNE = 10
 
 
-def draw_alignment(embeddings: Embeddings, result: dict[str, Any], path: Path, *, projection: Projection, title: str):
+def draw_alignment(
+    embeddings: Embeddings, result: dict[str, Any], path: Path, *, projection: Projection, title: str
+) -> None:
     """Draw four panels: 2-D map by modality, by subject, histogram of distances, and each pair of modalities."""
     places = project(embeddings.vectors, projection)
     with figure(path, (11, 8.4)) as drawing:
@@ -50,9 +52,8 @@ def _draw_modalities(axes: Axes, places: np.ndarray, embeddings: Embeddings) -> 
     names = np.unique(modality)
     for name in names:
         rows = modality == name
-        axes.scatter(
-            *places[rows].T, s=14, lw=0, alpha=0.8, color=colour_of(name, names), label=f"{name} ({rows.sum()})"
-        )
+        x, y = places[rows].T
+        axes.scatter(x, y, s=14, lw=0, alpha=0.8, color=colour_of(name, names), label=f"{name} ({rows.sum()})")
     axes.set_title("Scans by modality")
     axes.legend(markerscale=1.6, handletextpad=0.2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     without_scales(axes)
@@ -69,7 +70,8 @@ def _draw_subjects(axes: Axes, places: np.ndarray, embeddings: Embeddings) -> No
         colour = PALETTE[list(highlighted).index(name)] if front else QUIET
         for place in mine:
             axes.plot(*np.stack([place, mine.mean(axis=0)]).T, color=colour, lw=0.9 if front else 0.5, zorder=1 + front)
-        axes.scatter(*mine.T, s=22 if front else 10, lw=0, color=colour, zorder=2 + front)
+        x, y = mine.T
+        axes.scatter(x, y, s=22 if front else 10, lw=0, color=colour, zorder=2 + front)
     axes.set_title(f"Scans by subject (in colour: the {len(highlighted)} largest of {len(names)})")
     without_scales(axes)
 

@@ -52,9 +52,8 @@ def _draw_confusion(axes: Axes, predictions: pd.DataFrame, classes: list[str]) -
 def _draw_modalities(axes: Axes, summary: dict) -> None:
     name, entry = next(iter(summary["scores"].items()))
     modalities = {key: one["scores"].get(name, np.nan) for key, one in summary["by_modality"].items()}
-    axes.bar(
-        range(len(modalities)), modalities.values(), color=[colour_of(key, list(modalities)) for key in modalities]
-    )
+    colours = [colour_of(key, modalities) for key in modalities]
+    axes.bar(range(len(modalities)), list(modalities.values()), color=colours)
     place = len(modalities)
     axes.plot([place, place], entry["interval"], color="black", lw=2.2, solid_capstyle="butt")
     axes.scatter(place, entry["value"], marker="D", s=34, color=PALETTE[3], edgecolor="black", lw=0.8, zorder=3)

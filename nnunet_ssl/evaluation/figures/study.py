@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from nnunet_ssl.evaluation.figures.style import PALETTE, figure
 from nnunet_ssl.evaluation.segmentations import NAMES
@@ -64,7 +66,7 @@ def draw_modalities(study: Study, experiment: Experiment, summary: pd.DataFrame,
         drawing.colorbar(image, label=f"difference from {study.arms[experiment.arms[0]].label}")
 
 
-def _draw_published(axes, experiment: Experiment, dataset: str, arm: str, colour: str) -> None:
+def _draw_published(axes: Axes, experiment: Experiment, dataset: str, arm: str, colour: str) -> None:
     if experiment.published is None or arm not in experiment.published.values:
         return
     figures = dict(zip(experiment.columns, experiment.published.values[arm]))
@@ -78,7 +80,7 @@ def _panels(experiment: Experiment, summary: pd.DataFrame) -> list[tuple[str, st
     return [(name, part) for name in experiment.datasets for part in ("test", "validation") if (name, part) in present]
 
 
-def _rows(table: pd.DataFrame, **wanted) -> pd.DataFrame:
+def _rows(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     for column, value in wanted.items():
         table = table[table[column] == value]
     return table

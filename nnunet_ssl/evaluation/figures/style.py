@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,35 +20,35 @@ MODALITY_COLOURS = dict(
     zip(("t1", "t2", "flair", "dwi", "pd", "adc", "t1c", "t2s", "swi", "unknown"), PALETTE, strict=True)
 )
 
-_SETTINGS = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "savefig.dpi": 150,
-}
-
 
 @contextmanager
-def figure(path: Path, size: tuple[float, float], **options) -> Iterator[Figure]:
+def figure(path: Path, size: tuple[float, float], **options: Any) -> Iterator[Figure]:
     """Yield a figure of `size` (inches) in this style; when the block succeeds, write it to `path`.
 
     Args:
         options: passed to :class:`matplotlib.figure.Figure`. No window system is touched.
     """
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(
+        {
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+            "savefig.dpi": 150,
+        }
+    ):
         drawing = Figure(figsize=size, **{"layout": "constrained", **options})
         yield drawing
         with written_beside(path) as temporary:
             drawing.savefig(temporary)
 
 
-def colour_of(name: str, names: Sequence[str]) -> str:
+def colour_of(name: str, names: Iterable[str]) -> str:
     """Return the fixed colour of a modality, else one by the place of `name` in `names`."""
     return MODALITY_COLOURS.get(name) or PALETTE[list(names).index(name) % len(PALETTE)]
 
