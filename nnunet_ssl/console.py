@@ -80,7 +80,7 @@ def find_program(name: str) -> str:
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name
 
 
-class _Terminal(logging.StreamHandler):
+class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes no argument
     """Ends the command quietly when nobody reads it any more (``| head``), where logging would report every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:

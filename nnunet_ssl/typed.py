@@ -110,12 +110,12 @@ def assign(values: dict[str, Any], override: str) -> None:
         raise UserError(f"'{override}': '{text}' is not a YAML value.") from error
 
 
-def _fields(kind: type) -> dict[str, dataclasses.Field]:
+def _fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
     """The fields that have a key."""
     return {one.name: one for one in dataclasses.fields(kind) if one.metadata.get("key", True)}
 
 
-def _default(one: dataclasses.Field) -> Any:
+def _default(one: dataclasses.Field[Any]) -> Any:
     return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
 
 

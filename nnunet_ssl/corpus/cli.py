@@ -54,7 +54,8 @@ def prepare() -> None:
     if arguments.np < 1:
         parser.error("-np must be at least 1")
 
-    from nnunet_ssl.corpus.prepare import PreparationConfig, prepare_corpus
+    from nnunet_ssl.corpus.plans import PreparationConfig
+    from nnunet_ssl.corpus.prepare import prepare_corpus
     from nnunet_ssl.corpus.prepared import describe
 
     config = PreparationConfig(

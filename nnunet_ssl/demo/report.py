@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -51,11 +52,11 @@ def draw(work: Path, path: Path) -> None:
         _draw_finetuning(finetuning, work / "nnUNet_results" / "Dataset501_ATLASv2")
 
 
-def _result(work: Path, name: str) -> dict:
+def _result(work: Path, name: str) -> dict[str, Any]:
     return json.loads((work / "evaluation" / f"{name}.json").read_text())
 
 
-def _draw_case(axes: np.ndarray, work: Path, case: dict) -> None:
+def _draw_case(axes: np.ndarray, work: Path, case: dict[str, Any]) -> None:
     images = work / "nnUNet_raw" / "Dataset501_ATLASv2" / "imagesTs"
     paths = (images / f"{case['case']}_0000.nii.gz", work / "truth", work / "predictions")
     image, truth, prediction = (

@@ -87,7 +87,9 @@ def _summary(per_patient: PerPatient) -> dict[str, Any]:
     return {"mean": per_patient.mean, "std": per_patient.std, "n_patients": per_patient.n_patients}
 
 
-def _cross_subject(vectors: np.ndarray, patient: np.ndarray, modality: np.ndarray, modalities: Modalities) -> dict:
+def _cross_subject(
+    vectors: np.ndarray, patient: np.ndarray, modality: np.ndarray, modalities: Modalities
+) -> dict[str, Any]:
     """The mean over patients, with an interval that draws patients on both sides of a pair."""
     summary = _summary(cross_subject_distance(vectors, patient, modality, modalities=modalities))
     _, matrix = patient_distances(vectors, patient, modality, modalities=modalities)

@@ -198,7 +198,7 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False, float_format="%.6g")
 
 
-def _cells(study: Study, experiment: Experiment, cases: pd.DataFrame) -> dict[tuple, pd.DataFrame]:
+def _cells(study: Study, experiment: Experiment, cases: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
     """The cases of an experiment by arm, data set, fraction and part."""
     if not len(cases):
         return {}

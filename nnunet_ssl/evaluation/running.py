@@ -186,7 +186,7 @@ def _call(command: list[str], environment: dict[str, str], output: TextIO, locks
         process.wait()
 
 
-def _signal_group(process: subprocess.Popen, number: int) -> None:
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 

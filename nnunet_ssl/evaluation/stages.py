@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
@@ -172,7 +172,7 @@ def _variables(run: Run, arm: Arm, folder: Path) -> dict[str, str]:
     return settings | {checkpoints.VARIABLE: str(_named(arm.checkpoint, arm)), "nnUNet_results": str(models)}
 
 
-def _plans(preprocessed: Path, study: Study) -> dict:
+def _plans(preprocessed: Path, study: Study) -> dict[str, Any]:
     """Read the plans that a training begins with.
 
     Raises:
@@ -193,7 +193,7 @@ def _plans(preprocessed: Path, study: Study) -> dict:
     return plans
 
 
-def _plans_name(plans: Mapping, run: Run, arm: Arm) -> str:
+def _plans_name(plans: Mapping[str, Any], run: Run, arm: Arm) -> str:
     """The name that the trainer gives its plans; trainers of other packages know nothing of settings."""
     if arm.trainer not in _own_trainers():
         if run.settings:

@@ -270,7 +270,7 @@ def _check(study: Study) -> None:
             raise UserError(f"datasets.{name}.preset is '{dataset.preset}'; it can be {', '.join(PRESETS)}.")
     for name, experiment in study.experiments.items():
         _check_experiment(study, f"experiments.{name}", experiment)
-    folders: dict[tuple, Run] = {}
+    folders: dict[tuple[Any, ...], Run] = {}
     for run in study.runs():
         if isinstance(run, Run):
             arm = study.arms[run.arm]

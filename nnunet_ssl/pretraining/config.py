@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from nnunet_ssl.architectures.backbones import RESENC, SWIN, backbone_of
+from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.backbones import known as known_backbones
 from nnunet_ssl.architectures.backbones.base import Settings
-from nnunet_ssl.architectures.backbones.resenc import ResEncConfig
-from nnunet_ssl.architectures.backbones.swin import SwinConfig
+from nnunet_ssl.architectures.backbones.resenc import RESENC, ResEncConfig
+from nnunet_ssl.architectures.backbones.swin import SWIN, SwinConfig
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective, Pairs

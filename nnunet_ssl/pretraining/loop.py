@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from nnunet_ssl.pretraining.run.summary import write_summary
 from nnunet_ssl.pretraining.step import training_step
 from nnunet_ssl.pretraining.views.loading import lost_workers_explained
 from nnunet_ssl.pretraining.views.streams import Stream
+from nnunet_ssl.weights.pretrained import ENCODER
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +61,14 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
         first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
         if first >= config.steps:
             logger.info("%s is finished: %d of %d steps are done.", folder, first, config.steps)
-            if not (folder / outputs.ENCODER).is_file():
+            if not (folder / ENCODER).is_file():
                 finish(folder, learner, corpus, step=first)
             return
         if distributed.is_main():
             outputs.write_settings(folder, config)
         stream = Stream(training, config, device=device, start=first, workers=config.workers)
         validation = Validation(held_out, config, device)
-        suspects: list[dict] = []  # the last steps in a row that were not finite
+        suspects: list[dict[str, Any]] = []  # the last steps in a row that were not finite
 
         records = stack.enter_context(Records(folder, step=first, config=config, device=device))
         stop_requested = stack.enter_context(stop_requests())
@@ -171,10 +173,10 @@ def finish(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None
     """Leave the final checkpoint and the encoder, on the main process."""
     if distributed.is_main():
         outputs.finish(folder, learner, corpus, step=step)
-        logger.info("Finished. The encoder is in %s", folder / outputs.ENCODER)
+        logger.info("Finished. The encoder is in %s", folder / ENCODER)
 
 
-def give_up(folder: Path, suspects: list[dict]) -> None:
+def give_up(folder: Path, suspects: list[dict[str, Any]]) -> None:
     """Write down which scans were in the steps that were not finite, and end the training.
 
     Raises:

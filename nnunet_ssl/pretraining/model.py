@@ -30,7 +30,7 @@ def in_bf16(method: Callable[Concatenate[Network, Inputs], Result]) -> Callable[
     """Compute in bfloat16 what bears it, where the network's device can and its recipe allows; float32 elsewhere."""
 
     @functools.wraps(method)
-    def run(network: Network, *inputs: Inputs.args, **named: Inputs.kwargs) -> Result:
+    def run(network: Network, /, *inputs: Inputs.args, **named: Inputs.kwargs) -> Result:
         device = next(network.parameters()).device
         usable = network.bf16 and device.type == "cuda" and gpu_has_bf16()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable):

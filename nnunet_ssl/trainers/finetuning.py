@@ -52,10 +52,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def __init__(
         self,
-        plans: dict,
+        plans: dict[str, Any],
         configuration: str,
         fold: int,
-        dataset_json: dict,
+        dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ) -> None:
         with exit_on_user_error():
@@ -211,7 +211,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         super().on_train_epoch_start()
         encoder_of(self.network).train(self.encoder_trainable)
 
-    def train_step(self, batch: dict) -> dict:
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._prepare_step()
         self.step_in_epoch += 1
         data = batch["data"].to(self.device, non_blocking=True)
@@ -233,7 +233,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             self.grad_scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
 
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         losses = [float(output["loss"]) for output in train_outputs]
         with exit_on_user_error():
             refuse_lost_epoch(losses, self.current_epoch, self.is_ddp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ def _draw_confusion(axes: Axes, predictions: pd.DataFrame, classes: list[str]) -
     axes.set(title="Scans of subjects that the probe never saw", xlabel="predicted", ylabel="truth (rows sum to 1)")
 
 
-def _draw_modalities(axes: Axes, summary: dict) -> None:
+def _draw_modalities(axes: Axes, summary: dict[str, Any]) -> None:
     name, entry = next(iter(summary["scores"].items()))
     modalities = {key: one["scores"].get(name, np.nan) for key, one in summary["by_modality"].items()}
     colours = [colour_of(key, modalities) for key in modalities]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -134,7 +134,7 @@ def _session_grid(rng: np.random.Generator, voxel_mm: float) -> Grid:
     return box_grid(box, tuple(np.round(spacing, 3)))
 
 
-def _table_row(dataset: str, name: str, session: str, file: str, person: Person, source: Source) -> dict:
+def _table_row(dataset: str, name: str, session: str, file: str, person: Person, source: Source) -> dict[str, Any]:
     return {
         "dataset": dataset,
         "participant_id": name.split("/")[-1],

@@ -149,7 +149,7 @@ class Batches:
         how_to_mend: what to do about files that cannot be read.
     """
 
-    def __init__(self, loader: DataLoader, max_failed_share: float, how_to_mend: str) -> None:
+    def __init__(self, loader: DataLoader[Read], max_failed_share: float, how_to_mend: str) -> None:
         self.loader = loader
         self.max_failed_share = max_failed_share
         self.how_to_mend = how_to_mend
@@ -202,7 +202,7 @@ class View(NamedTuple):
     intensities: Intensities
 
 
-class ExampleReader(Dataset):
+class ExampleReader(Dataset[Read]):
     """The batches of one rank by number: draws views, then reads the boxes they need.
 
     What it knows of the scans lies in a few flat arrays, which forked workers share however many scans there are.
