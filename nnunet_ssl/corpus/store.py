@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def file_sizes(case: Path) -> list[int]:
     return [Path(f"{case}{suffix}").stat().st_size for suffix in SUFFIXES]
 
 
-def read_box(path: Path, shape: Sequence[int], box: Sequence[Sequence[int]]) -> np.ndarray:
+def read_box(path: Path, shape: Iterable[int], box: Iterable[Iterable[int]]) -> np.ndarray:
     """Decompress a part of a stored scan, (X, Y, Z): whoever reads voxels from a store does it here.
 
     Not memory-mapped, which would be a tenth faster: a mapped file that shrinks or vanishes kills the process.

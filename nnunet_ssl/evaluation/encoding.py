@@ -68,7 +68,7 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     corpus = open_corpus(dataset)
     _compare_preprocessing(encoder.pretrained, corpus)
     rows = choose_rows(corpus, encoder.pretrained, config)
-    patch_size = tuple(config.patch_size or encoder.patch_size)
+    patch_size = config.patch_size or encoder.patch_size
     rows, vectors = encode_scans(encoder.network, corpus, rows, patch_size, config)
     scans = corpus.scans.loc[rows].reset_index(drop=True)
     identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)

@@ -94,4 +94,5 @@ def _read(folder: Path, scan: ScanTask, row: Mapping[str, Any], spacing: Sequenc
     shape = [int(size) for size in row["shape"].split(",")]
     box = np.array(row["bbox"].split(","), int).reshape(3, 2)
     voxels = read_box(folder / f"{scan.scan_id}.b2nd", shape, [(0, size) for size in shape])
-    return Scan(Path(scan.path), voxels[None].astype(np.float32), tuple(spacing), box)
+    x, y, z = spacing
+    return Scan(Path(scan.path), voxels[None].astype(np.float32), (x, y, z), box)

@@ -73,5 +73,5 @@ def _check(model_folder: Path, cases: Sequence[Sequence[Image]]) -> None:
 
 def _in_memory(path: Path) -> nibabel.Nifti1Image:
     """Read a label map whose file is about to go."""
-    image = nibabel.load(path)
+    image = nibabel.Nifti1Image.from_filename(path)
     return nibabel.Nifti1Image(image.dataobj[...], image.affine, image.header)

@@ -63,7 +63,7 @@ def _figures(table: pd.DataFrame) -> str:
     names = [name for name in table if name.startswith(("loss/", "validation/loss/"))] + list(SHOWN)
     lines = ["| | first | last |", "|---|---|---|"]
     for name in names:
-        values = table[name].dropna() if name in table else []
+        values = table[name].dropna() if name in table else pd.Series(dtype=float)
         if len(values):
             lines.append(f"| {SHOWN.get(name, name)} | {values.iloc[0]:.4g} | {values.iloc[-1]:.4g} |")
     return "## Figures\n\n" + "\n".join(lines)

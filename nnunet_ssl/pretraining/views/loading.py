@@ -61,7 +61,7 @@ def make_loader(
     *,
     kind: Kind,
     batch_size: int,
-    patch_size: Sequence[int],
+    patch_size: tuple[int, int, int],
     sampling: SamplingConfig,
     augmentation: AugmentationConfig,
     seed: int,
@@ -217,7 +217,7 @@ class ExampleReader(Dataset[Read]):
         kind: Kind,
         places: range,
         parts: int,
-        patch_size: Sequence[int],
+        patch_size: tuple[int, int, int],
         sampling: SamplingConfig,
         augmentation: AugmentationConfig,
         seed: tuple[int, int],
@@ -226,7 +226,7 @@ class ExampleReader(Dataset[Read]):
         self.table = example_table(corpus, kind, sampling, only_unpaired=only_unpaired)
         size = len(places) // parts
         self.places = [places[part * size : (part + 1) * size] for part in range(parts)]
-        self.patch_size = tuple(patch_size)
+        self.patch_size = patch_size
         self.jitter_mm = sampling.jitter_mm
         self.augmentation = augmentation
         self.seed = seed
