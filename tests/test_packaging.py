@@ -35,14 +35,15 @@ def run(*command, **variables) -> str:
 def source(tmp_path_factory) -> Path:
     """A copy of the repository."""
     folder = tmp_path_factory.mktemp("clone") / "nnunet_ssl"
-    ignored = shutil.ignore_patterns(".venv*", ".git", "demo_work", "__pycache__", ".pytest_cache", ".ruff_cache")
+    ignored = shutil.ignore_patterns(".venv*", ".git", "demo_work", "__pycache__", ".*_cache")
     return Path(shutil.copytree(ROOT, folder, ignore=ignored))
 
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
+    """Built from a source distribution of the repository."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source)
     return next(folder.glob("*.whl"))
 
 
@@ -88,7 +89,7 @@ def test_a_wheel_holds_the_package_its_configs_and_nothing_else(wheel):
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "nnunet_ssl").rglob("*") if path.is_file()}
     expected = {name for name in tracked if "__pycache__" not in name and not name.endswith(".pth")}
     assert {name for name in names if name.startswith("nnunet_ssl/")} == expected
-    assert "nnunet_ssl/pretraining/configs/mcl_mim.yaml" in names
+    assert {"nnunet_ssl/pretraining/configs/mcl_mim.yaml", "nnunet_ssl/py.typed"} <= set(names)
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["normal", "editable"])
