@@ -8,6 +8,8 @@ the scores again, for a few windows at a time, so that they stay in the cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -42,14 +44,14 @@ def _attention_in_parts(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
 
 class _RecomputedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         bias = bias.detach().to(query.dtype)  # the fused kernel takes no bias that is trained
         ctx.save_for_backward(query, key, value, bias)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         query, key, value, bias = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         d_query, d_key, d_value = (torch.empty_like(tensor) for tensor in (query, key, value))

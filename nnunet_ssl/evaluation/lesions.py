@@ -152,7 +152,8 @@ def compare_masks(
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
     """Return the Dice coefficient of two boolean masks; both empty, 1."""
-    return _ratio(2 * np.count_nonzero(first & second), np.count_nonzero(first) + np.count_nonzero(second))
+    shared, *sizes = (int(np.count_nonzero(mask)) for mask in (first & second, first, second))
+    return _ratio(2 * shared, sum(sizes))
 
 
 def compare_surfaces(
@@ -169,12 +170,14 @@ def compare_surfaces(
     import torch
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-    masks = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (predicted, reference)]
-    options = {"include_background": True, "spacing": [float(size) for size in spacing]}
+    ours, theirs = (torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (predicted, reference))
+    voxel = [float(size) for size in spacing]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it passes itself
-        hd95 = compute_hausdorff_distance(*masks, percentile=95, **options)
-        surface = compute_surface_dice(*masks, class_thresholds=[tolerance_mm], use_subvoxels=True, **options)
+        hd95 = compute_hausdorff_distance(ours, theirs, include_background=True, percentile=95, spacing=voxel)
+        surface = compute_surface_dice(
+            ours, theirs, [tolerance_mm], include_background=True, spacing=voxel, use_subvoxels=True
+        )
     return float(hd95), float(surface)
 
 

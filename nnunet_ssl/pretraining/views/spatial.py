@@ -22,9 +22,9 @@ from torch import Tensor
 def affine_matrix(
     *,
     flip_axis: int | None,
-    rotation: Sequence[float],
-    scale: Sequence[float],
-    shear: Sequence[float],
+    rotation: Sequence[float] | np.ndarray,
+    scale: Sequence[float] | np.ndarray,
+    shear: Sequence[float] | np.ndarray,
     spacing: Sequence[float],
 ) -> np.ndarray:
     """Compose the map from offsets in the view to offsets in the volume, both in voxels.
