@@ -11,13 +11,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
-from nnunet_ssl.evaluation.matching import count_matches, find_overlaps
+from nnunet_ssl.evaluation.matching import Connectivity, count_matches, find_overlaps
 from nnunet_ssl.evaluation.probabilities import pr_auc
 
-CONNECTIVITIES = (6, 18, 26)
+CONNECTIVITIES = get_args(Connectivity)
 MATCHING_IOU = 0.25  # ISLES'26: its eval_utils.py of 2026-07-24
 
 
@@ -32,7 +33,7 @@ class Preset:
             healthy control in which nothing is found scores a Dice of 1, and the mean says how many controls there are.
     """
 
-    connectivity: int
+    connectivity: Connectivity
     official: tuple[str, ...]
     patients_only: bool = False
 
@@ -100,7 +101,7 @@ def compare_masks(
     predicted: np.ndarray,
     *,
     spacing: Sequence[float],
-    connectivity: int = 26,
+    connectivity: Connectivity = 26,
     tolerance_mm: float = 1.0,
     probabilities: np.ndarray | None = None,
 ) -> CaseMetrics:

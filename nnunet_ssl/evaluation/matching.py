@@ -7,9 +7,13 @@ below 2 and scikit-image at 0.22, so its rule is written out here; a test holds 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import cc3d
 import numpy as np
+
+Connectivity = Literal[6, 18, 26]
+"""Neighbours of a voxel in three dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Overlaps:
         return len(np.unique(self.pairs[:, 1]))
 
 
-def find_overlaps(reference: np.ndarray, predicted: np.ndarray, connectivity: int) -> Overlaps:
+def find_overlaps(reference: np.ndarray, predicted: np.ndarray, connectivity: Connectivity) -> Overlaps:
     """Take two boolean masks (X, Y, Z) apart into connected components of 6, 18 or 26 neighbours."""
     labels, sizes = zip(*(_components(mask, connectivity) for mask in (reference, predicted)))
     both = reference & predicted
@@ -69,7 +73,7 @@ def count_matches(overlaps: Overlaps, threshold: float) -> int:
     return matches
 
 
-def _components(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, np.ndarray]:
+def _components(mask: np.ndarray, connectivity: Connectivity) -> tuple[np.ndarray, np.ndarray]:
     """Return the number of each voxel's component from 1, (X, Y, Z), and the components' sizes, int64."""
     labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
     return labels, np.bincount(labels[mask], minlength=count + 1)[1:]

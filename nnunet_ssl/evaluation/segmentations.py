@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.lesions import CONNECTIVITIES, PRESETS, CaseMetrics, compare_masks
+from nnunet_ssl.evaluation.matching import Connectivity
 from nnunet_ssl.evaluation.probabilities import find_map, read_map
 from nnunet_ssl.evaluation.statistics import mean_interval, rate_interval
 from nnunet_ssl.imaging.geometry import Volume, read_volume, same_grid
@@ -41,7 +42,7 @@ class LesionConfig:
     """
 
     preset: str = "isles"
-    connectivity: int | None = None
+    connectivity: Connectivity | None = None
     label: int | None = None
     tolerance_mm: float = 1.0
 
@@ -54,7 +55,7 @@ class LesionConfig:
             raise UserError(f"The tolerance is {self.tolerance_mm} mm; a distance cannot be negative.")
 
     @property
-    def neighbours(self) -> int:
+    def neighbours(self) -> Connectivity:
         """The connectivity that is used."""
         return self.connectivity or PRESETS[self.preset].connectivity
 

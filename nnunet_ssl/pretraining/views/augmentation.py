@@ -189,7 +189,7 @@ def _degraded(targets: Tensor, intensities: Sequence[Intensities]) -> Tensor:
     """Apply each step to the views that drew it, batched: (N, X, Y, Z)."""
     views = targets.clone()
 
-    def apply(name: str, transform: Callable[[Tensor, list], Tensor]) -> None:
+    def apply(name: str, transform: Callable[[Tensor, list[Any]], Tensor]) -> None:
         drawn = {n: value for n, one in enumerate(intensities) if (value := getattr(one, name)) is not None}
         if drawn:
             chosen = send(torch.tensor(list(drawn)), views.device)

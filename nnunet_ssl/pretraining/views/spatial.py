@@ -48,7 +48,7 @@ def affine_matrix(
     return matrix * np.asarray(spacing)[None, :] / np.asarray(spacing)[:, None]
 
 
-def _shear(factors: Sequence[float]) -> np.ndarray:
+def _shear(factors: Sequence[float] | np.ndarray) -> np.ndarray:
     matrix = np.eye(3)
     matrix[0, 1], matrix[0, 2], matrix[1, 2] = factors
     return matrix
@@ -95,9 +95,9 @@ def _sampling_grid(
 
     `F.affine_grid` does the same with a matrix product, which loses half a voxel's tenth under TF32; sums do not.
     """
-    size = np.asarray(size)
-    per_voxel = 2 * matrix / size[:, None]
-    at_centre = (2 * centre + 1) / size - 1
+    length = np.asarray(size)
+    per_voxel = 2 * matrix / length[:, None]
+    at_centre = (2 * centre + 1) / length - 1
     offsets = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in patch_size]
     grid = torch.empty((1, *patch_size, 3), dtype=torch.float32, device=device)
     for axis in range(3):
