@@ -6,7 +6,7 @@ are those of the weighted losses, before balancing and clipping.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _quartiles(values: pd.Series) -> dict[str, float]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def _share(values: pd.Series, holds) -> float:
+def _share(values: pd.Series, holds: Callable[[pd.Series], pd.Series]) -> float:
     known = values.dropna()
     return float(holds(known).mean()) if len(known) else float("nan")
 

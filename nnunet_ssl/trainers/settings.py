@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +151,7 @@ class Settings:
         Raises:
             UserError: an unknown key, a value of the wrong kind or out of range, or values that contradict each other.
         """
-        readers = {field.name: _READERS[field.type] for field in dataclasses.fields(self)}
+        readers = {field.name: _READERS[str(field.type)] for field in dataclasses.fields(self)}
         values: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             key, _, value = (part.strip() for part in item.partition("="))
@@ -186,7 +186,7 @@ class Settings:
         )
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "str | None": str,
     "int": int,
