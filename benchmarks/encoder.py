@@ -85,11 +85,11 @@ def build(network: str, arguments: argparse.Namespace) -> nn.Module:
     from monai.networks.nets.swin_unetr import SwinTransformer
 
     from nnunet_ssl.architectures.compiling import compile_parts
-    from nnunet_ssl.architectures.swin import SwinEncoder
+    from nnunet_ssl.architectures.swin import DEPTHS, NUM_HEADS, SwinEncoder
     from nnunet_ssl.weights.monai_names import from_monai
 
     torch.manual_seed(0)
-    width, depths, heads = arguments.embed_dim, (2, 2, 6, 2), (3, 6, 12, 24)
+    width, depths, heads = arguments.embed_dim, DEPTHS, NUM_HEADS
     theirs = SwinTransformer(
         1, width, (7, 7, 7), (2, 2, 2), depths, heads, use_v2=True, use_checkpoint=arguments.checkpointing
     )

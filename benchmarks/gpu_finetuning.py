@@ -20,7 +20,7 @@ from gpu_measures import Check, Finding, Place
 from torch import Tensor
 
 from nnunet_ssl.architectures.networks import build_encoder
-from nnunet_ssl.console import find_program
+from nnunet_ssl.commands import find_program
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.phantom.anatomy import build_anatomy, draw_person, mni_grid
 from nnunet_ssl.phantom.contrast import render

@@ -69,7 +69,7 @@ run(f"python -m nnunet_ssl.phantom fomo fomo -n {SUBJECTS}")
 run("python -m nnunet_ssl.conversion.fomo60k -i fomo")
 run("nnssl_prepare -d 500 -np 2 --spacing 3 3 3")
 run(
-    f"nnssl_pretrain -c mcl_mim -device {device} -o steps={PRETRAINING_STEPS} patch_size=32,32,32 batch_size=4 "
+    f"nnssl_pretrain -c mcl_mim -device {device} --set steps={PRETRAINING_STEPS} patch_size=32,32,32 batch_size=4 "
     "swin.embed_dim=16 swin.depths=1,1,1 swin.num_heads=1,2,4 swin.window_size=4 masked.unpaired_batch_size=1 "
     "queue_size=256 learning_rate=5e-4 workers=1 log_every=50 validation.every=100 validation.fraction=0.15"
 )
@@ -154,7 +154,7 @@ for axis, title in zip(axes, ("T1 (synthetic)", "gradient"), strict=True):
 # A synthetic ATLAS: T1 images with stroke lesions. Everything but the trainer's name is nnU-Net's.
 
 # %%
-run(f"python -m nnunet_ssl.phantom atlas ATLAS_2 -n {2 * SUBJECTS} --n-test 3 --truth truth")
+run(f"python -m nnunet_ssl.phantom atlas ATLAS_2 -n {2 * SUBJECTS} --n_test 3 --truth truth")
 run("python -m nnunet_ssl.conversion.atlas_v2 -i ATLAS_2 -np 2")
 run("nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2 -npfp 2")
 os.environ["nnssl_settings"] = (

@@ -6,19 +6,18 @@ import argparse
 import functools
 import logging
 import os
-import shutil
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import ParamSpec, TypeAlias
+from typing import Any, ParamSpec, TypeAlias
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.requirements import check_requirements
 
 Arguments = ParamSpec("Arguments")
 
-Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Subcommands: TypeAlias = "argparse._SubParsersAction[OptionParser]"
 """What ``add_subparsers`` returns."""
 
 PIPE_CLOSED = 141
@@ -55,6 +54,19 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(f"error: {error}")
 
 
+class OptionParser(argparse.ArgumentParser):
+    """Options are spelled as nnU-Net spells its own, ``--with_underscores``; hyphens, as in 0.1.0, do as well."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # of several overloads
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_underscores(one) for one in given], namespace)
+
+
+def _with_underscores(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch("--[a-z][a-z-]*", name) else argument
+
+
 def add_subcommand(
     commands: Subcommands, name: str, run: Callable[[argparse.Namespace], None], help: str, epilog: str
 ) -> argparse.ArgumentParser:
@@ -71,13 +83,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
-
-
-def find_program(name: str) -> str:
-    """Return the program of this Python's own environment, which need not be activated."""
-    if name == "python":
-        return sys.executable
-    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])) or name
 
 
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes no argument

@@ -3,3 +3,9 @@
 
 class UserError(ValueError):
     """A mistake the user can mend. The message says what was found, where, and what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a :class:`UserError` with `message`, a sentence without its full stop, unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{message}.")

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from nnunet_ssl.errors import UserError
+
+PLANS_NAME = "nnUNetSSLPlans"
+"""The name of the plans that this package writes: those of a pre-training store, and those of ``nnssl_plan``."""
+
+CONFIGURATION = "3d_fullres"
+"""The configuration of nnU-Net that has them."""
+
+FORMER_PLANS_NAME = "nnsslPlans"
+"""The same in version 0.1.0. MIC-DKFZ/nnssl calls its plans so, too; what was begun with them keeps the name."""
 
 Variable = Literal["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"]
 
@@ -33,12 +42,8 @@ def dataset_folder(dataset: int | str, variable: Variable) -> Path:
         UserError: the variable is not set, or there is no such data set, or more than one has the id.
     """
     root = folder_of(variable)
-    if str(dataset).startswith("Dataset"):
-        found = [path for path in [root / str(dataset)] if path.is_dir()]
-    elif str(dataset).isdigit():
-        found = folders_with_id(root, int(dataset))
-    else:
-        raise UserError(f"'{dataset}' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K).")
+    found = [root / str(dataset)] if _is_name(dataset) else folders_with_id(root, int(dataset))
+    found = [path for path in found if path.is_dir()]
     if len(found) > 1:
         raise UserError(f"More than one data set has the id {dataset} in {root}: {', '.join(p.name for p in found)}.")
     if not found:
@@ -50,3 +55,55 @@ def dataset_folder(dataset: int | str, variable: Variable) -> Path:
 def folders_with_id(root: Path, number: int) -> list[Path]:
     """Return the folders under `root` of the data sets with an id, by name; nnU-Net allows only one."""
     return sorted(path for path in root.glob(f"Dataset{number:03d}_*") if path.is_dir())
+
+
+def new_dataset_folder(number: int, name: str) -> Path:
+    """Return the folder ``$nnUNet_raw/DatasetXXX_NAME``, which need not exist.
+
+    Raises:
+        UserError: the number belongs to another data set already, or isn't between 1 and 999.
+    """
+    if not 0 < number < 1000:
+        raise UserError(f"nnU-Net's data set numbers have three digits; {number} is not one of them.")
+    root = folder_of("nnUNet_raw")
+    folder = root / f"Dataset{number:03d}_{name}"
+    others = [path.name for path in folders_with_id(root, number) if path != folder]
+    if others:
+        raise UserError(f"The number {number} belongs to {others[0]} in {root} already. Choose another with -d.")
+    return folder
+
+
+def full_name(dataset: str) -> str:
+    """Return the name of a data set, which need not exist, or of the one with an id (500) in any of nnU-Net's folders.
+
+    Raises:
+        UserError: `dataset` is neither, or no data set or more than one has the id.
+    """
+    if _is_name(dataset):
+        return dataset
+    roots = [Path(os.environ[variable]) for variable in get_args(Variable) if os.environ.get(variable)]
+    names = sorted({path.name for root in roots for path in folders_with_id(root, int(dataset))})
+    if len(names) != 1:
+        raise UserError(
+            f"Data sets with the id {dataset} in nnU-Net's folders: {', '.join(names) or 'none'}. "
+            "Give the full name, for example: -d Dataset500_FOMO60K"
+        )
+    return names[0]
+
+
+def dataset_id(name: str) -> int:
+    """500 of ``Dataset500_FOMO60K``."""
+    return int(name.removeprefix("Dataset").split("_")[0])
+
+
+def _is_name(dataset: int | str) -> bool:
+    """Tell a data set's name from an id.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if str(dataset).startswith("Dataset"):
+        return True
+    if not str(dataset).isdecimal():
+        raise UserError(f"'{dataset}' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K).")
+    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -24,11 +25,14 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "positive": lambda value: value > 0,
     "0 or more": lambda value: value >= 0,
     "between 0 and 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "above 0 and below 1": lambda value: 0 < value < 1,
+    "1 to 100": lambda value: 1 <= value <= 100,
 }
 
 
 def ranged(default: Any, wanted: str) -> Any:
-    """A field of a configuration whose number, or whose ramp's two numbers, must be as one of `RANGES` says."""
+    """A field whose number, or whose ramp's or tuple's numbers, must be as one of `RANGES` says; None is no number."""
     return dataclasses.field(default=default, metadata={"range": wanted})
 
 
@@ -41,12 +45,20 @@ def check_ranges(config: Any, where: str = "") -> None:
     for one in dataclasses.fields(config):
         value, key = getattr(config, one.name), f"{where}{one.name}"
         if wanted := one.metadata.get("range"):
-            numbers = {f"{key}.low": value.low, f"{key}.high": value.high} if isinstance(value, Ramp) else {key: value}
-            for name, number in numbers.items():
+            for name, number in _numbers(key, value).items():
                 if not RANGES[wanted](number):
                     raise UserError(f"{name} is {number}; it must be {wanted}.")
         elif dataclasses.is_dataclass(value):
             check_ranges(value, f"{key}.")
+
+
+def _numbers(key: str, value: Any) -> dict[str, float]:
+    """The numbers of a field, by what messages call them."""
+    if isinstance(value, Ramp):
+        return {f"{key}.low": value.low, f"{key}.high": value.high}
+    if isinstance(value, tuple):
+        return {f"{key}[{place}]": one for place, one in enumerate(value)}
+    return {} if value is None else {key: value}
 
 
 def build(
@@ -69,25 +81,49 @@ def build(
     Raises:
         UserError: an unknown or missing key, or a value of the wrong type.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where.rstrip('.')} is {values!r}; it takes keys: {', '.join(_fields(kind))}.")
+    converted = keywords_of(kind, values, where) | dict(built or {})
+    if base is not None:
+        return dataclasses.replace(base, **converted)
+    missing = [
+        name for name, one in _fields(kind).items() if name not in values and _default(one) is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"The key '{where}{missing[0]}' is missing.")
+    return kind(**converted)
+
+
+def keywords_of(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """The keywords of the dataclass `kind` that `values` give, each of its field's type; as :func:`build`.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type.
+    """
     fields, hints = _fields(kind), typing.get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where.rstrip('.')} is {values!r}; it takes keys: {', '.join(fields)}.")
     for key in values:
         if key not in fields:
             raise UserError(f"There is no key '{where}{key}'{_nearest(key, fields, where)}")
-    converted = {
+    return {
         key: build(hints[key], value, f"{where}{key}.", _default(fields[key]))
         if dataclasses.is_dataclass(hints[key])
         else _convert(value, hints[key], f"{where}{key}")
         for key, value in values.items()
     }
-    converted |= built or {}
-    if base is not None:
-        return dataclasses.replace(base, **converted)
-    missing = [name for name, one in fields.items() if name not in values and _default(one) is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"The key '{where}{missing[0]}' is missing.")
-    return kind(**converted)
+
+
+def keywords_of_line(kind: type, line: str) -> dict[str, Any]:
+    """The same from one line, ``key=value,key=value``, in which a list is written ``96x96x96``.
+
+    Nothing of it is read as YAML, for which 0100 is 64.
+    """
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in line.split(","))):
+        key, _, text = (part.strip() for part in item.partition("="))
+        hint = hints.get(key)
+        values[key] = _number(text) if int in (hint, *typing.get_args(hint)) else text
+    return keywords_of(kind, values)
 
 
 def assign(values: dict[str, Any], override: str) -> None:
@@ -140,18 +176,28 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    """A list, or "2,2,6,2" as typed on a command line; one number stands for a fixed number of equal ones."""
+    """A list, or "2,2,6,2" or "96x96x96" as typed on a command line; one number stands for a fixed number of equal
+    ones."""
     fixed = arguments[-1] is not Ellipsis
-    items = value.split(",") if isinstance(value, str) else value
+    items = value
+    if isinstance(value, str):
+        items = [_number(item) for item in re.split("[x,]" if int in arguments else ",", value)]
+        items = items[0] if len(items) == 1 and fixed else items
     if fixed and isinstance(items, (int, float)) and not isinstance(items, bool):
         items = [items] * len(arguments)
     if not isinstance(items, (list, tuple)) or (fixed and len(items) != len(arguments)):
         count = f"{len(arguments)} values" if fixed else "a list"
         raise UserError(f"{where} is {value!r}; it takes {count}, such as [{', '.join(['2'] * len(arguments))}].")
-    if isinstance(value, str):
-        items = [yaml.safe_load(item) for item in items]
     kinds = arguments if fixed else [arguments[0]] * len(items)
     return tuple(_convert(item, kind, f"{where}[{place}]") for place, (item, kind) in enumerate(zip(items, kinds)))
+
+
+def _number(text: str) -> int | str:
+    """The whole number that `text` is, or the text itself."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _convert_scalar(value: Any, kind: type, where: str) -> Any:

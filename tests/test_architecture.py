@@ -1,6 +1,7 @@
 """The house as docs/architecture.md draws it: every room named, dependencies pointing down, no circles."""
 
 import ast
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,3 +64,12 @@ def test_the_map_names_every_module_and_no_other():
     existing |= {path.name for path in (PACKAGE.parent / "dataset_conversion").glob("*.py")}
     assert existing - named == set(), "not in docs/architecture.md"
     assert named - existing == set(), "no longer there"
+
+
+def test_no_two_classes_have_one_name():
+    """Nobody who searches for a class is to read two."""
+    names = Counter(
+        node.name for path in MODULES for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
+    )
+    assert len(names) > 50
+    assert [name for name, count in names.items() if count > 1] == []

@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+from nnunet_ssl.console import OptionParser
+
 COMMAND = """
 import logging
 from nnunet_ssl.console import command
@@ -57,3 +59,16 @@ def test_a_bug_shows_its_traceback():
     process = run("raise KeyError('oops')")
     _, errors = process.communicate()
     assert errors.startswith("Traceback") and process.returncode == 1
+
+
+@pytest.mark.parametrize("spelled", ["--dry_run", "--dry-run", "--dry-r"])
+@pytest.mark.parametrize("words", [[], ["sub"]])
+def test_options_have_underscores_as_nnunets_and_hyphens_do_as_well(spelled, words):
+    parser = OptionParser()
+    asked = parser.add_subparsers().add_parser("sub") if words else parser
+    asked.add_argument("--dry_run", action="store_true")
+    asked.add_argument("--skull_strip")
+    asked.add_argument("values", nargs="*")
+    given = parser.parse_args([*words, spelled, "--skull-strip=hd-bet", "a-b", "c-d=-e"])
+    assert (given.dry_run, given.skull_strip, given.values) == (True, "hd-bet", ["a-b", "c-d=-e"])
+    assert "--skull_strip" in asked.format_help() and "--skull-strip" not in asked.format_help()

@@ -75,13 +75,13 @@ def test_the_docs_name_every_command():
 
 
 PRETRAININGS = [
-    words for _, words in commands_typed() if words[0] == "nnssl_pretrain" and "-o" in words and "--c" not in words
+    words for _, words in commands_typed() if words[0] == "nnssl_pretrain" and "--set" in words and "--c" not in words
 ]
 
 
 @pytest.mark.parametrize("words", PRETRAININGS, ids=" ".join)
 def test_a_setting_of_pre_training_in_the_docs_is_accepted(words, monkeypatch, nnunet_folders):
-    monkeypatch.setattr(sys, "argv", [*words, "--print-config"])
+    monkeypatch.setattr(sys, "argv", [*words, "--print_config"])
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         importlib.import_module("nnunet_ssl.pretraining.cli").pretrain()
 

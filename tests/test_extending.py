@@ -1,10 +1,15 @@
-"""An objective and a backbone from a package outside, as docs/extending.md has them: installed, found, trained."""
+"""What docs/extending.md walks through: an objective and a backbone from a package outside, found and trained, and a
+data set by a script."""
 
 import dataclasses
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,7 +21,7 @@ from nnunet_ssl.pretraining import config, objectives
 from nnunet_ssl.pretraining.config import from_dict, load_config
 from nnunet_ssl.pretraining.loop import pretrain
 from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
+from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint, write_encoder
 
 DOCS = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 FAST = ["patch_size=16", "batch_size=2", "steps=2", "workers=0", "log_every=1", "gradients_every=1"]
@@ -29,8 +34,8 @@ def my_package(tmp_path, monkeypatch):
     """The page's code as an installed package."""
     code = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     points = re.findall(r'```toml\n\[project.entry-points\."(.*?)"\]\n(\w+) = "(.*?)"\n```', DOCS)
-    assert len(code) == len(points) == 2
-    (tmp_path / "my_package.py").write_text("\n\n".join(code))
+    assert len(code) - 1 == len(points) == 2
+    (tmp_path / "my_package.py").write_text("\n\n".join(code[:2]))
     info = tmp_path / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
@@ -75,6 +80,56 @@ def test_a_backbone_from_outside_is_pretrained_and_read_back(my_package, write_p
         assert pretrained.architecture == {"backbone": "pooled", "in_channels": 1, "width": 8}
         encoder = build_encoder(pretrained.architecture)
         assert load_encoder(encoder, pretrained).fraction == 1.0
+
+
+@pytest.fixture
+def converted(nnunet_folders, tmp_path):
+    """A data set of nnU-Net, by the page's script from images in somebody's folder; and what the script said."""
+    (tmp_path / "my_dataset.py").write_text(re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[2])
+    place = np.indices((24, 24, 24)) - 11.5
+    brain = (place**2).sum(0) < 11**2
+    for number in range(6):
+        lesion = ((place - number) ** 2).sum(0) < 16
+        image = np.where(brain, 100 + 50 * lesion + number, 0).astype(np.float32)
+        for name, array in (("flair", image), ("lesion", lesion.astype(np.uint8))):
+            if (number, name) != (5, "lesion"):
+                nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / f"case{number}_{name}.nii.gz")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "my_dataset.py", "-i", tmp_path, "-np", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return nnunet_folders["nnUNet_raw"] / "Dataset610_Flat", done.stdout
+
+
+def test_a_data_set_from_outside_becomes_nnunets(converted, tmp_path):
+    folder, said = converted
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 5
+    assert "Skipped (no lesion mask): case5" in said
+    for number in range(5):
+        mask = nibabel.load(folder / "labelsTr" / f"case{number}.nii.gz").get_fdata()
+        assert np.array_equal(mask, nibabel.load(tmp_path / f"case{number}_lesion.nii.gz").get_fdata())
+        assert (folder / "imagesTr" / f"case{number}_0000.nii.gz").is_file()
+
+
+@pytest.mark.slow
+def test_a_data_set_from_outside_is_planned_and_trained(converted, tmp_path, monkeypatch):
+    architecture = {"backbone": "swin", "in_channels": 1, "embed_dim": 6, "depths": [1, 1], "num_heads": [1, 1]}
+    weights = tmp_path / "encoder.safetensors"
+    tensors = build_encoder(architecture).state_dict()
+    about = {"method": "toy", "step": 1, "preprocessing": None, "metadata": {}}
+    write_encoder(weights, tensors, architecture=architecture, **about)
+    monkeypatch.setenv("nnssl_checkpoint", str(weights))
+    monkeypatch.setenv("nnssl_settings", "steps=1,freeze_share=0,patch_size=16x16x16,batch_size=2")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    programs = Path(sys.executable).parent
+    for command in (
+        "nnUNetv2_plan_and_preprocess -d 610 -c 3d_fullres -np 1 -npfp 1 --verify_dataset_integrity",
+        "nnUNetv2_train 610 3d_fullres 0 -tr nnUNetTrainerSSL -device cpu",
+    ):
+        program, *options = command.split()
+        done = subprocess.run([programs / program, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert list(tmp_path.glob("nnUNet_results/Dataset610_Flat/*/fold_0/checkpoint_final.pth"))
 
 
 def test_an_unknown_backbone_is_an_error_that_lists_the_known(my_package):

@@ -7,19 +7,19 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 export nnUNet_raw=$work/raw nnUNet_preprocessed=$work/preprocessed nnUNet_results=$work/results
 mkdir -p "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
 
-python -m nnunet_ssl.phantom fomo "$work/fomo" -n 24 --voxel-mm 4
+python -m nnunet_ssl.phantom fomo "$work/fomo" -n 24 --voxel_mm 4
 python "$root/dataset_conversion/Dataset500_FOMO60K.py" -i "$work/fomo"
 nnssl_prepare -d 500 --spacing 4 4 4
 for recipe in mcl_mim cl_mim mcl_mim_balanced; do
-    nnssl_pretrain -c $recipe -d 500 -device cpu -o encoder.embed_dim=12 encoder.depths=1,1,1,1 \
-        encoder.num_heads=1,2,2,2 encoder.window_size=4 patch_size=64,32,32 batch_size=4 queue_size=64 \
+    nnssl_pretrain -c $recipe -d 500 -device cpu --set swin.embed_dim=12 swin.depths=1,1,1,1 \
+        swin.num_heads=1,2,2,2 swin.window_size=4 patch_size=64,32,32 batch_size=4 queue_size=64 \
         masked.unpaired_batch_size=2 steps=150 workers=0 log_every=5 gradients_every=1 save_every=150 \
         validation.fraction=0.3 validation.every=75 validation.batches=2
 done
 
-python -m nnunet_ssl.phantom atlas "$work/ATLAS_2" -n 20 --voxel-mm 4
+python -m nnunet_ssl.phantom atlas "$work/ATLAS_2" -n 20 --voxel_mm 4
 python "$root/dataset_conversion/Dataset501_ATLASv2.py" -i "$work/ATLAS_2" -np 2
-python -m nnunet_ssl.phantom isles "$work/ISLES-2022" -n 20 --voxel-mm 4
+python -m nnunet_ssl.phantom isles "$work/ISLES-2022" -n 20 --voxel_mm 4
 python "$root/dataset_conversion/Dataset502_ISLES2022.py" -i "$work/ISLES-2022" --channels dwi -np 2
 nnUNetv2_plan_and_preprocess -d 501 510 -c 3d_fullres -np 1 -npfp 1
 

@@ -8,20 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.backbones import backbone_of
+from nnunet_ssl.architectures.backbones.swin import SwinConfig
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.swin import SwinEncoder
 from nnunet_ssl.errors import UserError
 
-PAPER_ENCODER = {
-    "backbone": "swin",
-    "in_channels": 1,
-    "embed_dim": 48,
-    "depths": [2, 2, 6, 2],
-    "num_heads": [3, 6, 12, 24],
-    "window_size": 7,
-    "mlp_ratio": 4.0,
-    "conv_norm": "group",
-}
+PAPER_ENCODER = {"backbone": "swin", "in_channels": 1, **SwinConfig().architecture(masked=False)}
 """The architecture of arXiv 2511.11311, for a network that takes no checkpoint's."""
 
 
@@ -44,6 +36,11 @@ def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
         return backbone.encoder(**settings)
     except TypeError as error:
         raise UserError(f"The architecture of the '{backbone.name}' encoder does not fit: {error}.") from error
+
+
+def pooled(bottleneck: Tensor) -> Tensor:
+    """The embedding of a view: the average over space, (B, C, x, y, z) to (B, C)."""
+    return bottleneck.mean(dim=(2, 3, 4))
 
 
 class SwinFPN(nn.Module):

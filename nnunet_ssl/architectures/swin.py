@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,11 @@ from nnunet_ssl.architectures.masking import check_mask, expand_mask
 from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
 from nnunet_ssl.errors import UserError
 
-MERGINGS = {
+EMBED_DIM, DEPTHS, NUM_HEADS, WINDOW_SIZE = 48, (2, 2, 6, 2), (3, 6, 12, 24), 7
+"""The encoder of arXiv 2511.11311."""
+
+Merging = Literal["monai", "monai_1.4", "mergingv2"]
+MERGINGS: dict[str, tuple[tuple[int, ...], ...]] = {
     "monai": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
     "monai_1.4": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
     "mergingv2": tuple(itertools.product((0, 1), repeat=3)),
@@ -237,10 +242,10 @@ class SwinEncoder(nn.Module):
         self,
         in_channels: int = 1,
         *,
-        embed_dim: int = 48,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,
+        embed_dim: int = EMBED_DIM,
+        depths: Sequence[int] = DEPTHS,
+        num_heads: Sequence[int] = NUM_HEADS,
+        window_size: int = WINDOW_SIZE,
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
         conv_norm: str | None = "group",

@@ -23,7 +23,7 @@ INFO = DatasetInfo(
 EXAMPLE = """\
 example:
   python dataset_conversion/Dataset501_ATLASv2.py -i /data/ATLAS_2 --folds cohort
-  python dataset_conversion/Dataset501_ATLASv2.py -i /data/new_patients --images-only -o /data/prepared
+  python dataset_conversion/Dataset501_ATLASv2.py -i /data/new_patients --images_only -o /data/prepared
 
 Decrypt the archive first: openssl aes-256-cbc -md sha256 -d -a -in ATLAS_R2.0_encrypted.tar.gz -out ATLAS_R2.0.tar.gz
 Found by looking: ATLAS_2/{Training,Testing}/R001/sub-*/ses-1/anat and data/{train,test}/derivatives/ATLAS/sub-*.

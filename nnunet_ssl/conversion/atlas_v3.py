@@ -38,7 +38,7 @@ INFO = DatasetInfo(
 EXAMPLE = """\
 example:
   python dataset_conversion/Dataset504_ATLASv3.py -i /data/ATLAS3_Training_Raw --folds centre
-  python dataset_conversion/Dataset504_ATLASv3.py -i /data/new_patients --images-only -o /data/prepared
+  python dataset_conversion/Dataset504_ATLASv3.py -i /data/new_patients --images_only -o /data/prepared
 
 Give it the RAW release, which is what ISLES'26 tests on: R001/sub-*/ses-1/anat/sub-*_space-orig_desc-brain_T1w.nii.gz.
 """

@@ -34,7 +34,6 @@ from nnunet_ssl.imaging.geometry import (
 )
 from nnunet_ssl.imaging.skull_strip import STRIPPED_MAXIMUM_ML, brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.limits import LESION_LOSS_TO_CHECK, LESION_LOSS_TO_SKIP
-from nnunet_ssl.nnunet_folders import folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Target:
     """Where and how to write.
 
     Attributes:
-        folder: the data set's folder, or the output folder of ``--images-only``.
+        folder: the data set's folder, or the output folder of ``--images_only``.
         channels: in nnU-Net's order.
         images_only: write ``<id>_0000.nii.gz`` straight into `folder`, no labels.
         strip: skull-strip with HD-BET.
@@ -193,22 +192,6 @@ def write_dataset_json(folder: Path, n_training: int, channel_names: Sequence[st
         "converted_by": "nnunet_ssl",
     }
     reporting.write_text(folder / "dataset.json", json.dumps(content, indent=2))
-
-
-def dataset_target(number: int, name: str) -> Path:
-    """Return the folder ``$nnUNet_raw/DatasetXXX_NAME``.
-
-    Raises:
-        UserError: the number belongs to another data set already, or isn't between 1 and 999.
-    """
-    if not 0 < number < 1000:
-        raise UserError(f"nnU-Net's data set numbers have three digits; {number} is not one of them.")
-    root = folder_of("nnUNet_raw")
-    folder = root / f"Dataset{number:03d}_{name}"
-    others = [path.name for path in root.glob(f"Dataset{number:03d}_*") if path != folder]
-    if others:
-        raise UserError(f"The number {number} belongs to {others[0]} in {root}. Choose another with -d.")
-    return folder
 
 
 def _run(cases: Sequence[SomeCase], work: Callable[[SomeCase], None], n_processes: int) -> list[Skipped]:
@@ -419,7 +402,7 @@ def _is_done(case: Case, target: Target) -> bool:
 def _remove_stale_files(cases: Sequence[Case], target: Target) -> list[str]:
     """Remove what an earlier run made and this one would not: dropped cases, channels, another part.
 
-    In the folder of ``--images-only`` patients may gather: cases of earlier runs stay.
+    In the folder of ``--images_only`` patients may gather: cases of earlier runs stay.
 
     Raises:
         UserError: the earlier run was on other data altogether.

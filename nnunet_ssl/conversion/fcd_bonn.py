@@ -36,8 +36,8 @@ INFO = DatasetInfo(
 EXAMPLE = """\
 examples:
   python dataset_conversion/Dataset503_FCDBonn.py -i /data/ds004199
-  python dataset_conversion/Dataset503_FCDBonn.py -i /data/ds004199 --channels flair --no-controls   (Dataset516)
-  python dataset_conversion/Dataset503_FCDBonn.py -i /data/new_patients --images-only -o /data/prepared
+  python dataset_conversion/Dataset503_FCDBonn.py -i /data/ds004199 --channels flair --no_controls   (Dataset516)
+  python dataset_conversion/Dataset503_FCDBonn.py -i /data/new_patients --images_only -o /data/prepared
 
 T1 is registered to FLAIR, where the lesions were drawn. The official split of participants.tsv is kept.
 """
@@ -77,7 +77,7 @@ def find_cases(
         elif _person(files, scan_id) not in people:
             found.append(Skipped(scan_id, "not in participants.tsv"))
         elif not controls and people[_person(files, scan_id)]["group"] != "fcd":
-            found.append(Skipped(scan_id, "healthy control (--no-controls)"))
+            found.append(Skipped(scan_id, "healthy control (--no_controls)"))
         else:
             found.append(_case(scan_id, files, needed, skipped, people[_person(files, scan_id)]))
     cases = [case for case in found if isinstance(case, Case)]
@@ -178,7 +178,7 @@ def prepare(case: Case) -> Prepared:
 @command
 def main() -> None:
     parser = make_parser(INFO, __doc__, EXAMPLE)
-    parser.add_argument("--no-controls", action="store_true", help="leave out the healthy controls")
+    parser.add_argument("--no_controls", action="store_true", help="leave out the healthy controls")
     arguments = parse(parser)
     channels = chosen_channels(arguments, INFO)
     cases, skipped = find_cases(arguments.i, channels, arguments.images_only, not arguments.no_controls)

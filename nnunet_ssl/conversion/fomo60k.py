@@ -6,10 +6,10 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.corpus.indexing import index_corpus, read_exclusions
 from nnunet_ssl.corpus.layouts import LAYOUTS
-from nnunet_ssl.corpus.prepared import describe, summarize
+from nnunet_ssl.corpus.prepared import describe_corpus, summarize
 
 EXAMPLE = """\
 example:
@@ -23,7 +23,7 @@ example:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Index a corpus of brain MRI into $nnUNet_raw. The images stay where they are, and are not opened.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,7 +38,7 @@ def main() -> None:
     exclude = read_exclusions(arguments.exclude) if arguments.exclude else ()
     folder, scans = index_corpus(arguments.i, arguments.d, arguments.name, layout=arguments.layout, exclude=exclude)
     log = logging.getLogger(__name__)
-    log.info("%s", describe(summarize(scans)))
+    log.info("%s", describe_corpus(summarize(scans)))
     log.info("Written to %s. Next: nnssl_prepare -d %d", folder, arguments.d)
 
 

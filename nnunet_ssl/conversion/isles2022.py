@@ -44,7 +44,7 @@ EXAMPLE = """\
 examples:
   python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022
   python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022 --channels dwi     (one modality: Dataset510)
-  python dataset_conversion/Dataset502_ISLES2022.py -i /data/new_patients --images-only -o /data/prepared
+  python dataset_conversion/Dataset502_ISLES2022.py -i /data/new_patients --images_only -o /data/prepared
 
 FLAIR is registered to DWI, ADC is brought to 1e-6 mm2/s. Found by looking: the published BIDS layout, the older one
 with rawdata/, and images/ beside labels_derivatives/.
@@ -94,7 +94,7 @@ def _case(
     if missing:
         return Skipped(scan_id, f"no {' and no '.join(missing)} image")
     if not masks and not images_only:
-        return Skipped(scan_id, "no lesion mask; images without one are prepared with --images-only")
+        return Skipped(scan_id, "no lesion mask; images without one are prepared with --images_only")
     refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
     images = {}
     for kind in needed:

@@ -9,20 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.conversion.dataset import (
-    PARTS,
-    Case,
-    Prepare,
-    SomeCase,
-    Target,
-    convert,
-    dataset_target,
-    write_dataset_json,
-)
+from nnunet_ssl.console import OptionParser
+from nnunet_ssl.conversion.dataset import PARTS, Case, Prepare, SomeCase, Target, convert, write_dataset_json
 from nnunet_ssl.conversion.discovery import Skipped
 from nnunet_ssl.conversion.reporting import log_skipped
 from nnunet_ssl.conversion.splits import Folds, make_splits, store_splits
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.nnunet_folders import new_dataset_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +41,15 @@ class DatasetInfo:
 
 def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all conversion scripts have."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="the folder with the data")
     parser.add_argument("-d", type=int, metavar="ID", help=f"the data set's number (default: {_default_numbers(info)})")
     parser.add_argument("-np", type=int, default=4, metavar="N", help="cases at a time (default: 4)")
-    parser.add_argument("--skull-strip", choices=("hd-bet",), help="remove what is not brain (see docs/conversion.md)")
+    parser.add_argument("--skull_strip", choices=("hd-bet",), help="remove what is not brain (see docs/conversion.md)")
     parser.add_argument("-device", default=None, help="where HD-BET runs (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, write nothing")
-    parser.add_argument("--images-only", action="store_true", help="prepare new images for nnUNetv2_predict (needs -o)")
-    parser.add_argument("-o", type=Path, metavar="OUT", help="--images-only: the folder to write")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, write nothing")
+    parser.add_argument("--images_only", action="store_true", help="prepare new images for nnUNetv2_predict (needs -o)")
+    parser.add_argument("-o", type=Path, metavar="OUT", help="--images_only: the folder to write")
     if len(info.channel_names) > 1:
         names = list(info.channel_names)
         parser.add_argument("--channels", nargs="+", choices=names, default=names, help="default: all")
@@ -73,7 +64,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
     arguments = parser.parse_args()
     if arguments.images_only != (arguments.o is not None):
-        raise UserError("--images-only and -o OUT belong together: -o names the folder for the prepared images.")
+        raise UserError("--images_only and -o OUT belong together: -o names the folder for the prepared images.")
     if arguments.images_only and arguments.o.resolve() == arguments.i.resolve():
         raise UserError(f"-i and -o are the same folder, {arguments.o}: give the prepared images one of their own.")
     return arguments
@@ -106,7 +97,7 @@ def run(
     everything = len(channels) == len(info.channel_names)
     name = info.name if everything else "_".join([info.name, *(channel.upper() for channel in channels)])
     target = Target(
-        folder=arguments.o if arguments.images_only else dataset_target(number, name),
+        folder=arguments.o if arguments.images_only else new_dataset_folder(number, name),
         channels=channels,
         images_only=arguments.images_only,
         strip=arguments.skull_strip is not None,
@@ -142,9 +133,9 @@ def _default_numbers(info: DatasetInfo) -> str:
 def _device(arguments: argparse.Namespace) -> str:
     if arguments.device or not arguments.skull_strip:
         return arguments.device or "cpu"
-    import torch
+    from nnunet_ssl.devices import default_device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device()
 
 
 def _describe(cases: Sequence[Case], skipped: Sequence[Skipped], target: Target) -> None:
@@ -167,11 +158,11 @@ def _describe(cases: Sequence[Case], skipped: Sequence[Skipped], target: Target)
 def _skull_hint(stripped: Sequence[bool], target: Target) -> str:
     """Tell whether the images look as those of pre-training did."""
     if target.strip:
-        return "Skull-stripped with HD-BET, as pre-training's images: prepare new images with --skull-strip hd-bet too."
+        return "Skull-stripped with HD-BET, as pre-training's images: prepare new images with --skull_strip hd-bet too."
     if all(stripped):
-        return "The images look skull-stripped, as pre-training saw them; otherwise, use --skull-strip hd-bet."
+        return "The images look skull-stripped, as pre-training saw them; otherwise, use --skull_strip hd-bet."
     return (
         f"{len(stripped) - sum(stripped)} of {len(stripped)} cases still have their skull, but pre-training saw "
         "skull-stripped brains.\nTo strip them, install HD-BET (pip install 'nnunet_ssl[skullstrip]') and run this "
-        "again with: --skull-strip hd-bet"
+        "again with: --skull_strip hd-bet"
     )

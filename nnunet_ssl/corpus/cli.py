@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 
 EXIT_WITH_FAILURES = 3
 """``nnssl_prepare`` finished and the store can be used, but some scans are not in it."""
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _PREPARE_EXAMPLE = f"""\
 examples:
   nnssl_prepare -d 500 -np 8
-  nnssl_prepare -d 500 --skull-strip hd-bet -device cuda
+  nnssl_prepare -d 500 --skull_strip hd-bet -device cuda
   nnssl_prepare -d 500 --scheduler tcp://host:8786
 
 It may be interrupted at any time; the same call goes on where it stopped.
@@ -26,7 +26,7 @@ Exit status: 0 all scans prepared; {EXIT_WITH_FAILURES} finished, some scans are
 
 @command
 def prepare() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_prepare",
         description="Preprocess an indexed corpus of brain MRI for pre-training.",
         epilog=_PREPARE_EXAMPLE,
@@ -39,7 +39,7 @@ def prepare() -> None:
         "--spacing", type=float, nargs=3, default=(1.0, 1.0, 1.0), metavar="MM", help="voxel size (default: 1 1 1)"
     )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="(default: float16)")
-    parser.add_argument("--skull-strip", choices=("hd-bet",), help="strip the sessions that are not stripped yet")
+    parser.add_argument("--skull_strip", choices=("hd-bet",), help="strip the sessions that are not stripped yet")
     parser.add_argument(
         "--register",
         choices=("rigid",),
@@ -48,7 +48,7 @@ def prepare() -> None:
     parser.add_argument(
         "--stripped", nargs="+", default=(), metavar="DATASET", help="these are stripped, whatever they look like"
     )
-    parser.add_argument("--not-stripped", nargs="+", default=(), metavar="DATASET", help="and these are not")
+    parser.add_argument("--not_stripped", nargs="+", default=(), metavar="DATASET", help="and these are not")
     parser.add_argument("-device", default="cpu", help="where HD-BET runs: cpu, cuda, cuda:1, ... (default: cpu)")
     arguments = parser.parse_args()
     if arguments.np < 1:
@@ -56,7 +56,7 @@ def prepare() -> None:
 
     from nnunet_ssl.corpus.plans import PreparationConfig
     from nnunet_ssl.corpus.prepare import prepare_corpus
-    from nnunet_ssl.corpus.prepared import describe
+    from nnunet_ssl.corpus.prepared import describe_corpus
 
     config = PreparationConfig(
         spacing=tuple(arguments.spacing),
@@ -69,7 +69,7 @@ def prepare() -> None:
     report = prepare_corpus(
         arguments.d, config, processes=arguments.np, scheduler=arguments.scheduler, device=arguments.device
     )
-    logger.info("%s\nThe store is in %s", describe(report.summary), report.folder)
+    logger.info("%s\nThe store is in %s", describe_corpus(report.summary), report.folder)
     if report.summary.get("pairs_apart") and not arguments.register:
         logger.info("The manifest's column agreement tells which scans lie apart; --register rigid registers them.")
     noted = (report.manifest["notes"].fillna("") != "").sum() if "notes" in report.manifest else 0
@@ -82,7 +82,7 @@ def prepare() -> None:
         logger.info("Some sessions were prepared before scans were compared; all their modalities count as pairs.")
     skulls = (report.manifest["skull"] == "present").sum()
     if skulls:
-        logger.info("%d scans seem to have their skull still; --skull-strip hd-bet removes it.", skulls)
+        logger.info("%d scans seem to have their skull still; --skull_strip hd-bet removes it.", skulls)
     if len(report.failures):
         logger.info("%d scans could not be used, see %s", len(report.failures), report.folder / "failures.tsv")
         sys.exit(EXIT_WITH_FAILURES)

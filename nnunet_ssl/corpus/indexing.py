@@ -14,7 +14,7 @@ from nnunet_ssl.corpus.layouts import detect_layout, find_scans
 from nnunet_ssl.corpus.unused import describe_unused, unused_images
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.nnunet_folders import new_dataset_folder
 
 TEST_SETS = {"ds004199": ("bonn", "Bonn FCD-II, which Dataset503_FCDBonn fine-tunes and tests on")}
 """Data that this project tests on and must not pre-train on: OpenNeuro's accession number, a word in its name, what."""
@@ -46,11 +46,7 @@ def index_corpus(
         UserError: see :func:`find_scans`; or nothing is left, two scans have one name, or the number belongs to
             another data set.
     """
-    raw = folder_of("nnUNet_raw")
-    folder = raw / f"Dataset{dataset_id:03d}_{name}"
-    others = [path.name for path in raw.glob(f"Dataset{dataset_id:03d}_*") if path != folder]
-    if others:
-        raise UserError(f"The id {dataset_id} belongs to {others[0]} in {raw} already. Choose another one with -d.")
+    folder = new_dataset_folder(dataset_id, name)
     source = source.expanduser()
     found = find_scans(source, layout)
     unused = _unused(source, layout, found["path"])

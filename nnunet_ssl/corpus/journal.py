@@ -11,12 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from nnunet_ssl.corpus.prepared import DATA_IDENTIFIER, PLANS_NAME
+from nnunet_ssl.corpus.naming import StoreNames
 from nnunet_ssl.corpus.session import ScanTask, SessionResult, SessionTask
 from nnunet_ssl.corpus.store import SUFFIXES, is_whole, remove_case
 from nnunet_ssl.files import written_beside
-
-JOURNAL = f"{PLANS_NAME}_journal.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +32,17 @@ def fingerprint(scans: Sequence[ScanTask], options: str) -> str:
     return digest.hexdigest()
 
 
-def finished_sessions(folder: Path, tasks: Sequence[SessionTask]) -> dict[str, SessionResult]:
+def finished_sessions(names: StoreNames, tasks: Sequence[SessionTask]) -> dict[str, SessionResult]:
     """The sessions that need no work: journalled from the same inputs, with nothing to try again, all files whole.
 
     A file is whole if it has the size that the journal recorded, or the length that it names itself where an older
     journal recorded none. What is left of a damaged case is removed, so that the case is made again.
     """
     fingerprints = {task.session: task.fingerprint for task in tasks}
-    store = folder / DATA_IDENTIFIER
+    store = names.cases
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(store)}
     done, damaged, changed = {}, [], 0
-    for session, result in {result.session: result for result in _read_journal(folder)}.items():
+    for session, result in {result.session: result for result in _read_journal(names.journal)}.items():
         if session not in fingerprints:
             continue
         if result.fingerprint != fingerprints[session]:
@@ -74,9 +72,8 @@ def _is_intact(store: Path, scan_id: str, result: SessionResult, sizes: Mapping[
     return found == result.sizes.get(scan_id)
 
 
-def _read_journal(folder: Path) -> Iterator[SessionResult]:
+def _read_journal(path: Path) -> Iterator[SessionResult]:
     """The journal's entries, in the order written. A line that a kill cut off, or that is damaged, is no entry."""
-    path = folder / JOURNAL
     if not path.is_file():
         return
     with path.open(errors="replace") as file:
@@ -85,16 +82,16 @@ def _read_journal(folder: Path) -> Iterator[SessionResult]:
                 yield SessionResult(**json.loads(line))
 
 
-def write_journal(folder: Path, results: Iterable[SessionResult]) -> None:
+def write_journal(path: Path, results: Iterable[SessionResult]) -> None:
     """Write the journal anew."""
-    with written_beside(folder / JOURNAL) as temporary:
+    with written_beside(path) as temporary:
         temporary.write_text("".join(map(_line, results)))
 
 
 @contextmanager
-def open_journal(folder: Path) -> Iterator[Callable[[SessionResult], None]]:
+def open_journal(path: Path) -> Iterator[Callable[[SessionResult], None]]:
     """Yield a function that adds a result to the journal, and returns when it is safe on the disk."""
-    with (folder / JOURNAL).open("a") as journal:
+    with path.open("a") as journal:
 
         def add(result: SessionResult) -> None:
             journal.write(_line(result))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from nnunet_ssl.corpus.prepared import CONFIGURATION, DATA_IDENTIFIER, PLANS_NAME
+from nnunet_ssl.corpus.naming import StoreNames
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.nnunet_folders import CONFIGURATION, PLANS_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class PreparationConfig:
         return True if dataset in self.stripped else False if dataset in self.not_stripped else None
 
 
-def make_plans(dataset_name: str, config: PreparationConfig) -> dict[str, Any]:
+def make_plans(dataset_name: str, config: PreparationConfig, plans_name: str = PLANS_NAME) -> dict[str, Any]:
     """Write the options as an nnU-Net plans file; ``preprocessing`` is what checkpoints carry on."""
     return {
         "dataset_name": dataset_name,
-        "plans_name": PLANS_NAME,
+        "plans_name": plans_name,
         "original_median_spacing_after_transp": list(config.spacing),
         "image_reader_writer": "NibabelIOWithReorient",
         "transpose_forward": [0, 1, 2],
@@ -60,7 +60,7 @@ def make_plans(dataset_name: str, config: PreparationConfig) -> dict[str, Any]:
         "foreground_intensity_properties_per_channel": {"0": {}},
         "configurations": {
             CONFIGURATION: {
-                "data_identifier": DATA_IDENTIFIER,
+                "data_identifier": f"{plans_name}_{CONFIGURATION}",
                 "preprocessor_name": "DefaultPreprocessor",
                 "batch_size": 2,
                 "patch_size": list(config.patch_size),
@@ -88,24 +88,23 @@ def make_plans(dataset_name: str, config: PreparationConfig) -> dict[str, Any]:
     }
 
 
-def settle_plans(folder: Path, plans: dict[str, Any]) -> dict[str, Any]:
+def settle_plans(names: StoreNames, plans: dict[str, Any]) -> dict[str, Any]:
     """Write the plans of a new store; for a begun one make sure that they are the same.
 
     Raises:
         UserError: the store was begun with other options.
     """
-    path = folder / f"{PLANS_NAME}.json"
-    if not path.is_file():
-        with written_beside(path) as temporary:
+    if not names.is_begun:
+        with written_beside(names.plans) as temporary:
             temporary.write_text(json.dumps(plans, indent=4))
         return plans
-    begun = json.loads(path.read_text())
+    begun = json.loads(names.plans.read_text())
     if begun == plans:
         return plans
     differences = [f"{name}: {old} there, {new} now" for name, old, new in _differences(begun, plans)]
     raise UserError(
-        f"The store in {folder} was begun with other options ({'; '.join(differences)}). Call with the same ones, or "
-        f"remove that folder, or index the corpus under another id."
+        f"The store in {names.folder} was begun with other options ({'; '.join(differences)}). Call with the "
+        "same ones, or remove that folder, or index the corpus under another id."
     )
 
 

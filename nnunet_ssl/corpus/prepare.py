@@ -20,8 +20,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from nnunet_ssl.corpus.journal import fingerprint, finished_sessions, open_journal, write_journal
+from nnunet_ssl.corpus.naming import StoreNames, names_of
 from nnunet_ssl.corpus.plans import PreparationConfig, make_plans, settle_plans
-from nnunet_ssl.corpus.prepared import DATA_IDENTIFIER, summarize
+from nnunet_ssl.corpus.prepared import summarize
 from nnunet_ssl.corpus.session import ScanTask, SessionResult, SessionTask, prepare_session
 from nnunet_ssl.corpus.store import SUFFIXES
 from nnunet_ssl.corpus.workers import Outcomes, run_locally, run_on_cluster
@@ -69,27 +70,29 @@ def prepare_corpus(
     if config.skull_strip and not scheduler:
         require_hd_bet()
     folder = folder_of("nnUNet_preprocessed") / raw.name
-    (folder / DATA_IDENTIFIER).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         remove_leftovers(folder)
-        plans = settle_plans(folder, make_plans(raw.name, config))
+        names = names_of(folder)
+        names.cases.mkdir(exist_ok=True)
+        plans = settle_plans(names, make_plans(raw.name, config, names.plans_name))
         with written_beside(folder / "dataset.json") as path:
             path.write_text((raw / "dataset.json").read_text())
-        tasks = _make_tasks(scans, config, plans, folder / DATA_IDENTIFIER, device)
-        done = finished_sessions(folder, tasks)
+        tasks = _make_tasks(scans, config, plans, names.cases, device)
+        done = finished_sessions(names, tasks)
         pending = [task for task in tasks if task.session not in done]
-        strangers = _strangers(folder / DATA_IDENTIFIER, scans["scan_id"])
+        strangers = _strangers(names.cases, scans["scan_id"])
         if pending or strangers:
-            (folder / "manifest.tsv").unlink(missing_ok=True)
+            names.manifest.unlink(missing_ok=True)
         for path in strangers:
             path.unlink()
         if scheduler:
             outcomes = run_on_cluster(prepare_session, pending, scheduler)
         else:
             outcomes = run_locally(prepare_session, pending, processes)
-        done |= _work(folder, tasks, done, outcomes)
-        remove_leftovers(folder / DATA_IDENTIFIER)  # of workers that were killed
-        return _conclude(folder, scans, [done[task.session] for task in tasks])
+        done |= _work(names, tasks, done, outcomes)
+        remove_leftovers(names.cases)  # of workers that were killed
+        return _conclude(names, scans, [done[task.session] for task in tasks])
 
 
 def _read_raw_manifest(raw: Path) -> pd.DataFrame:
@@ -151,19 +154,19 @@ def _strangers(store: Path, scan_ids: Collection[str]) -> list[Path]:
 
 
 def _work(
-    folder: Path,
+    names: StoreNames,
     tasks: Sequence[SessionTask],
     done: Mapping[str, SessionResult],
     outcomes: Outcomes[SessionTask, SessionResult],
 ) -> dict[str, SessionResult]:
     """Collect the outcomes of the pending tasks into the journal, with a progress bar; return them by session."""
-    write_journal(folder, done.values())
+    write_journal(names.journal, done.values())
     results = {}
     sizes = {task.session: len(task.scans) for task in tasks}
     already = sum(sizes[session] for session in done)
     with (
         contextlib.closing(outcomes),
-        open_journal(folder) as record,
+        open_journal(names.journal) as record,
         # smoothing=0: the remaining time is reckoned from this run's average, not from its last few sessions.
         tqdm(total=sum(sizes.values()), initial=already, unit="scan", desc="Preparing", smoothing=0) as progress,
     ):
@@ -189,20 +192,21 @@ def _settled(task: SessionTask, outcome: SessionResult | BaseException) -> Sessi
     return result
 
 
-def _conclude(folder: Path, scans: pd.DataFrame, results: Sequence[SessionResult]) -> PreparationReport:
+def _conclude(names: StoreNames, scans: pd.DataFrame, results: Sequence[SessionResult]) -> PreparationReport:
     """Write journal, failures and, last, the manifest, all in the order of the index."""
-    write_journal(folder, results)
+    write_journal(names.journal, results)
     failures = pd.DataFrame(
         [{"session": result.session} | failure for result in results for failure in result.failures],
         columns=["scan_id", "session", "path", "reason"],
     )
     rows = [row for result in results for row in result.rows]
-    with written_beside(folder / "failures.tsv") as path:
+    unusable = names.folder / "failures.tsv"
+    with written_beside(unusable) as path:
         failures.to_csv(path, sep="\t", index=False)
     if not rows:
-        raise UserError(f"Not one of {len(scans)} scans could be prepared. The reasons: {folder / 'failures.tsv'}")
+        raise UserError(f"Not one of {len(scans)} scans could be prepared. The reasons: {unusable}")
     prepared = pd.DataFrame(rows)
     manifest = scans.merge(prepared, on="scan_id", validate="one_to_one", suffixes=("_in_table", ""))
-    with written_beside(folder / "manifest.tsv") as path:
+    with written_beside(names.manifest) as path:
         manifest.to_csv(path, sep="\t", index=False)
-    return PreparationReport(folder=folder, summary=summarize(manifest), manifest=manifest, failures=failures)
+    return PreparationReport(folder=names.folder, summary=summarize(manifest), manifest=manifest, failures=failures)

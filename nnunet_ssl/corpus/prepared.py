@@ -13,13 +13,10 @@ import numpy as np
 import pandas as pd
 
 from nnunet_ssl.corpus.modalities import MODALITIES, UNKNOWN
+from nnunet_ssl.corpus.naming import names_of
 from nnunet_ssl.corpus.store import UnreadableScan, padded_patch, read_box
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder
-
-PLANS_NAME = "nnsslPlans"
-CONFIGURATION = "3d_fullres"
-DATA_IDENTIFIER = f"{PLANS_NAME}_{CONFIGURATION}"
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +28,18 @@ def open_corpus(dataset: int | str) -> Corpus:
         UserError: nnUNet_preprocessed is not set, or the data set has not been prepared (to the end).
     """
     folder = dataset_folder(dataset, "nnUNet_preprocessed")
-    manifest, plans = folder / "manifest.tsv", folder / f"{PLANS_NAME}.json"
-    if not manifest.is_file() or not plans.is_file():
+    names = names_of(folder)
+    if not names.manifest.is_file() or not names.plans.is_file():
         raise UserError(
-            f"{folder.name} has no finished pre-training store in {folder} (manifest.tsv and {PLANS_NAME}.json are its "
-            f"signs). Run, or run to the end: nnssl_prepare -d {dataset}"
+            f"{folder.name} has no finished pre-training store in {folder} ({names.manifest.name} and "
+            f"{names.plans.name} are its signs). Run, or run to the end: nnssl_prepare -d {dataset}"
         )
-    scans = read_manifest(manifest)
+    scans = read_manifest(names.manifest)
     if scans.empty:
-        raise UserError(f"{manifest} lists no scan: every scan failed. The reasons are in {folder / 'failures.tsv'}.")
-    return Corpus(folder / DATA_IDENTIFIER, number_rows(scans), json.loads(plans.read_text())["preprocessing"])
+        raise UserError(
+            f"{names.manifest} lists no scan: every scan failed. The reasons are in {folder / 'failures.tsv'}."
+        )
+    return Corpus(names.cases, number_rows(scans), json.loads(names.plans.read_text())["preprocessing"])
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
@@ -234,7 +233,7 @@ def _count_pairs(scans: pd.DataFrame, by: str) -> int:
     return pairs(scans.groupby(by).size()) - pairs(scans.groupby([by, "modality"]).size())
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe_corpus(summary: dict[str, Any]) -> str:
     """Write a summary as the few lines that the commands print at their end."""
     by_modality = ", ".join(f"{name} {count:,}" for name, count in summary["scans_by_modality"].items())
     lines = [

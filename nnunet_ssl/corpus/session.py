@@ -23,7 +23,6 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.corpus.placement import Group, Look, best_reference, look_at, make_groups, pair_agreements
-from nnunet_ssl.corpus.prepared import CONFIGURATION
 from nnunet_ssl.corpus.store import file_sizes, finished_row, flush_folder, remove_case, to_half, write_case
 from nnunet_ssl.corpus.volumes import foreground_box, read_volume
 from nnunet_ssl.errors import UserError
@@ -33,6 +32,7 @@ from nnunet_ssl.imaging.normalization import PercentileZScoreNormalization
 from nnunet_ssl.imaging.registration import agreement, register_rigid
 from nnunet_ssl.imaging.skull_strip import brain_mask
 from nnunet_ssl.limits import MINIMUM_AGREEMENT
+from nnunet_ssl.nnunet_folders import CONFIGURATION
 
 KEPT_BYTES = 2**30
 """A session's volumes stay in memory up to this size between the first look and the storing; others are read twice."""

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.errors import UserError
 
 NEEDED_GB = 1.0
@@ -36,7 +36,7 @@ What to type with real data (README.md says more):
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_demo",
         description=_DESCRIPTION,
         epilog="example:\n  nnssl_demo -w /tmp/demo -device cpu",
@@ -48,15 +48,16 @@ def main() -> None:
     work = arguments.w.resolve()
     check(work)
 
-    from nnunet_ssl.demo.report import describe, draw
-    from nnunet_ssl.demo.running import run_steps
+    from nnunet_ssl.demo.outcome import describe_demo, draw
+    from nnunet_ssl.demo.resuming import run_steps
     from nnunet_ssl.demo.steps import steps, variables
+    from nnunet_ssl.devices import default_device
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # so that the command under way ends as well
-    announce(variables(work))
+    show_variables(variables(work))
     run_steps(steps(work, arguments.device or default_device()), work / "logs", variables(work))
     draw(work, work / "demo.png")
-    logger.info("\n%s\n\nThe figure is %s\n%s", describe(work), work / "demo.png", _NEXT)
+    logger.info("\n%s\n\nThe figure is %s\n%s", describe_demo(work), work / "demo.png", _NEXT)
 
 
 def check(work: Path) -> None:
@@ -74,13 +75,7 @@ def check(work: Path) -> None:
         raise UserError(f"{work} has {free:.1f} GB left; the demo needs {NEEDED_GB:g} GB. Name another folder with -w.")
 
 
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def announce(variables: dict[str, str]) -> None:
+def show_variables(variables: dict[str, str]) -> None:
     """Show what has to be set to repeat the commands by hand."""
     logger.info("Synthetic brains; small networks. To repeat a command by hand, set first:")
     programs = str(Path(sys.executable).parent)

@@ -70,7 +70,7 @@ def steps(work: Path, device: str) -> list[Step]:
     raw, preprocessed, results = (Path(variables(work)[name]) for name in FOLDERS)
     images = raw / "Dataset501_ATLASv2" / "imagesTs"
     pretrained = results / "Dataset500_FOMO60K" / "mcl_mim"
-    size = ("--voxel-mm", str(VOXEL_MM))
+    size = ("--voxel_mm", str(VOXEL_MM))
     plans = (
         "nnUNetPlans" + Settings().updated(SMALL_FINETUNING).suffix()
     )  # other settings than the defaults: another model
@@ -87,7 +87,7 @@ def steps(work: Path, device: str) -> list[Step]:
             title="Write a synthetic ATLAS: T1 images with stroke lesions",
             command=(
                 *("python", "-m", "nnunet_ssl.phantom", "atlas", str(atlas), "-n", str(TRAINING_CASES)),
-                *("--n-test", str(TEST_CASES), "--truth", str(truth), *size),
+                *("--n_test", str(TEST_CASES), "--truth", str(truth), *size),
             ),
             leftovers=(atlas, truth),
         ),
@@ -106,7 +106,7 @@ def steps(work: Path, device: str) -> list[Step]:
         Step(
             name="05_pretrain",
             title="Pre-train an encoder: modality-invariant contrastive learning and masked image modelling",
-            command=("nnssl_pretrain", "-c", "mcl_mim", "-device", device, "-o", *SMALL_PRETRAINING),
+            command=("nnssl_pretrain", "-c", "mcl_mim", "-device", device, "--set", *SMALL_PRETRAINING),
             continued=("--c",),
             leftovers=(pretrained,),
         ),

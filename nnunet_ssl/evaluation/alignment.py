@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.statistics import bootstrap_interval, jackknife_interval, mean_interval
@@ -21,8 +22,6 @@ from nnunet_ssl.representation import (
     patient_distances,
     uniformity,
 )
-
-UNKNOWN = "unknown"
 
 
 def measure_alignment(embeddings: Embeddings) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def measure_alignment(embeddings: Embeddings) -> dict[str, Any]:
     }
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe_alignment(result: dict[str, Any]) -> str:
     """Write the result as the few lines that the command prints."""
     lines = [f"{result['n_patients']} patients, {result['n_scans']} scans, {result['dimension']} dimensions"]
     names = {

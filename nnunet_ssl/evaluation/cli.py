@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.console import Subcommands, add_subcommand, command, positive
+from nnunet_ssl.console import OptionParser, Subcommands, add_subcommand, command, positive
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ example:
 
 @command
 def evaluate() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_evaluate",
         description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
     )
@@ -116,7 +116,8 @@ def _embeddings(arguments: argparse.Namespace) -> tuple[Embeddings, str]:
         from nnunet_ssl.evaluation.embeddings import read_embeddings
 
         return read_embeddings(arguments.embeddings, arguments.metadata), arguments.embeddings.stem
-    from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device
+    from nnunet_ssl.devices import find_device
+    from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus
 
     config = EncodingConfig(
         view=arguments.view,
@@ -162,11 +163,11 @@ def _add_alignment(commands: Subcommands) -> None:
 
 
 def _alignment(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.alignment import describe, measure_alignment
+    from nnunet_ssl.evaluation.alignment import describe_alignment, measure_alignment
 
     embeddings, name = _embeddings(arguments)
     result = measure_alignment(embeddings)
-    _show(result, describe(result), arguments)
+    _show(result, describe_alignment(result), arguments)
     if arguments.o:
         from nnunet_ssl.evaluation.embeddings import write_embeddings
         from nnunet_ssl.evaluation.figures.alignment import draw_alignment
@@ -212,7 +213,7 @@ def _add_lesions(commands: Subcommands) -> None:
 def _lesions(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.evaluation.figures.lesions import draw_lesions
     from nnunet_ssl.evaluation.results import write_json, write_tsv
-    from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders, describe, summarize
+    from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders, describe_lesions, summarize_cases
 
     config = LesionConfig(
         preset=arguments.preset,
@@ -223,9 +224,9 @@ def _lesions(arguments: argparse.Namespace) -> None:
     cases = compare_folders(
         arguments.ref, arguments.pred, config, maps=arguments.prob, subset=arguments.chill, processes=arguments.np
     )
-    summary = summarize(cases, config)
+    summary = summarize_cases(cases, config)
     result = summary | {"cases": cases.to_dict("records")}
-    _show(result, describe(summary), arguments)
+    _show(result, describe_lesions(summary), arguments)
     folder = arguments.o or arguments.pred  # where nnU-Net, too, writes what it finds
     write_json(result, folder / "lesions.json")
     write_tsv(cases, folder / "lesions.tsv")
@@ -252,12 +253,12 @@ def _add_ranking(commands: Subcommands) -> None:
 
 
 def _ranking(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.ranking import describe, official_metrics, rank, read_predictions
+    from nnunet_ssl.evaluation.ranking import describe_ranking, official_metrics, rank, read_predictions
     from nnunet_ssl.evaluation.results import write_json
 
     tables, preset = read_predictions(arguments.predictions)
     result = {"preset": preset, **rank(tables, official_metrics(preset, arguments.metrics))}
-    _show(result, describe(result), arguments)
+    _show(result, describe_ranking(result), arguments)
     if arguments.o:
         write_json(result, arguments.o / "ranking.json")
         logger.info("written to %s", arguments.o)
@@ -289,11 +290,11 @@ def _add_probe(commands: Subcommands) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.probes import describe, probe
+    from nnunet_ssl.evaluation.probes import describe_probe, probe
 
     embeddings, name = _embeddings(arguments)
     result = probe(embeddings, arguments.target, task=arguments.task, folds=arguments.folds)
-    _show(result.summary, describe(result.summary), arguments)
+    _show(result.summary, describe_probe(result.summary), arguments)
     if arguments.o:
         from nnunet_ssl.evaluation.embeddings import write_embeddings
         from nnunet_ssl.evaluation.figures.probe import draw_probe
@@ -321,11 +322,11 @@ def _add_gradients(commands: Subcommands) -> None:
 
 
 def _gradients(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.gradients import describe, measure_gradients, read_runs
+    from nnunet_ssl.evaluation.gradients import describe_gradients, measure_gradients, read_runs
 
     runs = read_runs(arguments.runs)
     result = measure_gradients(runs)
-    _show(result, describe(result), arguments)
+    _show(result, describe_gradients(result), arguments)
     if arguments.o:
         from nnunet_ssl.evaluation.figures.gradients import draw_gradients
         from nnunet_ssl.evaluation.results import write_json

@@ -151,27 +151,6 @@ def _read_patches(
                 failures[place] = failure
 
 
-def find_device(name: str) -> torch.device:
-    """Return the torch device that ``-device`` names.
-
-    Raises:
-        UserError: it is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu", "mps"):
-        raise UserError(f"-device {name} is no device: use cuda, cuda:1, cpu or mps.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"-device {name}: PyTorch sees no CUDA device here. Use -device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"-device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices, the first is cuda:0.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("-device mps: PyTorch sees no Apple GPU here. Use -device cpu.")
-    return device
-
-
 def _compare_preprocessing(pretrained: PretrainedEncoder, corpus: Corpus) -> None:
     theirs, ours = pretrained.preprocessing, corpus.preprocessing
     different = sorted(key for key in ours if theirs and theirs.get(key) != ours[key])

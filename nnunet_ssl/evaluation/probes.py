@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import shuffle
 
+from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.scores import balanced_accuracy, mean_absolute_error, r2, roc_auc
@@ -35,7 +36,7 @@ STRENGTHS = np.logspace(-1, 5, 7)
 MINIMUM_SUBJECTS = 4
 MINIMUM_SUBJECTS_OF_A_CLASS = 3
 MOST_CLASSES = 10
-NO_VALUE = ("", "n/a", "nan", "unknown")
+NO_VALUE = ("", "n/a", "nan", UNKNOWN)
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def probe(embeddings: Embeddings, target: str, *, task: Task = "auto", folds: in
     return ProbeResult(summary=context | result.summary, predictions=result.predictions)
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe_probe(summary: dict[str, Any]) -> str:
     """Write a summary as the few lines that the command prints."""
     lines = [
         f"{summary['task']} of '{summary['target']}': {summary['n_subjects']} subjects, {summary['n_scans']} scans "

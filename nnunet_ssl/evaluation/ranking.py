@@ -123,7 +123,7 @@ def official_metrics(preset: str, wanted: Sequence[str] | None) -> list[str]:
     return list(wanted or PRESETS[preset].official)
 
 
-def describe(result: Mapping[str, Any]) -> str:
+def describe_ranking(result: Mapping[str, Any]) -> str:
     """Write the ranking as the lines that the command prints."""
     lines = [f"{result['n_cases']} cases; mean rank [95 % interval over cases], and by metric"]
     for entry in result["predictions"]:

@@ -12,25 +12,19 @@ import fcntl
 import json
 import logging
 import os
-import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-from nnunet_ssl.console import find_program
+from nnunet_ssl.commands import last_line, run_command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.stages import Stage, stages_of
 from nnunet_ssl.evaluation.study import AlignmentRun, Run, Study
 from nnunet_ssl.files import written_beside
-
-PATIENCE_S = 30
-"""How long an interrupted command may take to end before it is killed."""
 
 logger = logging.getLogger(__name__)
 
@@ -153,47 +147,15 @@ def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
         shutil.rmtree(stage.unfinished, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
-        output.write(f"\n$ {shlex.join(stage.command)}\n")
-        output.flush()
-        status = _call([find_program(stage.command[0]), *stage.command[1:]], stage.environment(), output, locks)
+        output.write("\n")
+        status = run_command(stage.command, output, stage.variables, kept_open=locks)
     if status:
-        return f"status {status}: {_last_line(log)}"
+        return f"status {status}: {last_line(log) or 'no output'}"
     if stage.unfinished is not None:
         stage.remove_outputs()
         stage.unfinished.rename(stage.outputs[0])
     missing = [str(path) for path in stage.outputs if not path.exists()]
     return f"it ended well and left no {missing[0]}" if missing else None
-
-
-def _call(command: list[str], environment: dict[str, str], output: TextIO, locks: Sequence[int]) -> int:
-    """Run a command in a process group of its own, which ends with it: a dead training leaves no workers behind."""
-    try:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks
-        )
-    except OSError as error:
-        output.write(f"{error}\n")
-        return 127
-    try:
-        return process.wait()
-    except BaseException:
-        _signal_group(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE_S)
-        raise
-    finally:
-        _signal_group(process, signal.SIGKILL)
-        process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def _locks_of(run: Run | AlignmentRun, folder: Path, stages: Sequence[Stage]) -> list[Path]:

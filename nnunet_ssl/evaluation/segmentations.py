@@ -127,7 +127,7 @@ def scored(cases: pd.DataFrame, metric: str, preset: str) -> pd.Series:
     return cases.loc[counts, metric].astype(np.float64)
 
 
-def summarize(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]:
+def summarize_cases(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]:
     """Summarise a table of cases: of each metric the mean, its 95 % interval over cases, spread, median and number.
 
     Intervals are bootstrapped; those of the two rates are Wilson's.
@@ -190,7 +190,7 @@ NAMES = {
 }
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe_lesions(summary: dict[str, Any]) -> str:
     """Write a summary as the few lines that the command prints; official metrics of the preset come first."""
     lines = [
         f"{summary['n_cases']} cases ({summary['n_empty_references']} without a lesion), preset {summary['preset']}, "

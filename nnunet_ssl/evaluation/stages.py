@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
-from nnunet_ssl.nnunet_folders import dataset_folder, folder_of, folders_with_id
+from nnunet_ssl.nnunet_folders import (
+    FORMER_PLANS_NAME,
+    PLANS_NAME,
+    dataset_folder,
+    dataset_id,
+    folder_of,
+    folders_with_id,
+)
 from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
@@ -64,9 +71,6 @@ class Stage:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, **self.variables, "PYTHONUNBUFFERED": "1"}
 
 
 def stages_of(run: Run | AlignmentRun, study: Study, folder: Path, device: str) -> list[Stage]:
@@ -179,8 +183,10 @@ def _plans(preprocessed: Path, study: Study) -> dict[str, Any]:
         UserError: the data set is not preprocessed by them.
     """
     path = preprocessed / f"{study.plans}.json"
-    planner = "nnssl_plan" if study.plans == "nnsslPlans" else "nnUNetv2_plan_and_preprocess"
-    advice = f"Prepare it: {planner} -d {int(preprocessed.name[7:10])}"
+    planner = "nnssl_plan" if study.plans in (PLANS_NAME, FORMER_PLANS_NAME) else "nnUNetv2_plan_and_preprocess"
+    advice = f"Prepare it: {planner} -d {dataset_id(preprocessed.name)}"
+    if study.plans == PLANS_NAME and (preprocessed / f"{FORMER_PLANS_NAME}.json").is_file():
+        advice += f", or say plans: {FORMER_PLANS_NAME}, as those are called that nnssl_plan of version 0.1.0 wrote"
     if not path.is_file():
         raise UserError(f"{preprocessed.name} has no plans {path.name} in {preprocessed}. {advice}")
     plans = json.loads(path.read_text())

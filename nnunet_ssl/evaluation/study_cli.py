@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ examples:
   nnssl_study run paper                           do what is missing, one run after another
   CUDA_VISIBLE_DEVICES=1 nnssl_study run paper    a second runner shares the work
   nnssl_study run paper --executor slurm          one job per run, with the YAML's slurm options
-  nnssl_study run my_study.yaml --dry-run         only print the commands
+  nnssl_study run my_study.yaml --dry_run         only print the commands
   nnssl_study collect paper                       tables beside the published ones, tests, figures
 
 It may be interrupted at any time; the same call goes on where it stopped, and tries failed runs again.
@@ -42,7 +42,7 @@ MARKS = {"running": "r", "queued": "q", "failed": "F", "waiting": "w"}
 
 @command
 def study() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_study",
         description="Run a study: arms x data sets x fractions x folds x seeds, named in a YAML file.",
         epilog=_EXAMPLE,
@@ -53,7 +53,7 @@ def study() -> None:
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="(default: local)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of what is missing, do nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of what is missing, do nothing")
     arguments = parser.parse_args()
     {"run": _run, "status": _status, "collect": _collect}[arguments.action](arguments)
 

@@ -97,10 +97,11 @@ def require_hd_bet() -> None:
 def _predictor(device: str) -> Any:
     require_hd_bet()
     with _contained():
-        import torch
         from HD_BET.hd_bet_prediction import get_hdbet_predictor
 
-        return get_hdbet_predictor(use_tta=False, device=torch.device(device))
+        from nnunet_ssl.devices import find_device
+
+        return get_hdbet_predictor(use_tta=False, device=find_device(device))
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.architectures.networks import build_encoder, pooled
 from nnunet_ssl.corpus.store import padded_patch
+from nnunet_ssl.devices import default_device
 from nnunet_ssl.interface.scans import Scan, read_scan
 from nnunet_ssl.weights import encoders
 from nnunet_ssl.weights.pretrained import PretrainedEncoder, encoder_file
@@ -75,7 +76,7 @@ def load_encoder(path: Path | str, device: torch.device | str | None = None) -> 
         logger.warning("Assumed of the checkpoint: %s %s (%s).", key, pretrained.architecture[key], why)
     network = build_encoder({**pretrained.architecture, "in_channels": 1})  # scans are encoded one by one
     logger.info("%s", encoders.load_encoder(network, pretrained))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     return LoadedEncoder(network.to(device).eval(), pretrained)
 
 
@@ -136,7 +137,7 @@ def patch_starts(foreground: np.ndarray, patch_size: Sequence[int], view: View) 
 def pooled_bottleneck(network: nn.Module, views: Tensor) -> np.ndarray:
     """Return the last map of views (N, 1, X, Y, Z), averaged over space: (N, D) float64."""
     device = next(network.parameters()).device
-    return network(views.to(device).float())[-1].float().mean(dim=(2, 3, 4)).double().cpu().numpy()
+    return pooled(network(views.to(device).float())[-1].float()).double().cpu().numpy()
 
 
 def _scan(encoder: LoadedEncoder, scan: Scan | Path | str) -> Scan:

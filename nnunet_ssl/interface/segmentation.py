@@ -11,6 +11,7 @@ import nibabel
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_ssl.devices import default_device
 from nnunet_ssl.errors import UserError
 
 Image = Path | str
@@ -43,7 +44,7 @@ def segment(
     )
     if not (finished and set(map(str, folds or finished)) <= set(finished)):
         raise UserError(f"{model_folder} has the finished folds {', '.join(finished) or 'none'}, not {folds or 'one'}.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model_folder), folds or finished)
     with tempfile.TemporaryDirectory(prefix="nnunet_ssl_") as folder:

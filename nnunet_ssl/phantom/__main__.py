@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 @command
 def main() -> None:
     """Parse the command line and write the data set."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m nnunet_ssl.phantom",
         description="Write synthetic brain MRI in the folder layout of a real data set.",
-        epilog="Example: python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n-test 3 --voxel-mm 2.5",
+        epilog="Example: python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n_test 3 --voxel_mm 2.5",
     )
     parser.add_argument(
         "layout",
@@ -32,9 +32,9 @@ def main() -> None:
         default=8,
         help="subjects (atlas: training cases; fcd: patients, and as many controls); default 8",
     )
-    parser.add_argument("--n-test", type=int, default=2, help="atlas: test cases without masks; default 2")
+    parser.add_argument("--n_test", type=int, default=2, help="atlas: test cases without masks; default 2")
     parser.add_argument("--truth", type=Path, metavar="DIR", help="atlas: write the test cases' masks here")
-    parser.add_argument("--voxel-mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
+    parser.add_argument("--voxel_mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
     args = parser.parse_args()

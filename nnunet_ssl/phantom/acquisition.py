@@ -73,7 +73,7 @@ def acquire(
     image = blur_slices(image, anatomy, quality)
     brain = anatomy.brain.astype(np.float32)
     if grid is not None:
-        image, brain = (resample(volume, anatomy.grid.affine, grid) for volume in (image, brain))
+        image, brain = (resample_onto_scan(volume, anatomy.grid.affine, grid) for volume in (image, brain))
     axes = [np.arange(size) * 200.0 / max(size - 1, 1) for size in image.shape]
     if modality == "adc":
         image = image + (0.5 * quality.noise * rng.standard_normal(image.shape, dtype=np.float32))
@@ -92,7 +92,7 @@ def blur_slices(image: np.ndarray, anatomy: Anatomy, quality: Quality) -> np.nda
     return ndimage.gaussian_filter1d(image, sigma, axis=quality.slice_axis)
 
 
-def resample(image: np.ndarray, affine: np.ndarray, grid: ScanGrid, order: int = 1) -> np.ndarray:
+def resample_onto_scan(image: np.ndarray, affine: np.ndarray, grid: ScanGrid, order: int = 1) -> np.ndarray:
     """Resample an image onto a scan's grid; 0 outside."""
     to_source = np.linalg.inv(affine) @ grid.affine
     return ndimage.affine_transform(image, to_source[:3, :3], to_source[:3, 3], grid.shape, order=order)

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
 from nnunet_ssl.pretraining.recipes import about_recipes
@@ -21,8 +21,8 @@ _PRETRAIN_EXAMPLE = """\
 examples:
   nnssl_pretrain -c mcl_mim                            on Dataset500 or the only prepared corpus
   nnssl_pretrain -c mcl_mim --c                        go on where it stopped
-  nnssl_pretrain -c mim -o recipe=mim_small steps=50000 swin.embed_dim=24
-  nnssl_pretrain -c mcl_mim -o recipe=mcl_mim_resenc backbone=resenc
+  nnssl_pretrain -c mim --set recipe=mim_small steps=50000 swin.embed_dim=24
+  nnssl_pretrain -c mcl_mim --set recipe=mcl_mim_resenc backbone=resenc
   nnssl_pretrain -c mcl_mim -num_gpus 4
   torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint host:29500 \\
       --no_python nnssl_pretrain -c mcl_mim
@@ -34,7 +34,7 @@ once it is finished checkpoint_final.pth and encoder.safetensors.
 
 @command
 def pretrain() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_pretrain",
         description="\n".join(
             [
@@ -48,35 +48,37 @@ def pretrain() -> None:
     parser.add_argument("-c", required=True, metavar="RECIPE", help="one of the recipes above, or a YAML file")
     parser.add_argument("-d", metavar="DATASET", help="the corpus' number or name (default: 500, or the only one)")
     parser.add_argument(
-        "-o",
+        "--set",
+        "-o",  # as it was called in 0.1.0
+        dest="settings",
         nargs="+",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="change settings; --print-config shows them all",
+        help="change settings; --print_config shows them all",
     )
     parser.add_argument(
         "--c",
         action="store_true",
         dest="resume",
-        help="continue from the latest checkpoint, with the settings the run began with; -o changes them",
+        help="continue from the latest checkpoint, with the settings the run began with; --set changes them",
     )
     parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this machine (default: 1)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and stop")
+    parser.add_argument("--print_config", action="store_true", help="show the resolved settings and stop")
     arguments = parser.parse_args()
     if arguments.num_gpus < 1:
         parser.error("-num_gpus must be at least 1")
 
     from nnunet_ssl.pretraining.config import load_config
 
-    config = load_config(arguments.c, arguments.o)
+    config = load_config(arguments.c, arguments.settings)
     if arguments.print_config and not arguments.resume:
         sys.stdout.write(config.as_yaml())
         return
     dataset = arguments.d or _default_corpus()
     if arguments.resume:
-        config = _settings_of_the_run(config, dataset, arguments.o)
+        config = _settings_of_the_run(config, dataset, arguments.settings)
     if arguments.print_config:
         sys.stdout.write(config.as_yaml())
         return
@@ -96,16 +98,16 @@ def _settings_of_the_run(config: PretrainingConfig, dataset: str, overrides: lis
     folder = results_folder(dataset_folder(dataset, "nnUNet_preprocessed").name, config.recipe)
     if not numbered(folder) or not (folder / CONFIG).is_file():
         return config
-    logger.info("Continuing with the settings in %s, changed by -o alone.", folder / CONFIG)
+    logger.info("Continuing with the settings in %s, changed by --set alone.", folder / CONFIG)
     return load_config(folder / CONFIG, overrides)
 
 
 def _default_corpus() -> str:
     """Dataset500 if it is prepared, else the only prepared corpus."""
-    from nnunet_ssl.corpus.prepared import PLANS_NAME
+    from nnunet_ssl.corpus.naming import names_of
 
     root = folder_of("nnUNet_preprocessed")
-    prepared = sorted(path.parent.name for path in root.glob(f"Dataset*/{PLANS_NAME}.json"))
+    prepared = sorted(path.name for path in root.glob("Dataset*") if names_of(path).is_begun)
     chosen = [name for name in prepared if name.startswith("Dataset500_")] or prepared
     if not prepared:
         raise UserError(f"No corpus is prepared in {root}. Prepare one: nnssl_prepare -d 500")

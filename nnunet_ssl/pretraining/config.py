@@ -17,10 +17,10 @@ import yaml
 
 from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.backbones import known as known_backbones
-from nnunet_ssl.architectures.backbones.base import Settings
+from nnunet_ssl.architectures.backbones.base import BackboneConfig
 from nnunet_ssl.architectures.backbones.resenc import RESENC, ResEncConfig
 from nnunet_ssl.architectures.backbones.swin import SWIN, SwinConfig
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import require
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective, Pairs
 from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
@@ -36,11 +36,6 @@ logger = logging.getLogger(__name__)
 _OWN_SECTIONS = {kind.section for kind in OWN} | {SWIN.name, RESENC.name}
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(f"{message}.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """What is measured on subjects that are never trained on."""
@@ -51,7 +46,7 @@ class ValidationConfig:
     sessions: int = ranged(64, "at least 1")  # sessions on whose scans alignment and reconstruction are measured
 
     def __post_init__(self) -> None:
-        _require(0 < self.fraction < 1, f"validation.fraction is {self.fraction}; it must lie between 0 and 1")
+        require(0 < self.fraction < 1, f"validation.fraction is {self.fraction}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +92,14 @@ class PretrainingConfig:
     validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.recipe.replace("-", "_").isidentifier(),
             f"recipe is '{self.recipe}'; it names a folder, so use letters, digits, - and _",
         )
         check_ranges(self)
         for name, section in self.others.items():
             check_ranges(section, f"{name}.")
-        _require(
+        require(
             self.minimum_learning_rate <= self.learning_rate,
             f"minimum_learning_rate is {self.minimum_learning_rate}, above learning_rate {self.learning_rate}",
         )
@@ -112,39 +107,39 @@ class PretrainingConfig:
         self._check_objectives()
 
     def _check_objectives(self) -> None:
-        _require(
+        require(
             bool(self.objectives),
             f"The recipe '{self.recipe}' has nothing to learn: set contrastive.pairs, masked.target, or both",
         )
         heads = [objective.head_name for objective in self.objectives]
-        _require(len(set(heads)) == len(heads), f"Two objectives of the recipe have a head of one name: {heads}")
+        require(len(set(heads)) == len(heads), f"Two objectives of the recipe have a head of one name: {heads}")
         kinds = {objective.pairs for objective in self.objectives if objective.pairs}
-        _require(len(kinds) < 2, f"The objectives of the recipe compare different pairs: {' and '.join(sorted(kinds))}")
+        require(len(kinds) < 2, f"The objectives of the recipe compare different pairs: {' and '.join(sorted(kinds))}")
         combined = self.has_masked and not all(objective.masked for objective in self.objectives)
-        _require(combined or not self.shared_pass, "shared_pass needs a contrastive and a masked branch to share it")
+        require(combined or not self.shared_pass, "shared_pass needs a contrastive and a masked branch to share it")
         for objective in self.objectives:
-            _require(
+            require(
                 objective.max_gradient_ratio is None or len(self.objectives) > 1,
                 f"{objective.section}.max_gradient_ratio needs another branch, such as a masked one, to compare with",
             )
             objective.check()
 
     def _check_patch(self) -> None:
-        _require(min(self.patch_size) >= 1, f"patch_size is {list(self.patch_size)}; sizes are at least 1")
+        require(min(self.patch_size) >= 1, f"patch_size is {list(self.patch_size)}; sizes are at least 1")
         if max(self.patch_size) > self.stride:
             return
         single = f"patch_size {list(self.patch_size)} is a single cell of {self.stride} voxels"
-        _require(
+        require(
             not self.has_masked,
             f"{single}, of which the masked branch could hide all or nothing: use a larger patch",
         )
-        _require(
+        require(
             not backbone_of(self.backbone).normalises_maps,
             f"{single}, which the encoder of backbone {self.backbone} cannot normalise: use a larger patch",
         )
 
     @property
-    def _network(self) -> Settings:
+    def _network(self) -> BackboneConfig:
         return self.section(backbone_of(self.backbone).name) or backbone_of(self.backbone).settings()
 
     @property
@@ -241,7 +236,7 @@ def _sections_of_other_packages() -> dict[str, type]:
     found += [(name, one.settings) for name, one in known_backbones().items() if name not in _OWN_SECTIONS]
     taken = {one.name for one in fields(PretrainingConfig)}
     for name, _ in found:
-        _require(
+        require(
             name not in taken,
             f"An installed package announces an objective or a backbone with the section '{name}', which is taken: "
             "it must have a name of its own",

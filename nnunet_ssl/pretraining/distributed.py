@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from nnunet_ssl.console import command
+from nnunet_ssl.devices import find_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.interruption import SIGNALS
 
@@ -88,7 +89,7 @@ def launch(work: Callable[..., None], arguments: tuple[Any, ...], *, processes: 
         return
     _check_gpus(device, processes)
     if processes == 1:
-        work(*arguments, torch.device(device))
+        work(*arguments, find_device(device))
     else:
         _spawn(work, arguments, processes, device)
 

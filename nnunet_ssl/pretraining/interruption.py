@@ -31,11 +31,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def helpers_shielded() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """Processes that start inside the block are born deaf to requests to stop; here these wait until its end.
 
     SLURM and a terminal signal every process of a job, and a helper that dies takes the training with it before the
-    checkpoint is written. Helpers call :func:`heed_parent_only` as soon as they can.
+    checkpoint is written. Helpers call :func:`exit_on_parents_signal` as soon as they can.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_HELPERS)
     try:
@@ -44,7 +44,7 @@ def helpers_shielded() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def heed_parent_only() -> None:
+def exit_on_parents_signal() -> None:
     """In a helper that was started shielded: leave at once when the parent asks, and when nobody else does.
 
     Whoever joins its helpers at exit, as multiprocessing does, would wait for ever for one that is deaf to all.

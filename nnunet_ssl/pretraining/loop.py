@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nnunet_ssl.corpus.prepared import Corpus, describe, open_corpus
+from nnunet_ssl.corpus.prepared import Corpus, describe_corpus, open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.pretraining import distributed
@@ -142,14 +142,14 @@ def shortage_explained(config: PretrainingConfig, device: torch.device) -> Itera
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         raise UserError(
             f"The training does not fit the {memory:.0f} GiB of this device (nvidia-smi tells whether others use it): "
-            f"add -o accumulation={2 * config.accumulation}, or more, or checkpointing=true, or a smaller patch_size."
+            f"add --set accumulation={2 * config.accumulation}, or more, checkpointing=true, or a smaller patch_size."
         ) from error
 
 
 def announce(folder: Path, corpus: Corpus, config: PretrainingConfig, learner: Learner, first: int) -> None:
     """Say what is about to happen."""
     parameters = sum(parameter.numel() for parameter in learner.query.encoder.parameters())
-    logger.info("Recipe %s on %s:\n%s", config.recipe, corpus.folder.parent.name, describe(corpus.summary()))
+    logger.info("Recipe %s on %s:\n%s", config.recipe, corpus.folder.parent.name, describe_corpus(corpus.summary()))
     logger.info("Encoder of %s parameters; %s", f"{parameters:,}", f"{distributed.world_size()} process(es)")
     logger.info("Steps %d to %d; results in %s", first, config.steps, folder)
 
@@ -172,7 +172,7 @@ def save(
 def finish(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None:
     """Leave the final checkpoint and the encoder, on the main process."""
     if distributed.is_main():
-        outputs.finish(folder, learner, corpus, step=step)
+        outputs.write_final(folder, learner, corpus, step=step)
         logger.info("Finished. The encoder is in %s", folder / ENCODER)
 
 

@@ -14,8 +14,8 @@ def move_towards(average: nn.Module, network: nn.Module, momentum: float) -> Non
 
     Buffers that are not floating-point numbers are copied. `network` may have modules that `average` lacks.
     """
-    theirs = state_of(network)
-    pairs = [(mine, theirs[name]) for name, mine in state_of(average).items()]
+    theirs = tensors_of(network)
+    pairs = [(mine, theirs[name]) for name, mine in tensors_of(average).items()]
     moving = [(mine, their) for mine, their in pairs if mine.is_floating_point()]
     torch._foreach_lerp_([mine for mine, _ in moving], [their for _, their in moving], 1 - momentum)
     for mine, their in pairs:
@@ -23,6 +23,6 @@ def move_towards(average: nn.Module, network: nn.Module, momentum: float) -> Non
             mine.copy_(their)
 
 
-def state_of(network: nn.Module) -> Mapping[str, Tensor]:
+def tensors_of(network: nn.Module) -> Mapping[str, Tensor]:
     """Parameters and buffers by name, without copies."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}

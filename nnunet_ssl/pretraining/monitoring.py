@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from nnunet_ssl.architectures.networks import pooled
 from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.corpus.store import UnreadableScan
@@ -20,7 +21,6 @@ from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives.base import HeldOut
-from nnunet_ssl.pretraining.objectives.contrastive import pooled
 from nnunet_ssl.pretraining.passes import key_pass, query_passes
 from nnunet_ssl.pretraining.run.records import Records
 from nnunet_ssl.pretraining.views.streams import Stream

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.gradients import Gradients, backward, balance, measure, put_together
+from nnunet_ssl.pretraining.gradients import Gradients, backward_by_branch, balance, measure, sum_into
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.momentum import move_towards
 from nnunet_ssl.pretraining.objectives.base import Examples, Part
@@ -43,13 +43,13 @@ def training_step(
         optimizer: over the query network; its learning rate is set already.
         examples: one is taken for each of the step's `accumulation` parts.
         schedule: see :func:`nnunet_ssl.pretraining.optimization.schedules`.
-        measured: take each branch's gradient on the encoder apart and measure it.
+        measured: keep each branch's gradient on the encoder by itself and measure it.
         stop_requested: whether this process was asked to stop; the ranks tell each other.
     """
     config = learner.config
     shared = list(learner.query.encoder.parameters())
     limits = {one.name: one.max_gradient_ratio for one in config.objectives if one.max_gradient_ratio is not None}
-    apart: dict[str, Gradients] | None = {} if measured or limits else None
+    by_branch: dict[str, Gradients] = {}
     parts: dict[str, list[Part]] = {objective.name: [] for objective in config.objectives}
     scans = []
     optimizer.zero_grad()
@@ -57,12 +57,16 @@ def training_step(
         part = next(examples)
         taught = key_pass(learner, part)
         for branches in query_passes(learner, part, taught, schedule):
-            backward({name: branch.loss / config.accumulation for name, branch in branches.items()}, shared, apart)
+            losses = {name: branch.loss / config.accumulation for name, branch in branches.items()}
+            if measured or limits:
+                backward_by_branch(losses, shared, by_branch)
+            else:
+                torch.autograd.backward([*losses.values()])
             for name, branch in branches.items():
                 parts[name].append(Part(examples=part, taught=taught.get(name), branch=branch.detached()))
         scans += [scan for batch in part.batches for view in batch.scan_ids for scan in view]
 
-    figures = collect_gradients(learner, shared, apart, limits)
+    figures = collect_gradients(learner, shared, by_branch, limits)
     check_gradients(dict(learner.query.named_children()))
     figures["gradient/total"] = nn.utils.clip_grad_norm_(learner.query.parameters(), config.gradient_clip)
     results = [part.branch for of_branch in parts.values() for part in of_branch]
@@ -82,17 +86,17 @@ def training_step(
 
 
 def collect_gradients(
-    learner: Learner, shared: list[nn.Parameter], apart: dict[str, Gradients] | None, limits: Mapping[str, float]
+    learner: Learner, shared: list[nn.Parameter], by_branch: Mapping[str, Gradients], limits: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Average gradients over ranks; measure, balance and add up those that were taken apart. Returns the figures."""
+    """Average gradients over ranks; measure, balance and add up those kept by branch, if any. Returns the figures."""
     distributed.average_([one.grad for one in learner.query.parameters() if one.grad is not None])
-    if apart is None:
+    if not by_branch:
         return {}
-    for gradients in apart.values():
+    for gradients in by_branch.values():
         distributed.average_([one for one in gradients if one is not None])
     heads = {one.name: learner.query.get_submodule(one.head_name) for one in learner.config.objectives}
-    figures = measure(apart) | balance(apart, heads, limits)
-    put_together(apart, shared)
+    figures = measure(by_branch) | balance(by_branch, heads, limits)
+    sum_into(by_branch, shared)
     return figures
 
 

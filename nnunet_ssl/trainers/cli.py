@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 
 _DESCRIPTION = """\
 Plan and preprocess a data set as pre-training saw its scans: RAS, 1 mm, patches of 96^3, z-score where not zero.
@@ -15,14 +15,14 @@ nnUNetv2_plan_and_preprocess plans for the data set instead; the trainers work w
 _EXAMPLE = """\
 example:
   nnssl_plan -d 501 -np 4
-  nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerMCLMIM -p nnsslPlans
-  nnUNetv2_predict -i IN -o OUT -d 501 -c 3d_fullres -f 0 -tr nnUNetTrainerMCLMIM -p nnsslPlans
+  nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerMCLMIM -p nnUNetSSLPlans
+  nnUNetv2_predict -i IN -o OUT -d 501 -c 3d_fullres -f 0 -tr nnUNetTrainerMCLMIM -p nnUNetSSLPlans
 """
 
 
 @command
 def plan() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_plan",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,

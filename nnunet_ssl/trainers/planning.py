@@ -18,10 +18,8 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerp
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_folders import dataset_folder
+from nnunet_ssl.nnunet_folders import CONFIGURATION, PLANS_NAME, dataset_folder, dataset_id
 
-PLANS_NAME = "nnsslPlans"
-CONFIGURATION = "3d_fullres"
 SPACING = (1.0, 1.0, 1.0)
 PATCH_SIZE = (96, 96, 96)
 BATCH_SIZE = 8  # 4 volumes x 2 patches
@@ -71,7 +69,7 @@ class PretrainingPlanner(ExperimentPlanner):
 
 
 def plan_and_preprocess(dataset: str, processes: int) -> None:
-    """Write ``nnsslPlans.json`` for a data set in nnU-Net's raw format and preprocess its training cases by it.
+    """Write ``nnUNetSSLPlans.json`` for a data set in nnU-Net's raw format and preprocess its training cases by it.
 
     Args:
         dataset: id or name.
@@ -81,7 +79,7 @@ def plan_and_preprocess(dataset: str, processes: int) -> None:
         UserError: there is no such data set, or its files are not NIfTI.
     """
     name = dataset_folder(dataset, "nnUNet_raw").name
-    identifier = int(name[len("Dataset") :].split("_")[0])
+    identifier = dataset_id(name)
     extract_fingerprint_dataset(identifier, num_processes=processes, clean=False)
     planner = PretrainingPlanner(name)
     with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net prints the plans, and a 2-D configuration we do not have

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-SCHEDULES: dict[str, dict[str, Any]] = {
+RecipeName = Literal["paper", "long", "quick"]
+ScheduleName = Literal["paper", "warmup", "sawtooth"]
+OptimizerName = Literal["adamw", "sgd"]
+
+SCHEDULES: dict[ScheduleName, dict[str, Any]] = {
     "paper": {"freeze_share": 0.3, "decay": "cosine"},
     "warmup": {"freeze_share": 0.0, "decay": "poly"},
     "sawtooth": {"freeze_share": 0.05, "decay": "poly"},
@@ -13,10 +17,10 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 """What a schedule brings: arXiv 2511.11311; ``PretrainedTrainer`` of MIC-DKFZ/nnUNet; ``PretrainedTrainer_sawtooth`` of
 TaWald/nnUNet, whose decoder learns alone for 50 of 1,000 epochs."""
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {"adamw": {"lr": 5e-4}, "sgd": {"lr": 1e-3}}
+OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {"adamw": {"lr": 5e-4}, "sgd": {"lr": 1e-3}}
 """What an optimizer brings: arXiv 2511.11311; ``PretrainedTrainer`` of MIC-DKFZ/nnUNet."""
 
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[RecipeName, dict[str, Any]] = {
     "paper": {
         "steps": 5000,
         "schedule": "paper",

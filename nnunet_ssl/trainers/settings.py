@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from nnunet_ssl.architectures.swin import MERGINGS
-from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers.recipes import OPTIMIZERS, RECIPES, SCHEDULES, with_brought
+from nnunet_ssl.architectures.swin import Merging
+from nnunet_ssl.errors import UserError, require
+from nnunet_ssl.trainers.recipes import OptimizerName, RecipeName, ScheduleName, with_brought
+from nnunet_ssl.typed import build, check_ranges, keywords_of_line, ranged
 
 VARIABLE = "nnssl_settings"
-CHOICES = {
-    "recipe": tuple(RECIPES),
-    "schedule": tuple(SCHEDULES),
-    "decay": ("cosine", "poly"),
-    "optimizer": tuple(OPTIMIZERS),
-    "loss": ("dice_ce", "dice_topk"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,72 +47,56 @@ class Settings:
         name: keeps apart what no other setting does, such as models that start from different checkpoints.
     """
 
-    recipe: str = "paper"
-    steps: int = 5000
-    epoch_steps: int = 250
-    schedule: str = "paper"
-    freeze_share: float = 0.3
-    warmup_share: float = 0.05
-    decay: str = "cosine"
-    optimizer: str = "adamw"
-    lr: float = 5e-4
-    encoder_lr: float | None = None
-    loss: str = "dice_ce"
-    average_share: float = 0.0
-    patch_size: tuple[int, int, int] | None = None
-    batch_size: int | None = None
-    fraction: int = 100
-    merging: str | None = None
-    seed: int = 0
+    recipe: RecipeName = "paper"
+    steps: int = ranged(5000, "at least 1")
+    epoch_steps: int = ranged(250, "at least 1")
+    schedule: ScheduleName = "paper"
+    freeze_share: float = ranged(0.3, "at least 0 and below 1")
+    warmup_share: float = ranged(0.05, "at least 0 and below 1")
+    decay: Literal["cosine", "poly"] = "cosine"
+    optimizer: OptimizerName = "adamw"
+    lr: float = ranged(5e-4, "above 0 and below 1")
+    encoder_lr: float | None = ranged(None, "above 0 and below 1")
+    loss: Literal["dice_ce", "dice_topk"] = "dice_ce"
+    average_share: float = ranged(0.0, "at least 0 and below 1")
+    patch_size: tuple[int, int, int] | None = ranged(None, "at least 1")
+    batch_size: int | None = ranged(None, "at least 1")
+    fraction: int = ranged(100, "1 to 100")
+    merging: Merging | None = None
+    seed: int = ranged(0, "0 or more")
     name: str = ""
 
     def __post_init__(self) -> None:
-        _require_known(dataclasses.asdict(self))
-        _require(self.steps >= 1 and self.epoch_steps >= 1, "steps and epoch_steps must be at least 1")
-        _require(
+        check_ranges(self)
+        require(
             self.steps % min(self.epoch_steps, self.steps) == 0,
-            f"steps={self.steps} is not a whole number of epochs of epoch_steps={self.epoch_steps}",
+            f"steps is {self.steps}, which is not a whole number of epochs of epoch_steps={self.epoch_steps}",
         )
-        _require(0 <= self.freeze_share < 1, f"freeze_share={self.freeze_share} must be at least 0 and below 1")
-        _require(0 <= self.warmup_share < 1, f"warmup_share={self.warmup_share} must be at least 0 and below 1")
-        _require(0 <= self.average_share < 1, f"average_share={self.average_share} must be at least 0 and below 1")
+        require(
+            re.fullmatch("[A-Za-z0-9]*", self.name) is not None,
+            f"name is '{self.name}'; it may hold letters and digits",
+        )
         self._check_schedule()
-        _require(
-            0 < self.lr < 1 and (self.encoder_lr is None or 0 < self.encoder_lr < 1),
-            "lr and encoder_lr must lie between 0 and 1",
-        )
-        _require(1 <= self.fraction <= 100, f"fraction={self.fraction} must be 1 to 100 (per cent)")
-        _require(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
-        _require(
-            self.patch_size is None or (len(self.patch_size) == 3 and min(self.patch_size) >= 1),
-            f"patch_size={self.patch_size} must be three positive numbers, such as 96x96x96",
-        )
-        _require(
-            self.merging is None or self.merging in MERGINGS,
-            f"merging={self.merging} must be one of {', '.join(MERGINGS)}",
-        )
-        _require(self.seed >= 0, f"seed={self.seed} must not be negative")
-        _require(re.fullmatch("[A-Za-z0-9]*", self.name) is not None, f"name={self.name} may hold letters and digits")
 
     def _check_schedule(self) -> None:
         """Refuse settings that contradict each other."""
-        _require(
+        require(
             self.schedule != "warmup" or self.freeze_share == 0,
             f"schedule=warmup trains all from the first step, so freeze_share={self.freeze_share} contradicts it; "
             "schedule=sawtooth trains the decoder first",
         )
-        _require(
+        require(
             self.schedule != "sawtooth" or round(self.freeze_share * self.steps) > 0,
             f"schedule=sawtooth trains the decoder first, and freeze_share={self.freeze_share} of steps={self.steps} "
             "is no step; schedule=warmup trains all from the first step",
         )
         rising = self.freeze_share + self.warmup_share
-        _require(
+        require(
             self.schedule == "paper" or rising < 1,
             f"freeze_share={self.freeze_share} and warmup_share={self.warmup_share} take all steps, and schedule="
             f"{self.schedule} would never decay",
         )
-        _require(
+        require(
             self.average_share == 0 or rising + self.average_share <= 1 + 1e-9,
             f"average_share={self.average_share} reaches back into the {rising:g} of the steps that freeze_share="
             f"{self.freeze_share} and warmup_share={self.warmup_share} take",
@@ -137,34 +114,20 @@ class Settings:
     @classmethod
     def of_plans(cls, plans: Mapping[str, Any]) -> Settings:
         """Return the settings that :func:`plans.plans_with_settings` has written into `plans`, else the defaults."""
-        written = dict(plans.get("nnunet_ssl", {}).get("settings", {}))
-        if written.get("patch_size") is not None:
-            written["patch_size"] = tuple(written["patch_size"])
-        return cls(**written)
+        return build(cls, plans.get("nnunet_ssl", {}).get("settings", {}))
 
     def updated(self, text: str) -> Settings:
-        """Return these settings with those of `text`, such as ``"steps=500,patch_size=64x64x64"``, in their place.
+        """Return these settings with those of `text` (``"steps=500, lr=0.001"``) in their place.
 
-        A recipe, a schedule or an optimizer that these settings do not have yet brings the settings that belong to it,
-        see `recipes`. What `text` names singly counts, wherever in `text` it stands.
+        A recipe, a schedule or an optimizer brings others along, see :func:`recipes.with_brought`.
 
         Raises:
             UserError: an unknown key, a value of the wrong kind or out of range, or values that contradict each other.
         """
-        readers = {field.name: _READERS[str(field.type)] for field in dataclasses.fields(self)}
-        values: dict[str, Any] = {}
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            key, _, value = (part.strip() for part in item.partition("="))
-            if key not in readers:
-                near = difflib.get_close_matches(key, readers, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(readers)}."
-                raise UserError(f"{VARIABLE} has no key '{key}': {hint}")
-            try:
-                values[key] = readers[key](value)
-            except ValueError:
-                raise UserError(f"{VARIABLE}: '{value}' is not a value for {key}.") from None
-        _require_known(values)
-        return Settings(**with_brought(dataclasses.asdict(self), values))
+        try:
+            return Settings(**with_brought(dataclasses.asdict(self), keywords_of_line(Settings, text)))
+        except UserError as error:
+            raise UserError(f"{VARIABLE}: {error}") from None
 
     def updated_from_environment(self) -> Settings:
         """Return these settings with those of the environment variable ``nnssl_settings`` in their place."""
@@ -186,15 +149,6 @@ class Settings:
         )
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "str | None": str,
-    "int": int,
-    "int | None": int,
-    "float": float,
-    "float | None": float,
-    "tuple[int, int, int] | None": lambda text: tuple(int(size) for size in text.split("x")),
-}
 _SHORT = {
     "recipe": "recipe-",
     "epoch_steps": "epoch",
@@ -215,13 +169,3 @@ _SHORT = {
 
 def _written(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _require_known(values: Mapping[str, Any]) -> None:
-    for key in CHOICES.keys() & values.keys():
-        _require(values[key] in CHOICES[key], f"{key}={values[key]} is none of {', '.join(CHOICES[key])}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(f"{VARIABLE}: {message}.")

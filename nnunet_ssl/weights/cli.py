@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.console import Subcommands, add_subcommand, command
+from nnunet_ssl.console import OptionParser, Subcommands, add_subcommand, command
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ Writes $nnUNet_results/DATASET/RECIPE/encoder.safetensors, where the recipe's tr
 
 @command
 def weights() -> None:
-    parser = argparse.ArgumentParser(prog="nnssl_weights", description=_DESCRIPTION)
+    parser = OptionParser(prog="nnssl_weights", description=_DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="inspect | import | export | fetch")
     _add_inspect(commands)
     _add_import(commands)
@@ -108,7 +108,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.weights.encoders import read_checkpoint
 
     pretrained = read_checkpoint(arguments.file, arguments.origin, arguments.merging)
-    logger.info("%s", describe(pretrained))
+    logger.info("%s", describe_encoder(pretrained))
     architecture = dict(pretrained.architecture)
     if architecture.get("merging", "monai") is None:  # tensors fit whatever the merging
         del architecture["merging"]
@@ -202,7 +202,8 @@ def _add_fetch(commands: Subcommands) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.weights.fetching import destination, full_name, locate
+    from nnunet_ssl.nnunet_folders import full_name
+    from nnunet_ssl.weights.fetching import destination, locate
     from nnunet_ssl.weights.pretrained import UMBRAS_RECIPES
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error at the end says enough
@@ -257,7 +258,7 @@ def _write_own(path: Path, source: Path, pretrained: PretrainedEncoder, report: 
         preprocessing=pretrained.preprocessing,
         metadata={"imported": imported, **pretrained.metadata},
     )
-    logger.info("%s\n%s\nwritten to %s", describe(pretrained), report, path)
+    logger.info("%s\n%s\nwritten to %s", describe_encoder(pretrained), report, path)
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
@@ -274,7 +275,7 @@ def _save(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, temporary)
 
 
-def describe(pretrained: PretrainedEncoder) -> str:
+def describe_encoder(pretrained: PretrainedEncoder) -> str:
     """Return what a reader wants to know of an encoder, a line for each thing."""
     from nnunet_ssl.weights.origins import DESCRIPTIONS
 

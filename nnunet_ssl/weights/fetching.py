@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 from urllib.parse import unquote
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.nnunet_folders import Variable, folder_of, folders_with_id
+from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.weights.pretrained import ENCODER
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
@@ -106,26 +104,6 @@ def _the_checkpoint(names: list[str], source: str) -> str:
             "Name the file to take behind it."
         )
     return checkpoints[0]
-
-
-def full_name(dataset: str) -> str:
-    """Return the name of a data set, which need not exist, or of the one with an id (500) in any of nnU-Net's folders.
-
-    Raises:
-        UserError: `dataset` is neither, or no data set or more than one has the id.
-    """
-    if dataset.startswith("Dataset"):
-        return dataset
-    if not dataset.isdecimal():
-        raise UserError(f"'{dataset}' is neither a data set id (500) nor a data set name (Dataset500_FOMO60K).")
-    roots = [Path(os.environ[variable]) for variable in get_args(Variable) if os.environ.get(variable)]
-    names = sorted({path.name for root in roots for path in folders_with_id(root, int(dataset))})
-    if len(names) != 1:
-        raise UserError(
-            f"Data sets with the id {dataset} in nnU-Net's folders: {', '.join(names) or 'none'}. "
-            "Give the full name, for example: -d Dataset500_FOMO60K"
-        )
-    return names[0]
 
 
 def destination(recipe: str, dataset: str) -> Path:

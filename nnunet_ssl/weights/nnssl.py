@@ -18,6 +18,9 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.weights.encoders import load_encoder
 from nnunet_ssl.weights.pretrained import PretrainedEncoder
 
+NNSSLS_PLANS_NAME = "nnsslPlans"
+"""What nnssl calls its plans."""
+
 UNKNOWN_PATCH = [160, 160, 160]
 """What nnssl recommends for fine-tuning where a file does not tell the patch size of its pre-training."""
 
@@ -107,7 +110,7 @@ def _pretrain_plan(pretrained: PretrainedEncoder, patch_size: list[int]) -> dict
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     return {
         "dataset_name": "nnunet_ssl",
-        "plans_name": "nnsslPlans",
+        "plans_name": NNSSLS_PLANS_NAME,
         "original_median_spacing_after_transp": spacing,
         "image_reader_writer": known.get("image_reader_writer", "NibabelIOWithReorient"),
         "transpose_forward": known.get("transpose_forward", [0, 1, 2]),
@@ -115,7 +118,7 @@ def _pretrain_plan(pretrained: PretrainedEncoder, patch_size: list[int]) -> dict
         "experiment_planner_used": "nnssl_prepare",
         "configurations": {
             style: {
-                "data_identifier": "nnsslPlans_3d_fullres",
+                "data_identifier": f"{NNSSLS_PLANS_NAME}_3d_fullres",
                 "preprocessor_name": "DefaultPreprocessor",
                 "spacing_style": style,
                 "normalization_schemes": ["ZScoreNormalization"],

@@ -57,11 +57,11 @@ def test_without_nnunet_preprocessed_the_folds_stay_beside_the_images(tools, env
     [
         (["-i", "nowhere"], "There is no folder nowhere"),
         (["-i", "archive.zip"], "archive.zip is a file, not a folder"),
-        (["-i", "atlas", "--images-only"], "-o names the folder"),
+        (["-i", "atlas", "--images_only"], "-o names the folder"),
         (["-i", "atlas", "-o", "out"], "-o names the folder"),
-        (["-i", "atlas", "--images-only", "-o", "atlas/../atlas"], "-i and -o are the same folder"),
+        (["-i", "atlas", "--images_only", "-o", "atlas/../atlas"], "-i and -o are the same folder"),
         (["-i", "atlas", "-d", "1000"], "three digits"),
-        (["-i", "atlas", "--skull-strip", "hd-bet", "-device", "cpu"], "HD-BET is not installed"),
+        (["-i", "atlas", "--skull_strip", "hd-bet", "-device", "cpu"], "HD-BET is not installed"),
     ],
 )
 def test_mistakes_get_one_line(tools, env, tmp_path, monkeypatch, capsys, options, message):
@@ -82,7 +82,7 @@ def test_mistakes_get_one_line(tools, env, tmp_path, monkeypatch, capsys, option
 def test_a_dry_run_tells_and_writes_nothing(tools, env, tmp_path):
     root = write_training(tools, tmp_path / "atlas", 2)
     before = tools.snapshot(tmp_path)
-    done = tools.run_script(501, "-i", root, "--dry-run", env=env)
+    done = tools.run_script(501, "-i", root, "--dry_run", env=env)
     assert done.returncode == 0, done.stderr
     assert "2 training cases, sub-r001s001_ses-1 ... sub-r001s002_ses-1" in done.stdout
     assert tools.snapshot(tmp_path) == before and not Path(env["nnUNet_raw"]).exists()
@@ -92,7 +92,7 @@ def test_a_dry_run_calls_new_patients_neither_training_nor_test(tools, env, tmp_
     for part in ("Training", "Testing"):
         path = tmp_path / "new" / part / "sub-1" / f"sub-1_ses-{part}_T1w.nii.gz"
         tools.write_nifti(path, np.ones(SHAPE, np.float32))
-    done = tools.run_script(501, "-i", tmp_path / "new", "--images-only", "-o", "out", "--dry-run", env=env)
+    done = tools.run_script(501, "-i", tmp_path / "new", "--images_only", "-o", "out", "--dry_run", env=env)
     assert done.returncode == 0, done.stderr
     assert "  2 cases, sub-1_ses-Testing ... sub-1_ses-Training" in done.stdout
     assert "training" not in done.stdout and "test cases" not in done.stdout
@@ -165,7 +165,7 @@ def test_patients_gather_in_the_folder_for_prediction_even_inside_the_sources(to
     out = root / "prepared"
     for first in (1, 2):
         write_training(tools, root, 1, first=first)
-        done = tools.run_script(501, "-i", root, "--images-only", "-o", out, "-np", 1, env=env)
+        done = tools.run_script(501, "-i", root, "--images_only", "-o", out, "-np", 1, env=env)
         assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.glob("*.nii.gz")) == [
         "sub-r001s001_ses-1_0000.nii.gz",
@@ -178,7 +178,7 @@ def test_a_patient_of_the_same_name_never_takes_anothers_place(tools, env, tmp_p
     for patient in "AB":
         tools.write_nifti(tmp_path / patient / "scan_t1.nii.gz", np.full(SHAPE, ord(patient), np.float32))
     first, second = (
-        tools.run_script(501, "-i", tmp_path / patient, "--images-only", "-o", tmp_path / "out", "-np", 1, env=env)
+        tools.run_script(501, "-i", tmp_path / patient, "--images_only", "-o", tmp_path / "out", "-np", 1, env=env)
         for patient in "AB"
     )
     assert first.returncode == 0, first.stderr
@@ -220,7 +220,7 @@ def test_skull_stripping_zeroes_what_is_no_brain_and_counts_the_lesion_voxels_ou
     plain = tools.run_script(501, "-i", root, "-np", 1, env=fake_hd_bet)
     assert "still have their skull" in plain.stdout
     unstripped = arrays(dataset(fake_hd_bet))
-    done = tools.run_script(501, "-i", root, "--skull-strip", "hd-bet", "-device", "cpu", "-np", 1, env=fake_hd_bet)
+    done = tools.run_script(501, "-i", root, "--skull_strip", "hd-bet", "-device", "cpu", "-np", 1, env=fake_hd_bet)
     assert done.returncode == 0 and "1 cases; 0 are already converted." in done.stdout, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("Skull-stripped with HD-BET")
     image, label = Path("imagesTr/sub-r001s001_ses-1_0000.nii.gz"), Path("labelsTr/sub-r001s001_ses-1.nii.gz")
@@ -240,7 +240,7 @@ def test_a_case_without_a_brain_is_skipped_and_an_implausible_volume_flagged(too
         path = next((root / "Training" / "R001" / f"sub-r001s{number:03d}").rglob("*T1w.nii.gz"))
         value = np.float32(5 if number == 2 else 20)
         tools.write_nifti(path, np.full(SHAPE, value), np.diag([spacing, spacing, spacing, 1.0]))
-    options = ["--skull-strip", "hd-bet", "-device", "cpu", "-np", 1]
+    options = ["--skull_strip", "hd-bet", "-device", "cpu", "-np", 1]
     done = tools.run_script(501, "-i", root, *options, env=fake_hd_bet)
     assert done.returncode == 0, done.stderr
     folder = dataset(fake_hd_bet)
@@ -256,7 +256,7 @@ def test_a_case_without_a_brain_is_skipped_and_an_implausible_volume_flagged(too
 def test_stripping_needs_a_contrast_that_hd_bet_knows(tools, fake_hd_bet, tmp_path):
     scans = tmp_path / "new" / "sub-1" / "dwi"
     tools.write_nifti(scans / "sub-1_dwi.nii.gz", np.ones(SHAPE, np.float32))
-    options = ["--images-only", "-o", tmp_path / "out", "--skull-strip", "hd-bet", "--channels", "dwi"]
+    options = ["--images_only", "-o", tmp_path / "out", "--skull_strip", "hd-bet", "--channels", "dwi"]
     done = tools.run_script(502, "-i", tmp_path / "new", *options, env=fake_hd_bet)
     assert done.returncode == 1 and "HD-BET knows T1, T2 and FLAIR, not dwi" in done.stderr
 
@@ -274,7 +274,7 @@ def test_raw_images_of_any_orientation_reach_the_network_as_the_converted_ones_d
         path.parent.mkdir(exist_ok=True)
         nib.save(ras.as_reoriented(turn), path)
         seen.append(reader.read_images([str(path)]))
-    done = tools.run_script(501, "-i", tmp_path / "new", "--images-only", "-o", tmp_path / "out", "-np", 1, env=env)
+    done = tools.run_script(501, "-i", tmp_path / "new", "--images_only", "-o", tmp_path / "out", "-np", 1, env=env)
     assert done.returncode == 0, done.stderr
     for axes in ("RAS", "LAS", "PIR", "LPI"):
         raw, out = tmp_path / "new" / f"head-{axes}.nii.gz", tmp_path / "out" / f"head-{axes}_0000.nii.gz"

@@ -161,7 +161,7 @@ def test_cohort_folds_never_part_a_cohort_and_lie_where_nnunet_looks(converted):
 
 def test_the_last_lines_say_that_pretraining_saw_no_skull_and_how_to_strip(converted):
     lines = converted[3].stdout.strip().splitlines()[-2:]
-    assert "still have their skull" in lines[0] and "--skull-strip hd-bet" in lines[1]
+    assert "still have their skull" in lines[0] and "--skull_strip hd-bet" in lines[1]
 
 
 def test_a_second_run_does_nothing(converted, tools):

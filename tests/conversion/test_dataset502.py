@@ -178,7 +178,7 @@ def test_more_workers_give_the_same_files(converted, isles, tools, tmp_path):
         copy = root / path.relative_to(isles)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    done = tools.run_script(502, "-i", root, "--images-only", "-o", tmp_path / "out", "-np", 1, env=converted[0])
+    done = tools.run_script(502, "-i", root, "--images_only", "-o", tmp_path / "out", "-np", 1, env=converted[0])
     assert done.returncode == 0, done.stderr
     for index in range(3):
         new = nib.load(tmp_path / "out" / f"{name(2)}_ses-0001_{index:04d}.nii.gz")
@@ -224,7 +224,7 @@ def test_one_channel_alone_goes_to_its_own_data_set_and_needs_no_other(tools, is
     assert done.returncode == 0, done.stderr
     single = folder.with_name("Dataset510_ISLES2022_DWI")
     assert tools.check_geometry(single, 1) == {f"{name(number)}_ses-0001" for number in (*UNITS, 9)}
-    again = tools.run_script(502, "-i", isles, "--channels", "adc", "dwi", "--dry-run", "-d", 77, env=env)
+    again = tools.run_script(502, "-i", isles, "--channels", "adc", "dwi", "--dry_run", "-d", 77, env=env)
     assert "Dataset077_ISLES2022_DWI_ADC" in again.stdout
     assert not folder.with_name("Dataset077_ISLES2022_DWI_ADC").exists()
     taken = tools.run_script(502, "-i", isles, "--channels", "adc", "-d", 502, env=env)
@@ -237,7 +237,7 @@ def test_a_flair_of_something_else_keeps_its_headers_place_and_is_flagged(tools,
     flair_path = published(root, 2)[2]
     noise = np.random.default_rng(0).random(FLAIR_SHAPE).astype(np.float32)
     tools.write_nifti(flair_path, noise, nib.load(flair_path).affine)
-    done = tools.run_script(502, "-i", root, "--images-only", "-o", tmp_path / "out", "-np", 1, env=env)
+    done = tools.run_script(502, "-i", root, "--images_only", "-o", tmp_path / "out", "-np", 1, env=env)
     assert done.returncode == 0, done.stderr
     row = tools.report_of(tmp_path / "out")[f"{name(2)}_ses-0001"]
     assert row["flair_registration"] == "header"

@@ -150,11 +150,11 @@ def test_every_fold_holds_out_patients_and_controls_alike(converted):
 @pytest.mark.slow
 def test_no_controls_drops_them_and_a_later_run_brings_them_back(converted, fcd, tools):
     env, folder, _ = converted
-    done = tools.run_script(503, "-i", fcd, "--no-controls", "-np", 1, env=env)
+    done = tools.run_script(503, "-i", fcd, "--no_controls", "-np", 1, env=env)
     assert done.returncode == 0 and "4 cases; 4 are already converted" in done.stdout, done.stderr
     patients = {f"sub-{subject}" for subject, person in PEOPLE.items() if person[0] == "fcd"}
     assert tools.check_geometry(folder, 2) == patients
-    assert tools.skipped_in(folder)["sub-00101"] == "healthy control (--no-controls)"
+    assert tools.skipped_in(folder)["sub-00101"] == "healthy control (--no_controls)"
     assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 3
     again = tools.run_script(503, "-i", fcd, "-np", 2, env=env)
     assert again.returncode == 0 and "7 cases; 4 are already converted" in again.stdout

@@ -208,7 +208,7 @@ def test_new_images_need_no_mask_and_no_table_and_get_the_same_background(conver
     for subject in ("r029s001", "soop0468"):
         tools.write_nifti(new / f"{subject}.nii.gz", *loaded(source(converted[0], subject, T1)))
     env = tools.environment(tmp_path / "nnunet")
-    done = tools.run_script(504, "-i", new, "--images-only", "-o", tmp_path / "out", "-np", 1, env=env)
+    done = tools.run_script(504, "-i", new, "--images_only", "-o", tmp_path / "out", "-np", 1, env=env)
     assert done.returncode == 0, done.stderr
     for subject in ("r029s001", "soop0468"):
         made = nib.load(tmp_path / "out" / f"{subject}_0000.nii.gz")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nnunet_ssl.corpus.prepared import describe, open_corpus
+from nnunet_ssl.corpus.prepared import describe_corpus, open_corpus
 from nnunet_ssl.pretraining.views.sampling import SamplingConfig, example_table
 
 WHOLE = {"spacing": 1.0, "shape": (40, 46, 42)}
@@ -149,7 +149,7 @@ def test_scans_that_do_not_agree_are_kept_for_mim_and_enter_no_pair(session, man
     corpus = open_corpus(500)
     summary = corpus.summary()
     assert (summary["pairs"], summary["pairs_apart"], summary["sessions_mcl"]) == (2, 1, 1)
-    assert "1 of them do not lie in one place" in describe(summary)
+    assert "1 of them do not lie in one place" in describe_corpus(summary)
     subjects = corpus.scans["subject"].str[-1].to_numpy()
     for kind in ("mcl", "cl"):
         assert set(subjects[example_table(corpus, kind, SamplingConfig()).rows].ravel()) == {"2"}
@@ -196,7 +196,7 @@ def test_a_store_of_the_time_before_opens_and_pairs_its_sessions_as_then(session
 def test_a_store_of_the_time_before_is_kept_and_the_command_says_what_it_lacks(session, manifest, monkeypatch):
     manifest()
     folder = open_corpus(500).folder.parent
-    journal = folder / "nnsslPlans_journal.jsonl"
+    journal = folder / "nnUNetSSLPlans_journal.jsonl"
     results = [json.loads(line) for line in journal.read_text().splitlines()]
     for row in results[0]["rows"]:
         for column in ("aligned_to", "agreement", "foreground_kept", "notes"):

@@ -33,7 +33,7 @@ def test_a_stored_scan_is_what_nnunets_own_steps_give(prepare, source, write_sca
     expected = np.zeros_like(image)
     expected[brain] = np.clip(image[brain], low, high)
     expected[brain] = (expected[brain] - expected[brain].mean()) / expected[brain].std()
-    plans = PlansManager(str(corpus.folder.parent / "nnsslPlans.json"))
+    plans = PlansManager(str(corpus.folder.parent / "nnUNetSSLPlans.json"))
     shape = [round(size * step) for size, step in zip(image.shape, properties["spacing"])]
     expected = plans.get_configuration("3d_fullres").resampling_fn_data(
         expected[None], shape, properties["spacing"], [1.0] * 3

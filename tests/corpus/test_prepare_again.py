@@ -13,10 +13,10 @@ from nnunet_ssl.errors import UserError
 def test_a_second_run_redoes_nothing(prepare, source, write_scan, monkeypatch):
     write_scan(source / "sub_1/ses_1/t1.nii.gz")
     folder = prepare().folder
-    before = {path: path.stat().st_mtime_ns for path in (folder / "nnsslPlans_3d_fullres").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (folder / "nnUNetSSLPlans_3d_fullres").iterdir()}
     monkeypatch.setattr("nnunet_ssl.corpus.session.read_volume", lambda *_: pytest.fail("a scan was read again"))
     prepare()
-    assert {path: path.stat().st_mtime_ns for path in (folder / "nnsslPlans_3d_fullres").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (folder / "nnUNetSSLPlans_3d_fullres").iterdir()} == before
 
 
 def test_other_options_are_refused(prepare, source, write_scan):
@@ -30,7 +30,7 @@ def test_a_changed_image_is_prepared_again_and_only_its_session(prepare, source,
     changing = write_scan(source / "sub_1/ses_1/t1.nii.gz")
     write_scan(source / "sub_2/ses_1/t1.nii.gz")
     folder = prepare().folder
-    store = folder / "nnsslPlans_3d_fullres"
+    store = folder / "nnUNetSSLPlans_3d_fullres"
     before = contents(store)
     times = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
     write_scan(changing, seed=7)
@@ -48,7 +48,7 @@ def test_a_scan_that_leaves_the_index_leaves_the_store(prepare, source, write_sc
     folder = prepare().folder
     gone.unlink()
     prepare()
-    assert {path.name for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd")} == {
+    assert {path.name for path in (folder / "nnUNetSSLPlans_3d_fullres").glob("*.b2nd")} == {
         "fomo__sub_1__ses_1__t1.b2nd",
         "fomo__sub_1__ses_1__t1_seg.b2nd",
     }
@@ -61,7 +61,7 @@ def test_a_scan_that_goes_bad_leaves_the_store(prepare, source, write_scan):
     path.write_bytes(b"")
     prepare()
     assert len(open_corpus(500)) == 1
-    assert not list((folder / "nnsslPlans_3d_fullres").glob("*t1*"))
+    assert not list((folder / "nnUNetSSLPlans_3d_fullres").glob("*t1*"))
 
 
 def test_a_missing_file_is_tried_again_when_it_is_back(prepare, source, write_scan, tmp_path):
@@ -78,7 +78,7 @@ def test_a_deleted_result_is_made_again(prepare, source, write_scan, contents):
     write_scan(source / "sub_1/ses_1/t1.nii.gz")
     folder = prepare().folder
     before = contents(folder)
-    (folder / "nnsslPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd").unlink()
+    (folder / "nnUNetSSLPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd").unlink()
     prepare()
     assert contents(folder) == before
 
@@ -125,8 +125,8 @@ def test_a_damaged_result_is_made_again_and_only_that(
     folder = prepare().folder
     before = contents(folder)
     if not recorded:
-        forget_sizes(folder / "nnsslPlans_journal.jsonl")
-    store = folder / "nnsslPlans_3d_fullres"
+        forget_sizes(folder / "nnUNetSSLPlans_journal.jsonl")
+    store = folder / "nnUNetSSLPlans_3d_fullres"
     damaged = store / f"fomo__sub_1__ses_1__t1{suffix}"
     damage(damaged)
     others = [path for path in store.iterdir() if not path.name.startswith("fomo__sub_1__ses_1__t1")]
@@ -142,8 +142,8 @@ def test_a_damaged_case_of_an_unfinished_session_is_not_taken_for_done(prepare, 
     write_scan(source / "sub_1/ses_1/t1.nii.gz")
     folder = prepare().folder
     before = contents(folder)
-    (folder / "nnsslPlans_journal.jsonl").unlink()
-    cut(folder / "nnsslPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd")
+    (folder / "nnUNetSSLPlans_journal.jsonl").unlink()
+    cut(folder / "nnUNetSSLPlans_3d_fullres/fomo__sub_1__ses_1__t1.b2nd")
     prepare()
     assert contents(folder) == before
 
@@ -154,7 +154,7 @@ def test_a_damaged_line_of_the_journal_costs_nothing(prepare, source, write_scan
     write_scan(source / "sub_2/ses_1/t1.nii.gz")
     folder = prepare().folder
     before = contents(folder)
-    journal = folder / "nnsslPlans_journal.jsonl"
+    journal = folder / "nnUNetSSLPlans_journal.jsonl"
     journal.write_bytes(line + journal.read_bytes().splitlines(keepends=True)[1])
     prepare()
     assert contents(folder) == before
@@ -163,9 +163,9 @@ def test_a_damaged_line_of_the_journal_costs_nothing(prepare, source, write_scan
 def test_a_store_without_recorded_sizes_is_not_redone_and_learns_them(prepare, source, write_scan, contents):
     write_scan(source / "sub_1/ses_1/t1.nii.gz")
     folder = prepare().folder
-    before, store = contents(folder), folder / "nnsslPlans_3d_fullres"
+    before, store = contents(folder), folder / "nnUNetSSLPlans_3d_fullres"
     times = {path: path.stat().st_mtime_ns for path in store.iterdir()}
-    forget_sizes(folder / "nnsslPlans_journal.jsonl")
+    forget_sizes(folder / "nnUNetSSLPlans_journal.jsonl")
     prepare()
     assert contents(folder) == before
     assert times == {path: path.stat().st_mtime_ns for path in store.iterdir()}
@@ -176,9 +176,9 @@ def test_leftovers_of_a_kill_are_no_results(prepare, source, write_scan, content
     write_scan(source / "sub_2/ses_1/t1.nii.gz")
     folder = prepare().folder
     before = contents(folder)
-    store, journal = folder / "nnsslPlans_3d_fullres", folder / "nnsslPlans_journal.jsonl"
+    store, journal = folder / "nnUNetSSLPlans_3d_fullres", folder / "nnUNetSSLPlans_journal.jsonl"
     (store / ".123.partial.fomo__sub_2__ses_1__t1.b2nd").write_bytes(b"half")
-    (folder / ".123.partial.nnsslPlans_journal.jsonl").write_bytes(b"half")
+    (folder / ".123.partial.nnUNetSSLPlans_journal.jsonl").write_bytes(b"half")
     (store / "fomo__sub_2__ses_1__t1.pkl").unlink()
     journal.write_text(journal.read_text()[:-30])
     prepare()

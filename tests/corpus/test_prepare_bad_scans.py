@@ -130,7 +130,7 @@ def test_a_bad_scan_is_reported_and_the_rest_of_its_session_goes_on(prepare, sou
     assert list(failures["scan_id"]) == ["fomo__sub_1__ses_1__t2"]
     assert reason in failures["reason"][0]
     assert list(open_corpus(500).scans["scan_id"]) == ["fomo__sub_1__ses_1__t1"]
-    assert not list((report.folder / "nnsslPlans_3d_fullres").glob("*t2*"))
+    assert not list((report.folder / "nnUNetSSLPlans_3d_fullres").glob("*t2*"))
 
 
 def test_any_nonsense_in_a_header_is_a_bad_scan_or_a_readable_one_and_never_another_error(write_scan, tmp_path):

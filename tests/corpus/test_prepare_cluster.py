@@ -57,7 +57,7 @@ def start(store):
     def start(address):
         command = [sys.executable, "-c", "from nnunet_ssl.corpus.cli import prepare; prepare()", "-d", "500"]
         run = subprocess.Popen([*command, "--scheduler", address], stderr=subprocess.PIPE, text=True)
-        journal = store / "nnsslPlans_journal.jsonl"
+        journal = store / "nnUNetSSLPlans_journal.jsonl"
         while not journal.is_file() or not journal.read_text():
             assert run.poll() is None
             time.sleep(0.02)

@@ -62,7 +62,7 @@ def test_a_store_finished_after_many_kills_equals_an_unbroken_one(store, unbroke
 def test_scans_finished_before_a_kill_are_not_touched_after_it(store, unbroken):
     run = multiprocessing.get_context("fork").Process(target=prepare_corpus, args=(500, PreparationConfig()))
     run.start()
-    cases = store / "nnsslPlans_3d_fullres"
+    cases = store / "nnUNetSSLPlans_3d_fullres"
     while not cases.is_dir() or len(list(cases.glob("[!.]*.pkl"))) < 7:
         time.sleep(0.005)
     run.kill()
@@ -85,7 +85,7 @@ def test_the_command_killed_with_its_workers_at_work_goes_on(store, unbroken, co
         "2",
     ]
     run = subprocess.Popen(command, start_new_session=True)
-    while not list(store.glob("nnsslPlans_3d_fullres/[!.]*.pkl")):
+    while not list(store.glob("nnUNetSSLPlans_3d_fullres/[!.]*.pkl")):
         time.sleep(0.02)
     run.kill()
     run.wait()

@@ -41,7 +41,7 @@ def write_store(tmp_path, monkeypatch):
         folder = tmp_path / "Dataset500_FOMO60K"
         folder.mkdir(exist_ok=True)
         pd.DataFrame(rows).to_csv(folder / "manifest.tsv", sep="\t", index=False)
-        (folder / "nnsslPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
+        (folder / "nnUNetSSLPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
         return folder
 
     return write

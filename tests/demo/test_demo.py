@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nnunet_ssl.demo import cli, running, steps
+from nnunet_ssl.demo import cli, resuming, steps
 
 TINY_PRETRAINING = (
     *("swin.embed_dim=8", "swin.depths=1,1,1", "swin.num_heads=1,2,2", "swin.window_size=4"),
@@ -66,16 +66,16 @@ def test_a_failed_step_is_shown_and_taken_up_again_with_what_follows(tmp_path, c
     tells = f"import sys; open({str(calls)!r}, 'a').write('2' + ''.join(sys.argv[1:]))"
     second = step("2", f"{tells}; sys.argv[1:] or exit('the reason')", continued=("c",))
     last = step("3", f"open({str(calls)!r}, 'a').write('3')")
-    with pytest.raises(running.UserError, match=r"(?s)the reason.*'2' failed with status 1"):
-        running.run_steps([first, second, last], tmp_path, {})
-    running.run_steps([first, second, last], tmp_path, {})
+    with pytest.raises(resuming.UserError, match=r"(?s)the reason.*'2' failed with status 1"):
+        resuming.run_steps([first, second, last], tmp_path, {})
+    resuming.run_steps([first, second, last], tmp_path, {})
     assert calls.read_text() == "122c3"
-    running.run_steps([first, second, last], tmp_path, {})
+    resuming.run_steps([first, second, last], tmp_path, {})
     assert calls.read_text() == "122c3"
     second = step("2", tells, continued=("c",))
-    running.run_steps([first, second, last], tmp_path, {})
+    resuming.run_steps([first, second, last], tmp_path, {})
     assert calls.read_text() == "122c323", "another command"
-    running.run_steps([step("1", f"open({str(calls)!r}, 'a').write('new')"), second, last], tmp_path, {})
+    resuming.run_steps([step("1", f"open({str(calls)!r}, 'a').write('new')"), second, last], tmp_path, {})
     assert calls.read_text() == "122c323new23", "nothing old is continued on new data"
 
 
@@ -83,7 +83,7 @@ def test_a_step_done_with_other_variables_is_done_again(tmp_path):
     calls = tmp_path / "calls"
     notes = step("1", f"import os; open({str(calls)!r}, 'a').write(os.environ['nnssl_settings'])")
     for settings in ("short", "short", "long"):
-        running.run_steps([notes], tmp_path, {"nnssl_settings": settings})
+        resuming.run_steps([notes], tmp_path, {"nnssl_settings": settings})
     assert calls.read_text() == "shortlong"
 
 
@@ -101,10 +101,10 @@ sys.exit(pathlib.Path({str(reason)!r}).exists())
         name="1", title="1", command=("python", "-c", code, "1"), continued=continued, leftovers=(folder,)
     )
     reason.touch()
-    with pytest.raises(running.UserError, match="status 1"):
-        running.run_steps([makes], tmp_path, {})
+    with pytest.raises(resuming.UserError, match="status 1"):
+        resuming.run_steps([makes], tmp_path, {})
     reason.unlink()
-    running.run_steps([makes], tmp_path, {})
+    resuming.run_steps([makes], tmp_path, {})
     assert sorted(path.name for path in folder.iterdir()) == left
 
 
@@ -116,8 +116,8 @@ def test_an_interrupted_step_is_not_continued_with_another_command_or_after_a_re
         folder.mkdir(exist_ok=True)
         one = step("1", tell.format(first))
         two = step("2", tell.format(second) + "sys.exit(3)", continued=("c",), leftovers=(folder,))
-        with pytest.raises(running.UserError, match="'2' failed"):
-            running.run_steps([one, two], tmp_path, variables or {})
+        with pytest.raises(resuming.UserError, match="'2' failed"):
+            resuming.run_steps([one, two], tmp_path, variables or {})
         return folder.is_dir()
 
     assert tries("a", "b")
@@ -131,7 +131,7 @@ def test_an_interrupted_step_is_not_continued_with_another_command_or_after_a_re
 def test_folders_that_no_try_of_the_demo_has_written_are_left_alone(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
-    running.run_steps([step("1", "pass", leftovers=(mine,))], tmp_path / "logs", {})
+    resuming.run_steps([step("1", "pass", leftovers=(mine,))], tmp_path / "logs", {})
     assert mine.is_dir()
 
 

@@ -46,14 +46,14 @@ def write_corpus(nnunet_folders):
 
     def write(n_subjects=6, modalities=("t1", "flair"), shape=(40, 36, 32), bbox=(4, 36, 0, 36, 2, 30)):
         folder = nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K"
-        (folder / "nnsslPlans_3d_fullres").mkdir(parents=True)
+        (folder / "nnUNetSSLPlans_3d_fullres").mkdir(parents=True)
         rows = []
         for subject in range(n_subjects):
             anatomy = np.random.default_rng(subject).normal(size=shape)
             for place, modality in enumerate(modalities):
                 scan = f"A__sub_{subject}__ses_1__{modality}"
                 data = (anatomy * (-1) ** place).astype(np.float16)[None]
-                blosc2.asarray(data, urlpath=str(folder / "nnsslPlans_3d_fullres" / f"{scan}.b2nd"))
+                blosc2.asarray(data, urlpath=str(folder / "nnUNetSSLPlans_3d_fullres" / f"{scan}.b2nd"))
                 rows.append(
                     {
                         "scan_id": scan,
@@ -69,7 +69,7 @@ def write_corpus(nnunet_folders):
                     }
                 )
         pd.DataFrame(rows).to_csv(folder / "manifest.tsv", sep="\t", index=False)
-        (folder / "nnsslPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
+        (folder / "nnUNetSSLPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
         return folder
 
     return write

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.alignment import describe, measure_alignment
+from nnunet_ssl.evaluation.alignment import describe_alignment, measure_alignment
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import Embeddings, read_embeddings, write_embeddings
 from nnunet_ssl.evaluation.figures.alignment import draw_alignment, project
@@ -204,6 +204,6 @@ def test_the_command_says_in_one_line_which_input_is_missing(tmp_path, monkeypat
 
 
 def test_the_summary_for_a_person_names_both_figures_of_the_paper():
-    text = describe(measure_alignment(synthetic()))
+    text = describe_alignment(measure_alignment(synthetic()))
     assert "cross-modality distance" in text
     assert "cross-subject distance" in text

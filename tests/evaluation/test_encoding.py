@@ -7,10 +7,11 @@ import torch
 
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import open_corpus
+from nnunet_ssl.devices import find_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import read_embeddings
-from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus, find_device
+from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus
 from nnunet_ssl.evaluation.probes import probe
 from nnunet_ssl.interface.encoders import patch_starts
 from nnunet_ssl.weights.encoders import write_encoder
@@ -34,7 +35,7 @@ def test_an_embedding_is_the_spatial_mean_of_the_bottleneck_of_the_central_patch
     encoder = write_tiny_encoder(tmp_path / "encoder.safetensors")
     embeddings = embed_corpus(tmp_path / "encoder.safetensors", 500, EncodingConfig(patch_size=PATCH), CPU)
     row = embeddings.scans.index[embeddings.scans["filename"] == "A__sub_2__ses_1__flair"].item()
-    stored = blosc2.open(str(folder / "nnsslPlans_3d_fullres" / "A__sub_2__ses_1__flair.b2nd"))[:]
+    stored = blosc2.open(str(folder / "nnUNetSSLPlans_3d_fullres" / "A__sub_2__ses_1__flair.b2nd"))[:]
     patch = torch.from_numpy(stored[:, 4:36, 2:34, 0:32].astype(np.float32))  # around the centre of the box
     with torch.no_grad():
         expected = encoder(patch[None])[-1].mean(dim=(2, 3, 4))[0]
@@ -171,7 +172,7 @@ def test_damaged_scans_are_left_out_and_the_others_keep_their_embeddings(write_c
 
 def test_a_corpus_damaged_throughout_is_an_error_that_says_what_to_do(write_corpus, checkpoint):
     folder = write_corpus()
-    for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd"):
+    for path in (folder / "nnUNetSSLPlans_3d_fullres").glob("*.b2nd"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"Not one of 12 scans can be read.*\.b2nd.*nnssl_prepare -d Dataset500"):
         embed_corpus(checkpoint, 500, EncodingConfig(), CPU)

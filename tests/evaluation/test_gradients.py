@@ -3,10 +3,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
-from nnunet_ssl.evaluation.gradients import describe, measure_gradients, read_runs
+from nnunet_ssl.evaluation.gradients import describe_gradients, measure_gradients, read_runs
+from nnunet_ssl.pretraining.gradients import balance, measure
 
 
 def write_run(folder, **columns):
@@ -32,11 +35,13 @@ def combined(tmp_path):
 def test_a_run_computed_by_hand(combined):
     run = measure_gradients(read_runs([combined]))["runs"]["mcl_mim"]
     assert (run["steps"], run["n_rows"]) == (40, 3)
-    assert (run["contrastive"]["median"], run["masked"]["median"], run["ratio"]["median"]) == (2.0, 1.0, 1.0)
-    assert run["ratio"]["quartiles"] == [0.75, 2.5]
-    assert run["balanced"] == run["ratio"], "nothing was balanced"
-    assert run["cosine"]["mean"] == pytest.approx(-0.05)
-    assert (run["dominated"], run["opposed"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert {name: one["median"] for name, one in run["branches"].items()} == {"contrastive": 2.0, "masked": 1.0}
+    (pair,) = run["pairs"].items()
+    assert pair[0] == "contrastive/masked"
+    assert (pair[1]["ratio"]["median"], pair[1]["ratio"]["quartiles"]) == (1.0, [0.75, 2.5])
+    assert pair[1]["balanced"] == pair[1]["ratio"], "nothing was balanced"
+    assert pair[1]["cosine"]["mean"] == pytest.approx(-0.05)
+    assert (pair[1]["dominated"], pair[1]["opposed"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
 def test_balancing_scales_the_contrastive_branch(tmp_path):
@@ -44,16 +49,38 @@ def test_balancing_scales_the_contrastive_branch(tmp_path):
         tmp_path / "balanced",
         **{"gradient/contrastive": 4.0, "gradient/masked": 1.0, "gradient/balance": 0.25, "gradient/cosine": 0.0},
     )
-    run = measure_gradients(read_runs([folder]))["runs"]["balanced"]
-    assert (run["ratio"]["median"], run["balanced"]["median"]) == (4.0, 1.0)
+    pair = measure_gradients(read_runs([folder]))["runs"]["balanced"]["pairs"]["contrastive/masked"]
+    assert (pair["ratio"]["median"], pair["balanced"]["median"]) == (4.0, 1.0)
 
 
-def test_a_run_with_one_branch_has_no_ratio(tmp_path):
-    runs = read_runs([write_run(tmp_path / "mim", **{"gradient/masked": 1.0})])
-    run = measure_gradients(runs)["runs"]["mim"]
-    assert run["masked"]["median"] == 1
-    assert np.isnan([run["ratio"]["median"], run["dominated"], run["opposed"], run["cosine"]["mean"]]).all()
-    assert "-" in describe(measure_gradients(runs))
+def test_a_run_with_one_branch_has_a_norm_and_no_pair(tmp_path):
+    result = measure_gradients(read_runs([write_run(tmp_path / "mim", **{"gradient/masked": 1.0})]))
+    assert result["runs"]["mim"]["branches"]["masked"]["median"] == 1
+    assert result["runs"]["mim"]["pairs"] == {}
+    assert "1 [1, 1]" in describe_gradients(result)
+
+
+def test_any_number_of_branches_is_read_as_a_training_writes_it(tmp_path):
+    """In whatever order the table has them: columns are sorted, the branches of a cosine are in the recipe's order."""
+    branches = {"masked": [3.0, 0.0], "contrastive": [0.0, 4.0], "brightness": [0.0, -2.0]}
+    gradients = {name: [torch.tensor(values)] for name, values in branches.items()}
+    heads = {name: nn.Linear(1, 1) for name in branches}
+    figures = measure(gradients) | balance(gradients, heads, {"masked": 0.5, "brightness": 0.25})
+    run = write_run(tmp_path / "three", **{name: float(figures[name]) for name in sorted(figures)})
+    result = measure_gradients(read_runs([run]))["runs"]["three"]
+    assert {name: one["median"] for name, one in result["branches"].items()} == {
+        "brightness": 2.0,
+        "contrastive": 4.0,
+        "masked": 3.0,
+    }
+    pairs = {name: (one["ratio"]["median"], one["cosine"]["mean"]) for name, one in result["pairs"].items()}
+    assert pairs == {
+        "brightness/contrastive": (0.5, -1.0),
+        "brightness/masked": (pytest.approx(2 / 3), 0.0),
+        "contrastive/masked": (pytest.approx(4 / 3), 0.0),
+    }
+    after = float(gradients["brightness"][0].norm()) / float(gradients["masked"][0].norm())
+    assert result["pairs"]["brightness/masked"]["balanced"]["median"] == pytest.approx(after)
 
 
 def test_runs_are_called_by_the_shortest_names_that_tell_them_apart(combined, tmp_path):
@@ -87,6 +114,6 @@ def test_the_command_compares_runs(combined, tmp_path, monkeypatch, capsys):
     evaluate()
     result = json.loads(capsys.readouterr().out)
     assert list(result["runs"]) == ["mcl_mim", "balanced", "mim"]
-    assert result["runs"]["mim"]["ratio"]["median"] is None
+    assert result["runs"]["balanced"]["pairs"]["contrastive/masked"]["balanced"]["median"] == 1
     assert result == json.loads((tmp_path / "out" / "gradients.json").read_text())
     assert (tmp_path / "out" / "gradients.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ import pytest
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import Embeddings, write_embeddings
-from nnunet_ssl.evaluation.probes import describe, probe
+from nnunet_ssl.evaluation.probes import describe_probe, probe
 
 MODALITIES = ("t1", "flair")
 
@@ -161,7 +161,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys, target
     evaluate()
     summary = json.loads(capsys.readouterr().out)
     assert summary == json.loads((tmp_path / "out" / "probe.json").read_text())
-    assert f"of '{target}': 24 subjects, 48 scans" in describe(summary)
+    assert f"of '{target}': 24 subjects, 48 scans" in describe_probe(summary)
     table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
     assert {"patient_id", "truth", "predicted", "fold"} <= set(table.columns)
     assert len(table) == 48

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nnunet_ssl import commands
 from nnunet_ssl.evaluation import running
 from nnunet_ssl.evaluation.running import execute, execute_all, log_of, read_record, state_of
 from nnunet_ssl.evaluation.stages import stages_of
@@ -22,7 +23,7 @@ from nnunet_ssl.nnunet_folders import folder_of
 
 STUDY = """
 name: small
-plans: nnsslPlans
+plans: nnUNetSSLPlans
 arms:
   scratch: {trainer: nnUNetTrainerSwinFPNScratch}
   mcl_mim: {label: MCL+MIM, trainer: nnUNetTrainerMCLMIM}
@@ -42,7 +43,7 @@ def programs(tmp_path, monkeypatch):
     for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnssl_evaluate"):
         shutil.copy(PROGRAMS, folder / name)
         (folder / name).chmod(0o755)
-    monkeypatch.setattr(running, "find_program", lambda name: str(folder / name))
+    monkeypatch.setattr(commands, "find_program", lambda name: str(folder / name))
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls"))
     return folder
 
@@ -67,12 +68,12 @@ def prepared(nnunet_folders):
     (raw / "labelsTs").mkdir(parents=True)
     (raw / "labelsTs" / "case.nii.gz").touch()
     preprocessed = nnunet_folders["nnUNet_preprocessed"] / raw.name
-    (preprocessed / "nnsslPlans_3d_fullres").mkdir(parents=True)
+    (preprocessed / "nnUNetSSLPlans_3d_fullres").mkdir(parents=True)
     plans = {
-        "plans_name": "nnsslPlans",
-        "configurations": {"3d_fullres": {"data_identifier": "nnsslPlans_3d_fullres", "batch_size": 2}},
+        "plans_name": "nnUNetSSLPlans",
+        "configurations": {"3d_fullres": {"data_identifier": "nnUNetSSLPlans_3d_fullres", "batch_size": 2}},
     }
-    (preprocessed / "nnsslPlans.json").write_text(json.dumps(plans))
+    (preprocessed / "nnUNetSSLPlans.json").write_text(json.dumps(plans))
     encoder = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mcl_mim" / "encoder.safetensors"
     encoder.parent.mkdir(parents=True)
     encoder.touch()
@@ -106,14 +107,14 @@ def test_a_run_is_trained_evaluated_predicted_and_evaluated_with_nnunets_own_com
     assert len(seen) == 4 * 4
     assert kinds(study, folder) == ["finished"] * 4
     train, validation, predict, test = seen[8:12]
-    model = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerSwinFPNScratch__nnsslPlans_fraction50__3d_fullres"
+    model = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerSwinFPNScratch__nnUNetSSLPlans_fraction50__3d_fullres"
     assert train == (
-        "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerSwinFPNScratch -p nnsslPlans -device cpu "
+        "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerSwinFPNScratch -p nnUNetSSLPlans -device cpu "
         "settings=fraction=50 checkpoint="
     )
     assert f"-pred {model}/fold_0/validation --preset atlas" in validation
     assert "--chill" in validation
-    assert "-f 0 -tr nnUNetTrainerSwinFPNScratch -p nnsslPlans_fraction50 -device cpu" in predict
+    assert "-f 0 -tr nnUNetTrainerSwinFPNScratch -p nnUNetSSLPlans_fraction50 -device cpu" in predict
     assert f"-pred {model}/fold_0/test --preset atlas" in test
     assert "--chill" not in test
 
@@ -127,7 +128,7 @@ def test_with_residual_plans_alignment_is_measured_where_trainings_start(prepare
         (prepared / "Dataset500_FOMO60K" / name).mkdir(exist_ok=True)
         (prepared / "Dataset500_FOMO60K" / name / "encoder.safetensors").touch()
     (folder_of("nnUNet_preprocessed") / "Dataset500_FOMO60K").mkdir()
-    [plans] = folder_of("nnUNet_preprocessed").glob("Dataset501_*/nnsslPlans.json")
+    [plans] = folder_of("nnUNet_preprocessed").glob("Dataset501_*/nnUNetSSLPlans.json")
     for network, name in runs.items():
         content = json.loads(plans.read_text())
         content["configurations"]["3d_fullres"]["architecture"] = {"network_class_name": f"networks.{network}"}
@@ -151,7 +152,7 @@ def finish_an_hour_ago(study, folder, results):
     for path in results.rglob("*"):
         os.utime(path, (hour_ago, hour_ago))
     assert kinds(study, folder)[0] == "finished"
-    return results / "Dataset501_ATLASv2" / "nnUNetTrainerSwinFPNScratch__nnsslPlans__3d_fullres" / "fold_0"
+    return results / "Dataset501_ATLASv2" / "nnUNetTrainerSwinFPNScratch__nnUNetSSLPlans__3d_fullres" / "fold_0"
 
 
 def redone(study, folder, calls):
@@ -212,14 +213,14 @@ def test_a_new_pre_training_is_measured_anew(nnunet_folders, prepared, folder, c
 def test_two_studies_do_not_work_on_one_fold_at_a_time(prepared, folder, calls, monkeypatch):
     study, other = small(), folder.with_name("other")
     run = study.runs()[0]
-    seen, call = [], running._call
+    seen, call = [], running.run_command
 
-    def call_meanwhile(command, *arguments):
+    def call_meanwhile(command, *arguments, **keywords):
         if "nnUNetv2" in command[0]:
             seen.append((state_of(run, study, other, "cpu").kind, execute(run, study, other, "cpu")))
-        return call(command, *arguments)
+        return call(command, *arguments, **keywords)
 
-    monkeypatch.setattr(running, "_call", call_meanwhile)
+    monkeypatch.setattr(running, "run_command", call_meanwhile)
     assert execute(run, study, folder, "cpu") == "finished"
     assert seen == [("running", "left to another runner")] * 2
     assert len(calls()) == 4
@@ -232,7 +233,7 @@ def test_two_studies_do_not_work_on_one_fold_at_a_time(prepared, folder, calls, 
 
 def test_a_fold_that_was_trained_by_hand_counts(prepared, folder, calls):
     study = small()
-    by_hand = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnsslPlans__3d_fullres" / "fold_0"
+    by_hand = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnUNetSSLPlans__3d_fullres" / "fold_0"
     (by_hand / "validation").mkdir(parents=True)
     (by_hand / "checkpoint_final.pth").touch()
     (by_hand / "validation" / "summary.json").touch()
@@ -242,7 +243,7 @@ def test_a_fold_that_was_trained_by_hand_counts(prepared, folder, calls):
 
 def test_an_interrupted_training_is_continued_and_an_interrupted_prediction_begun_anew(prepared, folder, calls):
     study = small()
-    fold = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnsslPlans__3d_fullres" / "fold_0"
+    fold = prepared / "Dataset501_ATLASv2" / "nnUNetTrainerMCLMIM__nnUNetSSLPlans__3d_fullres" / "fold_0"
     (fold / "test.unfinished").mkdir(parents=True)
     (fold / "test.unfinished" / "torn.nii.gz").touch()
     (fold / "checkpoint_latest.pth").touch()
@@ -255,7 +256,7 @@ def test_an_interrupted_training_is_continued_and_an_interrupted_prediction_begu
 def test_a_failed_run_is_recorded_with_its_log_stops_no_other_and_is_tried_again(folder, calls, monkeypatch):
     study = small()
     first = study.runs()[0]
-    monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_predict*Scratch*-p nnsslPlans -device*")
+    monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_predict*Scratch*-p nnUNetSSLPlans -device*")
     assert execute_all(study.runs(), study, folder, "cpu") == [first.id]
     assert kinds(study, folder) == ["failed", "finished", "finished", "finished"]
     state = state_of(first, study, folder, "cpu")
@@ -300,10 +301,12 @@ def test_what_cannot_begin_yet_says_what_it_waits_for(nnunet_folders, prepared, 
     shutil.rmtree(prepared / "Dataset500_FOMO60K")
     assert kinds(study, folder) == ["missing", "waiting", "missing", "waiting"]
     assert "MCL+MIM has no checkpoint: pre-train one (nnssl_pretrain -c mcl_mim)" in details(study, folder)[1]
-    shutil.rmtree(preprocessed / "nnsslPlans_3d_fullres")
+    shutil.rmtree(preprocessed / "nnUNetSSLPlans_3d_fullres")
     assert "planned and not preprocessed" in details(study, folder)[0]
+    (preprocessed / "nnUNetSSLPlans.json").rename(preprocessed / "nnsslPlans.json")
+    assert "Prepare it: nnssl_plan -d 501, or say plans: nnsslPlans, as" in details(study, folder)[0]
     (preprocessed / "nnsslPlans.json").unlink()
-    assert "Prepare it: nnssl_plan -d 501" in details(study, folder)[0]
+    assert details(study, folder)[0].endswith("Prepare it: nnssl_plan -d 501")
     shutil.rmtree(nnunet_folders["nnUNet_raw"] / "Dataset501_ATLASv2")
     assert "There is no data set 501" in details(study, folder)[0]
 
@@ -325,11 +328,12 @@ def start_runner(tmp_path, programs, folder):
     script = f"""
         import signal
         from pathlib import Path
+        from nnunet_ssl import commands
         from nnunet_ssl.evaluation import running
         from nnunet_ssl.evaluation.study import read_study
         from nnunet_ssl.evaluation.study_cli import _interrupt
         signal.signal(signal.SIGTERM, _interrupt)
-        running.find_program = lambda name: {str(programs)!r} + "/" + name
+        commands.find_program = lambda name: {str(programs)!r} + "/" + name
         study = read_study({str(tmp_path / "small.yaml")!r})
         running.execute(study.runs()[0], study, Path({str(folder)!r}), "cpu")
     """
@@ -389,7 +393,7 @@ def processes_with(path):
 def test_the_command_runs_reports_and_explains(tmp_path, folder, calls, monkeypatch, capsys):
     monkeypatch.setenv("nnssl_settings", "steps=1")
     monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_train*MCLMIM*")
-    call(monkeypatch, tmp_path, "run", "-device", "cpu", "--dry-run")
+    call(monkeypatch, tmp_path, "run", "-device", "cpu", "--dry_run")
     printed = capsys.readouterr().out
     assert "nnssl_settings=fraction=50 nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerMCLMIM" in printed
     assert calls() == []
@@ -442,8 +446,8 @@ exec "$@"
 """
 SLURM = "slurm: {partition: gpu, time: 60, gpus_per_node: 1}\n"
 SITE = """
-from nnunet_ssl.evaluation import running
-running.find_program = lambda name: f"{programs}/{{name}}"
+from nnunet_ssl import commands
+commands.find_program = lambda name: f"{programs}/{{name}}"
 """
 
 

@@ -8,7 +8,13 @@ import pytest
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
-from nnunet_ssl.evaluation.segmentations import LesionConfig, compare_folders, describe, match_cases, summarize
+from nnunet_ssl.evaluation.segmentations import (
+    LesionConfig,
+    compare_folders,
+    describe_lesions,
+    match_cases,
+    summarize_cases,
+)
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
@@ -40,7 +46,7 @@ def test_every_case_is_compared_and_summarised(folders):
     cases = compare_folders(*folders, LesionConfig())
     assert cases["case"].tolist() == ["a", "b", "c", "d"]
     np.testing.assert_allclose(cases["dice"], [1, 2 / 3, 0, 1])
-    summary = summarize(cases, LesionConfig())
+    summary = summarize_cases(cases, LesionConfig())
     assert (summary["n_cases"], summary["n_empty_references"]) == (4, 1)
     metrics = summary["metrics"]
     assert metrics["dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
@@ -48,22 +54,22 @@ def test_every_case_is_compared_and_summarised(folders):
     assert (metrics["detected"]["n"], metrics["correctly_empty"]["n"], metrics["hd95_mm"]["n"]) == (3, 1, 3)
     assert metrics["correctly_empty"]["mean"] == 1
     assert metrics["correctly_empty"]["interval"][0] < 0.5, "one healthy control proves little"
-    assert "specificity" in describe(summary)
+    assert "specificity" in describe_lesions(summary)
 
 
 def test_healthy_controls_count_for_specificity_alone_with_the_fcd_preset(folders):
     cases = compare_folders(*folders, LesionConfig(preset="fcd"))
-    summary = summarize(cases, LesionConfig(preset="fcd"))
+    summary = summarize_cases(cases, LesionConfig(preset="fcd"))
     assert cases["dice"].tolist()[-1] == 1, "the control itself is scored as ever"
     assert summary["metrics"]["dice"]["mean"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert (summary["metrics"]["lesion_f1"]["n"], summary["metrics"]["correctly_empty"]["n"]) == (3, 1)
-    assert "all but specificity over the cases with a lesion" in describe(summary)
+    assert "all but specificity over the cases with a lesion" in describe_lesions(summary)
 
 
 def test_the_order_of_cases_does_not_matter(folders):
     cases = compare_folders(*folders, LesionConfig())
     shuffled = cases.iloc[[2, 0, 3, 1]]
-    one, other = (summarize(table, LesionConfig())["metrics"]["dice"] for table in (cases, shuffled))
+    one, other = (summarize_cases(table, LesionConfig())["metrics"]["dice"] for table in (cases, shuffled))
     assert (one["mean"], one["median"]) == (pytest.approx(other["mean"]), other["median"])
 
 

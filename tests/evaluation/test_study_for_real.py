@@ -52,7 +52,7 @@ def call(nnunet_folders):
 @pytest.mark.slow
 def test_two_arms_and_two_fractions_through_nnunets_own_commands(tmp_path, nnunet_folders, write_tiny_encoder, call):
     atlas, truth = tmp_path / "ATLAS_2", tmp_path / "truth"
-    size = ("-n", 10, "--n-test", 2, "--voxel-mm", 6)
+    size = ("-n", 10, "--n_test", 2, "--voxel_mm", 6)
     call("python", "-m", "nnunet_ssl.phantom", "atlas", atlas, *size, "--truth", truth)
     call("python", SCRIPT, "-i", atlas, "-np", 1)
     call("nnUNetv2_plan_and_preprocess", "-d", 501, "-c", "3d_fullres", "-np", 1, "-npfp", 1)

@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from nnunet_ssl.phantom.acquisition import Quality, ScanGrid, acquire, draw_quality, move, resample, scan_grid
+from nnunet_ssl.phantom.acquisition import Quality, ScanGrid, acquire, draw_quality, move, resample_onto_scan, scan_grid
 
 SILENT = Quality(noise=0, bias=0, texture=0)
 
@@ -44,7 +44,7 @@ def test_a_scans_own_grid_is_stored_as_asked_and_shows_the_same_head(head, orien
     assert sorted(np.round(nib.affines.voxel_sizes(grid.affine), 6)) == [3, 3, 4]
     here = acquire(head(), "t2", SILENT, np.random.default_rng(0))
     there = acquire(head(), "t2", SILENT, np.random.default_rng(0), grid)
-    back = resample(there, grid.affine, ScanGrid(head().grid.shape, head().grid.affine))
+    back = resample_onto_scan(there, grid.affine, ScanGrid(head().grid.shape, head().grid.affine))
     inside = head().depth_mm < -10
     assert np.corrcoef(back[inside], here[inside])[0, 1] > 0.9
 

@@ -21,7 +21,7 @@ def run(*arguments):
     ],
 )
 def test_the_command_writes_each_layout(tmp_path, layout, expected):
-    result = run(layout, tmp_path / "out", "-n", 1, "--n-test", 1, "--voxel-mm", 8, "--clean")
+    result = run(layout, tmp_path / "out", "-n", 1, "--n_test", 1, "--voxel_mm", 8, "--clean")
     assert result.returncode == 0, result.stderr
     assert f"Synthetic data set in {tmp_path / 'out'}" in result.stdout
     assert list((tmp_path / "out").glob(expected))

@@ -163,7 +163,7 @@ def test_an_encoder_without_its_run_is_never_overwritten(write_prepared, train, 
     fetched = nnunet_folders["nnUNet_results"] / "Dataset500_FOMO60K" / "mim" / "encoder.safetensors"
     fetched.parent.mkdir(parents=True)
     fetched.write_bytes(b"from elsewhere")
-    with pytest.raises(UserError, match=r"holds encoder.safetensors and no run .* -o recipe=..., or move the file"):
+    with pytest.raises(UserError, match=r"holds encoder.safetensors and no run .* --set recipe=..., or move the file"):
         train("mim", "steps=2", resume=resume)
     assert [path.name for path in fetched.parent.iterdir()] == [fetched.name]
 
@@ -287,7 +287,7 @@ def test_a_training_whose_held_out_scans_are_all_damaged_does_not_begin(write_pr
 
 def spoil(folder):
     """Fill every scan of a prepared corpus with values that are no numbers."""
-    for path in (folder / "nnsslPlans_3d_fullres").glob("*.b2nd"):
+    for path in (folder / "nnUNetSSLPlans_3d_fullres").glob("*.b2nd"):
         shape = blosc2.open(str(path)).shape
         path.unlink()
         blosc2.asarray(np.full(shape, np.nan, np.float16), urlpath=str(path))

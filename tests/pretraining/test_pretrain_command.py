@@ -29,7 +29,7 @@ def command(tiny, nnunet_folders):
             recipe,
             "-device",
             "cpu",
-            "-o",
+            "--set",
             *tiny,
             *overrides,
             *arguments,
@@ -88,7 +88,7 @@ def test_help_is_quick_and_names_every_recipe(command):
 
 
 def test_the_resolved_settings_can_be_shown(command):
-    shown = output_of(command("mcl_mim", "--print-config", overrides=["steps=7"]))
+    shown = output_of(command("mcl_mim", "--print_config", overrides=["steps=7"]))
     assert "steps: 7\n" in shown
     assert "temperature: 0.2\n" in shown
 
@@ -121,7 +121,7 @@ def test_a_run_continues_with_the_settings_it_began_with(results, write_prepared
     folder = results / "mine"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(load_config("mim", ["recipe=mine", "steps=77", "batch_size=3"]).as_yaml())
-    call = [str(BIN / "nnssl_pretrain"), "-c", "mim", "--c", "--print-config", "-o", "recipe=mine", "batch_size=5"]
+    call = [str(BIN / "nnssl_pretrain"), "-c", "mim", "--c", "--print_config", "-o", "recipe=mine", "batch_size=5"]
     shown = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     assert "steps: 200000\n" in shown, "an attempt that left no checkpoint is no run"
     (folder / "checkpoint_00000001.pth").touch()

@@ -50,7 +50,7 @@ def write_prepared(nnunet_folders):
 
     def write(n_subjects=6, modalities=("t1", "t2", "flair"), unpaired=2, name="Dataset500_FOMO60K"):
         folder = nnunet_folders["nnUNet_preprocessed"] / name
-        store = folder / "nnsslPlans_3d_fullres"
+        store = folder / "nnUNetSSLPlans_3d_fullres"
         store.mkdir(parents=True)
         rows, shape = [], (72, 40, 40)
         for subject in range(n_subjects + unpaired):
@@ -75,7 +75,7 @@ def write_prepared(nnunet_folders):
                     }
                 )
         pd.DataFrame(rows).to_csv(folder / "manifest.tsv", sep="\t", index=False)
-        (folder / "nnsslPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
+        (folder / "nnUNetSSLPlans.json").write_text(json.dumps({"preprocessing": {"spacing": [1.0, 1.0, 1.0]}}))
         return folder
 
     return write

@@ -642,7 +642,7 @@ def test_weights_that_fill_too_little_of_the_encoder_are_refused(workplace, tmp_
         (nnUNetTrainerMCLMIM, "3d_cascade_fullres", {}, "second stage of a cascade"),
         (nnUNetTrainerMIM, "3d_fullres", {}, "nnUNetTrainerMIM needs a finished pre-training"),
         (nnUNetTrainerSSL, "3d_fullres", {}, "none was named"),
-        (nnUNetTrainerMCLMIM, "3d_fullres", {"nnssl_settings": "stepz=3"}, "did you mean steps?"),
+        (nnUNetTrainerMCLMIM, "3d_fullres", {"nnssl_settings": "stepz=3"}, "did you mean 'steps'?"),
         (nnUNetTrainerMCLMIM, "3d_fullres", {"nnUNet_results": ""}, "nnUNet_results is not set"),
     ],
 )

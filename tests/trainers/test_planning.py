@@ -25,7 +25,7 @@ def plans(workplace, tmp_path, monkeypatch):
         folder.joinpath(name).write_bytes((workplace.preprocessed / name).read_bytes())
     workplace.enter(monkeypatch, nnUNet_preprocessed=tmp_path, nnUNet_n_proc_DA=1)
     PretrainingPlanner(workplace.name).plan_experiment()
-    return json.loads((folder / "nnsslPlans.json").read_text())
+    return json.loads((folder / "nnUNetSSLPlans.json").read_text())
 
 
 def test_the_plans_have_the_geometry_of_pre_training(plans):
@@ -35,7 +35,7 @@ def test_the_plans_have_the_geometry_of_pre_training(plans):
     configuration = plans["configurations"]["3d_fullres"]
     assert configuration["spacing"] == [1, 1, 1]
     assert configuration["patch_size"] == [96, 96, 96] and configuration["batch_size"] == 8
-    assert configuration["data_identifier"] == "nnsslPlans_3d_fullres"
+    assert configuration["data_identifier"] == "nnUNetSSLPlans_3d_fullres"
     assert configuration["normalization_schemes"] == ["ZScoreNormalization"]
     assert configuration["use_mask_for_norm"] == [True]
 
@@ -53,8 +53,8 @@ def test_one_command_plans_and_preprocesses_and_stock_prediction_takes_the_plans
     workplace, swin_checkpoint, results, tmp_path, monkeypatch
 ):
     shown = workplace.run("nnssl_plan", "-d", workplace.number, "-np", 1, nnUNet_n_proc_DA=1)
-    assert "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerMCLMIM -p nnsslPlans" in shown
-    cases = sorted((workplace.preprocessed / "nnsslPlans_3d_fullres").glob("case_?.b2nd"))
+    assert "nnUNetv2_train 701 3d_fullres 0 -tr nnUNetTrainerMCLMIM -p nnUNetSSLPlans" in shown
+    cases = sorted((workplace.preprocessed / "nnUNetSSLPlans_3d_fullres").glob("case_?.b2nd"))
     assert len(cases) == 5
     data = blosc2.open(str(cases[0]))[0]
     assert min(data.shape) > 26, "2 mm voxels have become 1 mm"
@@ -64,7 +64,7 @@ def test_one_command_plans_and_preprocesses_and_stock_prediction_takes_the_plans
     workplace.enter(
         monkeypatch, nnUNet_results=results, nnssl_checkpoint=swin_checkpoint, nnssl_settings="patch_size=48x48x48"
     )
-    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnsslPlans")
+    trainer = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnUNetSSLPlans")
     trainer.initialize()
     workplace.save_model(trainer, "checkpoint_final.pth")
     predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)

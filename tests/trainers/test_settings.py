@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nnunet_ssl.architectures.swin import MERGINGS
+from nnunet_ssl.architectures.swin import MERGINGS, Merging
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.recipes import OPTIMIZERS, RECIPES, SCHEDULES
-from nnunet_ssl.trainers.settings import CHOICES, Settings
+from nnunet_ssl.trainers.settings import Settings
 
+CHOICES = {key: get_args(hint) for key, hint in get_type_hints(Settings).items()}
 rates = st.floats(1e-9, 0.5)
 FREEZE_SHARES = {"paper": st.floats(0, 0.99), "warmup": st.just(0.0), "sawtooth": st.floats(0.01, 0.5)}
 
@@ -70,6 +72,23 @@ def test_different_settings_have_different_names_that_nnunet_can_split(one, othe
     assume(one != other)
     assert one.suffix() != other.suffix()
     assert "__" not in one.suffix() and "/" not in one.suffix()
+
+
+def test_text_is_text_and_a_number_is_decimal():
+    """YAML would read the name as a number, and the seed as octal."""
+    assert Settings().updated("name=007,seed=0100,steps=1_000") == Settings(name="007", seed=100, steps=1000)
+
+
+def test_every_word_has_its_table():
+    for key, table in (("recipe", RECIPES), ("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+        assert CHOICES[key] == tuple(table)
+    assert get_args(Merging) == tuple(MERGINGS)
+
+
+@pytest.mark.parametrize("written", [{"recipe": "best"}, {"lr": "fast"}, {"momentum": 0.9}])
+def test_plans_with_settings_of_another_kind_are_refused(written):
+    with pytest.raises(UserError, match=next(iter(written))):
+        Settings.of_plans({"nnunet_ssl": {"settings": written}})
 
 
 def test_defaults_add_nothing_to_the_name():
@@ -156,24 +175,30 @@ def test_the_mean_is_over_the_last_share_of_the_epochs(share, epochs, averaged):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step=3", "no key 'step': did you mean steps?"),
-        ("momentum=3", "known are recipe, steps, epoch_steps"),
-        ("steps=many", "'many' is not a value for steps"),
-        ("steps", "'' is not a value for steps"),
-        ("patch_size=96", "three positive numbers"),
-        ("patch_size=96x0x96", "three positive numbers"),
+        ("step=3", "There is no key 'step'; did you mean 'steps'?"),
+        ("momentum=3", "Keys here: recipe, steps, epoch_steps"),
+        ("steps=many", "steps is 'many'; it takes a whole number"),
+        ("steps=5e2", "steps is '5e2'; it takes a whole number"),
+        ("steps", "steps is ''; it takes a whole number"),
+        ("lr=fast", "lr is 'fast'; it takes a number"),
+        ("patch_size=96x96", "it takes 3 values"),
+        ("patch_size=96x96x9.6", "patch_size[2] is '9.6'; it takes a whole number"),
+        ("patch_size=96x0x96", "patch_size[1] is 0; it must be at least 1"),
+        ("steps=0", "steps is 0; it must be at least 1"),
         ("steps=300", "not a whole number of epochs of epoch_steps=250"),
-        ("fraction=0", "1 to 100"),
-        ("freeze_share=1", "below 1"),
-        ("lr=nan", "between 0 and 1"),
-        ("encoder_lr=-1", "between 0 and 1"),
+        ("fraction=0", "fraction is 0; it must be 1 to 100"),
+        ("freeze_share=1", "at least 0 and below 1"),
+        ("lr=nan", "lr is nan; it must be above 0 and below 1"),
+        ("encoder_lr=-1", "above 0 and below 1"),
+        ("encoder_lr=none", "it takes a number"),
         ("batch_size=0", "at least 1"),
-        ("seed=-1", "not be negative"),
-        ("recipe=best", "recipe=best is none of paper, long, quick"),
-        ("schedule=cosine", "schedule=cosine is none of paper, warmup, sawtooth"),
-        ("decay=step", "decay=step is none of cosine, poly"),
-        ("optimizer=SGD", "optimizer=SGD is none of adamw, sgd"),
-        ("loss=blob", "loss=blob is none of dice_ce, dice_topk"),
+        ("seed=-1", "seed is -1; it must be 0 or more"),
+        ("recipe=best", "recipe is 'best'; it can be paper, long, quick"),
+        ("schedule=cosine", "schedule is 'cosine'; it can be paper, warmup, sawtooth"),
+        ("decay=step", "decay is 'step'; it can be cosine, poly"),
+        ("optimizer=SGD", "optimizer is 'SGD'; it can be adamw, sgd"),
+        ("loss=blob", "loss is 'blob'; it can be dice_ce, dice_topk"),
+        ("merging=monai_2", "merging is 'monai_2'; it can be monai, monai_1.4, mergingv2"),
         ("schedule=warmup,freeze_share=0.3", "trains all from the first step, so freeze_share=0.3 contradicts it"),
         ("recipe=long,freeze_share=0.3", "trains all from the first step, so freeze_share=0.3 contradicts it"),
         ("schedule=sawtooth,freeze_share=0", "freeze_share=0.0 of steps=5000 is no step"),

@@ -41,7 +41,7 @@ class Encoder(Protocol):
         ...
 
 
-class Settings(Protocol):
+class BackboneConfig(Protocol):
     """A backbone's section of a pre-training's recipe, a frozen dataclass."""
 
     @property
@@ -72,7 +72,7 @@ class Backbone:
 
     name: str  # in architectures and recipes
     encoder: Callable[..., nn.Module]  # the class; keywords are what an architecture holds, and `checkpointing`
-    settings: type  # a `Settings`, whose defaults are what a recipe gets
+    settings: type  # a `BackboneConfig`, whose defaults are what a recipe gets
     anchor: str  # a tensor that every encoder of the kind has: what stands before it in a file is the encoder's place
     infer: Callable[[Mapping[str, Tensor]], dict[str, Any]]  # the architecture that tensors imply, or a UserError
     minimum_fraction: float  # of an encoder that a checkpoint must fill in fine-tuning

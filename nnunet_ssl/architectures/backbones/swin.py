@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from nnunet_ssl.architectures.backbones.base import Architecture, Backbone
 from nnunet_ssl.architectures.backbones.tensors import Tensors, counts, required
-from nnunet_ssl.architectures.swin import SwinEncoder
+from nnunet_ssl.architectures.swin import DEPTHS, EMBED_DIM, NUM_HEADS, WINDOW_SIZE, SwinEncoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.typed import ranged
 
@@ -27,10 +27,10 @@ PARTS_OF_A_STAGE = re.compile(
 class SwinConfig:
     """Of ``backbone: swin``; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
 
-    embed_dim: int = ranged(48, "at least 1")
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = ranged(7, "at least 1")  # tokens; 6 is faster at 96^3 (no padding), but not the paper's
+    embed_dim: int = ranged(EMBED_DIM, "at least 1")
+    depths: tuple[int, ...] = DEPTHS
+    num_heads: tuple[int, ...] = NUM_HEADS
+    window_size: int = ranged(WINDOW_SIZE, "at least 1")  # tokens; 6 is faster at 96^3, but not the paper's
     mlp_ratio: float = ranged(4.0, "positive")
     conv_norm: Literal["group", "instance"] = "group"
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from nnunet_ssl.evaluation.alignment import UNKNOWN
+from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.figures.style import PALETTE, QUIET, colour_of, figure, without_scales
 from nnunet_ssl.representation import cosine_distances, normalized

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, resample, scan_grid
+from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, resample_onto_scan, scan_grid
 from nnunet_ssl.phantom.anatomy import build_anatomy, draw_person, mni_grid
 from nnunet_ssl.phantom.layouts.nifti import write_litter, write_nifti
 from nnunet_ssl.phantom.lesions import chronic_stroke, lesion_volume
@@ -109,7 +109,7 @@ def _write_case(
     slices = max(6.0, voxel_mm) if oddity.thick else voxel_mm
     grid = scan_grid(anatomy, (voxel_mm, voxel_mm, slices), orientation=oddity.orientation)
     image = 300 * acquire(anatomy, "t1", draw_quality(rng, thick=oddity.thick, stripped=True), rng, grid)
-    label = resample(mask.astype(np.float32), anatomy.grid.affine, grid) > 0.5
+    label = resample_onto_scan(mask.astype(np.float32), anatomy.grid.affine, grid) > 0.5
     if oddity.background:
         image = np.where(image == 0, oddity.background, image)
     write_nifti(_named(stem, "space-orig_desc-brain_T1w.nii.gz"), image, grid.affine, "f8" if double else "f4")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, move, resample, scan_grid
+from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, move, resample_onto_scan, scan_grid
 from nnunet_ssl.phantom.anatomy import Person, build_anatomy, draw_person, mni_grid
 from nnunet_ssl.phantom.layouts.nifti import write_litter, write_nifti
 from nnunet_ssl.phantom.lesions import focal_dysplasia, lesion_volume
@@ -126,7 +126,7 @@ def _write_subject(anat: Path, subject: Subject, rng: np.random.Generator, voxel
     t1 = 300 * acquire(anatomy, "t1", draw_quality(rng), rng, where)
     write_nifti(anat / f"{subject.name}_{subject.t1}.nii.gz", t1, t1_grid.affine, np.int16)
     if subject.group == "fcd":
-        roi = resample(mask.astype(np.float32), anatomy.grid.affine, flair_grid) > 0.5
+        roi = resample_onto_scan(mask.astype(np.float32), anatomy.grid.affine, flair_grid) > 0.5
         stem = "acq-32ch10_FLAIR" if subject.name == MISMATCHED else subject.flair
         write_nifti(anat / f"{subject.name}_{stem}_roi.nii.gz", roi, flair_grid.affine, np.uint8)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, move, resample, scan_grid
+from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, move, resample_onto_scan, scan_grid
 from nnunet_ssl.phantom.anatomy import Anatomy, build_anatomy, draw_person, mni_grid
 from nnunet_ssl.phantom.layouts.nifti import write_litter, write_nifti
 from nnunet_ssl.phantom.lesions import acute_stroke, lesion_volume, white_matter_hyperintensities
@@ -99,7 +99,7 @@ def _write_case(
     slices = max(4.8, voxel_mm) if quirks and number % 4 == 0 else in_plane
     tilt = tuple(rng.uniform(-12, 12, 3)) if quirks else (0.0, 0.0, 0.0)
     grid = scan_grid(anatomy, (in_plane, in_plane, slices), orientation="LAS", tilt=tilt)
-    label = resample(mask.astype(np.float32), anatomy.grid.affine, grid) > 0.5
+    label = resample_onto_scan(mask.astype(np.float32), anatomy.grid.affine, grid) > 0.5
     unit = ADC_UNITS[number % 3] if quirks else 1e3
     quality = draw_quality(rng, stripped=True)
     dwi = _with_negatives(300 * acquire(anatomy, "dwi", quality, rng, grid), rng, quirks)

@@ -49,7 +49,7 @@ class Recipe(Protocol):
     def section(self, name: str) -> Any: ...
 
 
-class Network(Protocol):
+class EncoderWithHeads(Protocol):
     """What an objective may ask of the query or the key network, :class:`nnunet_ssl.pretraining.model.Network`."""
 
     @property
@@ -221,7 +221,7 @@ class Objective(abc.ABC):
         """The numbers that change over the training, by their names in the schedule."""
         return {}
 
-    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Any:
+    def teach(self, key: EncoderWithHeads, maps: Sequence[Tensor], examples: Examples) -> Any:
         """What the key network makes of whole views; without gradient, and only if `needs_keys`.
 
         Args:
@@ -232,7 +232,7 @@ class Objective(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} needs keys, so it has to say what they are.")
 
     @abc.abstractmethod
-    def branch(self, query: Network, given: Pass) -> Branch:
+    def branch(self, query: EncoderWithHeads, given: Pass) -> Branch:
         """The loss of a pass.
 
         Args:
@@ -252,7 +252,7 @@ class Objective(abc.ABC):
         return {}
 
     def held_out_figures(
-        self, query: Network, held_out: HeldOut, *, step: int
+        self, query: EncoderWithHeads, held_out: HeldOut, *, step: int
     ) -> tuple[dict[str, float], dict[str, Figure]]:
         """What is worth measuring on held-out scans beside the loss, and pictures by name; without gradient."""
         return {}, {}

@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_ssl.architectures.backbones.base import Encoder
+from nnunet_ssl.architectures.networks import pooled
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Pairs, Part, Pass, Recipe
+from nnunet_ssl.pretraining.objectives.base import (
+    Branch,
+    EncoderWithHeads,
+    Examples,
+    Objective,
+    Pairs,
+    Part,
+    Pass,
+    Recipe,
+)
 from nnunet_ssl.pretraining.run.panels import BLUE, GREEN, Curve, Panel, both
 from nnunet_ssl.representation import effective_rank, uniformity
 from nnunet_ssl.schedules import Ramp
@@ -94,12 +104,12 @@ class Contrastive(Objective):
         """A branch by itself has no weight: it would only scale the gradient."""
         return {"contrastive_weight": self.settings.weight} if len(self.config.objectives) > 1 else {}
 
-    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Tensor:
+    def teach(self, key: EncoderWithHeads, maps: Sequence[Tensor], examples: Examples) -> Tensor:
         """The keys of both views, (V, B, D)."""
         by_view = examples.batch.views.shape[:2]
         return key.head(self.head_name, maps[-1][: by_view.numel()]).unflatten(0, by_view)
 
-    def branch(self, query: Network, given: Pass) -> Branch:
+    def branch(self, query: EncoderWithHeads, given: Pass) -> Branch:
         by_view = given.examples.batch.views.shape[:2]
         queries = query.head(self.head_name, given.maps[-1][: by_view.numel()])
         result = symmetric_info_nce(
@@ -147,11 +157,6 @@ class ProjectionHead(nn.Module):
     def forward(self, bottleneck: Tensor) -> Tensor:
         """Map (B, channels, x, y, z) to (B, dim), float32, rows of length one."""
         return F.normalize(self.layers(pooled(bottleneck)).float(), dim=1)
-
-
-def pooled(bottleneck: Tensor) -> Tensor:
-    """The embedding of a view: the average over space, (B, C, x, y, z) to (B, C)."""
-    return bottleneck.mean(dim=(2, 3, 4))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.objectives.base import Branch, HeldOut, Network, Objective, Pass, Recipe
+from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, HeldOut, Objective, Pass, Recipe
 from nnunet_ssl.pretraining.objectives.tokens import TokenConfig
 from nnunet_ssl.pretraining.run.panels import ORANGE, Panel, both
 from nnunet_ssl.pretraining.run.reconstructions import Reconstruction, reconstructions
@@ -66,7 +66,7 @@ class Voxels(Objective):
     def build_head(self, encoder: Encoder) -> FPNDecoder:
         return FPNDecoder(encoder.channels, 1, width=self.settings.width, stride=encoder.strides[0])
 
-    def branch(self, query: Network, given: Pass) -> Branch:
+    def branch(self, query: EncoderWithHeads, given: Pass) -> Branch:
         targets, stride = given.examples.targets, query.encoder.strides[-1]
         prediction = query.head(self.head_name, given.maps, targets.shape[2:])
         loss = reconstruction_error(prediction, targets, given.examples.hidden, stride).mean()
@@ -76,14 +76,14 @@ class Voxels(Objective):
         return Branch(loss=self.settings.weight * loss, figures=figures)
 
     def held_out_figures(
-        self, query: Network, held_out: HeldOut, *, step: int
+        self, query: EncoderWithHeads, held_out: HeldOut, *, step: int
     ) -> tuple[dict[str, float], dict[str, Figure]]:
         """The error on hidden voxels by modality, and a scan of each."""
         figures, examples = self.reconstruct(query, held_out)
         return figures, {"reconstruction": reconstructions(examples, f"Reconstruction at step {step:,}")}
 
     @torch.no_grad()
-    def reconstruct(self, query: Network, held_out: HeldOut) -> tuple[dict[str, float], list[Reconstruction]]:
+    def reconstruct(self, query: EncoderWithHeads, held_out: HeldOut) -> tuple[dict[str, float], list[Reconstruction]]:
         """Reconstruct held-out scans under masks that are the same every time: errors by modality, a scan of each."""
         stride = query.encoder.strides[-1]
         device = next(query.parameters()).device

@@ -18,7 +18,7 @@ from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.masking import expand_mask
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
-from nnunet_ssl.pretraining.objectives.base import Branch, Examples, Network, Objective, Part, Pass, Recipe
+from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, Examples, Objective, Part, Pass, Recipe
 from nnunet_ssl.pretraining.run.panels import ORANGE, Panel, both
 from nnunet_ssl.schedules import Ramp
 from nnunet_ssl.typed import ranged
@@ -85,7 +85,7 @@ class Tokens(Objective):
     def ramps(self) -> dict[str, Ramp]:
         return {"teacher_temperature": self.settings.teacher_temperature}
 
-    def teach(self, key: Network, maps: Sequence[Tensor], examples: Examples) -> Tensor:
+    def teach(self, key: EncoderWithHeads, maps: Sequence[Tensor], examples: Examples) -> Tensor:
         """For each view the scores (N, tokens, K) of the view that it is to tell: the other one, if it has one."""
         scores = key.head(self.head_name, maps[self.settings.level])
         by_view = examples.batch.views.shape[:2]
@@ -93,7 +93,7 @@ class Tokens(Objective):
         of_other_view = scores[:paired].unflatten(0, by_view).flip(0).flatten(0, 1)
         return torch.cat([of_other_view, scores[paired:]])
 
-    def branch(self, query: Network, given: Pass) -> Branch:
+    def branch(self, query: EncoderWithHeads, given: Pass) -> Branch:
         level, strides = self.settings.level, query.encoder.strides
         hidden = expand_mask(given.examples.hidden, given.maps[level].shape[2:], strides[-1] // strides[level]).flatten(
             1

@@ -72,7 +72,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     if candidates:
         raise UserError(
             f"None of the checkpoints in {folder} can be read. Start anew: remove the folder, or leave out --c and "
-            "choose another name with -o recipe=..."
+            "choose another name with --set recipe=..."
         )
     return None
 

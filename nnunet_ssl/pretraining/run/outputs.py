@@ -53,13 +53,13 @@ def refuse_to_overwrite(folder: Path) -> None:
     if checkpointing.numbered(folder):
         raise UserError(
             f"{folder} holds a run of this recipe already. Continue it with --c, give this one another name with "
-            "-o recipe=..., or remove the folder."
+            "--set recipe=..., or remove the folder."
         )
     for name in (ENCODER, checkpointing.FINAL):
         if (folder / name).exists():
             raise UserError(
                 f"{folder} holds {name} and no run that could be continued; this one would overwrite the file. Give it "
-                "another name with -o recipe=..., or move the file."
+                "another name with --set recipe=..., or move the file."
             )
 
 
@@ -150,7 +150,7 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
     if fatal:
         raise UserError(
             f"The checkpoint in {folder} cannot be continued with these settings: {'; '.join(fatal)}. "
-            "Continue with the settings it began with, or start another run with -o recipe=..."
+            "Continue with the settings it began with, or start another run with --set recipe=..."
         )
     for _, text in changes:
         logger.warning("Continuing with a changed setting: %s.", text)
@@ -183,7 +183,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "")
             yield f"{where}{key}", f"{where}{key} was {old}, is {new}"
 
 
-def finish(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None:
+def write_final(folder: Path, learner: Learner, corpus: Corpus, *, step: int) -> None:
     """Name the last checkpoint the final one, and write the encoder: the sign of a finished run."""
     checkpointing.share(folder / checkpointing.LATEST, folder / checkpointing.FINAL)
     config = learner.config

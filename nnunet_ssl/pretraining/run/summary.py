@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_ssl.corpus.prepared import describe
+from nnunet_ssl.corpus.prepared import describe_corpus
 from nnunet_ssl.pages import write_page
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.run.records import CSV, PLOT
@@ -36,7 +36,7 @@ def write_summary(folder: Path, config: PretrainingConfig, about: Mapping[str, A
     hours = training_hours(table)
     parts = [
         f"# {config.recipe}: step {done:,} of {config.steps:,}",
-        f"Corpus:\n\n```text\n{describe(about['corpus'])}\n```",
+        f"Corpus:\n\n```text\n{describe_corpus(about['corpus'])}\n```",
         f"**Cost so far**: {hours:.2g} hours of training on {processes} process(es), {hours * processes:.2g} device "
         "hours (without validation and checkpoints).",
         _figures(table),

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.corpus.store import UnreadableScan, read_box
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.interruption import heed_parent_only, helpers_shielded
+from nnunet_ssl.pretraining.interruption import exit_on_parents_signal, stop_signals_blocked
 from nnunet_ssl.pretraining.views.augmentation import (
     AugmentationConfig,
     Intensities,
@@ -155,7 +155,7 @@ class Batches:
         self.how_to_mend = how_to_mend
 
     def __iter__(self) -> Iterator[RawBatch]:
-        with helpers_shielded():
+        with stop_signals_blocked():
             reads = iter(self.loader)
         return self._judged(self._received(reads))
 
@@ -320,6 +320,6 @@ def _half_in_one_piece(crops: Sequence[np.ndarray]) -> torch.Tensor:
 
 def _start_worker(worker: int) -> None:
     """Workers are many, so they have one thread each; requests to stop are the business of the training."""
-    heed_parent_only()
+    exit_on_parents_signal()
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)

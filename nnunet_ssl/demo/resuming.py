@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.console import find_program
+from nnunet_ssl.commands import last_line, run_command
 from nnunet_ssl.demo.steps import Step
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
@@ -60,26 +58,17 @@ def _run(step: Step, more: Sequence[str], log: Path, variables: Mapping[str, str
     """Run one step with `more` arguments, its output in `log`, its last line on the terminal; return its seconds."""
     command = [*step.command, *more]
     logger.info("\n%s\n$ %s", step.title, shlex.join(command))
-    environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [find_program(command[0]), *command[1:]], stdout=output, stderr=subprocess.STDOUT, env=environment
+        status = run_command(
+            command, output, variables, meanwhile=lambda: _show_progress(log, time.monotonic() - started)
         )
-        try:
-            while process.poll() is None:
-                time.sleep(0.5)
-                _show_progress(log, time.monotonic() - started)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
     seconds = time.monotonic() - started
     if sys.stdout.isatty():
         sys.stdout.write("\r\033[K")
-    if process.returncode:
+    if status:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_ON_FAILURE:])
-        raise UserError(f"{last}\n\n'{step.title}' failed with status {process.returncode}; all it said is in {log}.")
+        raise UserError(f"{last}\n\n'{step.title}' failed with status {status}; all it said is in {log}.")
     logger.info("  done in %.0f s; its output is in %s", seconds, log)
     return seconds
 
@@ -87,12 +76,8 @@ def _run(step: Step, more: Sequence[str], log: Path, variables: Mapping[str, str
 def _show_progress(log: Path, seconds: float) -> None:
     if not sys.stdout.isatty():
         return
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 400))
-        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     width = shutil.get_terminal_size().columns - 12
-    sys.stdout.write(f"\r\033[K  {seconds:4.0f} s  {last[:width]}")
+    sys.stdout.write(f"\r\033[K  {seconds:4.0f} s  {last_line(log)[:width]}")
     sys.stdout.flush()
 
 

@@ -20,7 +20,7 @@ COLUMNS = ("image", "truth", "prediction")
 _LOSS = re.compile(r"(train_loss|val_loss) (-?[\d.]+|nan)")
 
 
-def describe(work: Path) -> str:
+def describe_demo(work: Path) -> str:
     """The table of metrics, as text."""
     lesions, alignment = _result(work, "lesions"), _result(work, "alignment")
     cases = pd.DataFrame(lesions["cases"])[["case", "reference_ml", "predicted_ml", "dice", "lesion_f1"]]
