@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,15 @@ def nnunet_folders(tmp_path, monkeypatch):
         folder.mkdir()
         monkeypatch.setenv(name, str(folder))
     return folders
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A function that does some work on the device "meta" and returns how many operators a GPU would be asked for."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from launches import META, launches
+
+    return lambda work: launches(work, META).total()
 
 
 def pytest_addoption(parser):

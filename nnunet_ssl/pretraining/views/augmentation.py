@@ -8,7 +8,7 @@ to the whole volume before the patch is cut, we to the patch: means and ranges a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.views import intensity
-from nnunet_ssl.pretraining.views.spatial import affine_matrix, resample
+from nnunet_ssl.pretraining.views.spatial import affine_matrix, resample_all
 from nnunet_ssl.pretraining.views.transfer import send
 
 _LIMITS = {
@@ -162,7 +162,8 @@ def augment(raw: RawBatch, device: torch.device | str) -> Batch:
     """Warp and degrade a batch on `device`, always in float32: an autocast around the call changes nothing."""
     device = torch.device(device)
     with torch.autocast(device.type, enabled=False):
-        targets = _warped(raw, device)
+        voxels = raw.voxels.to(device, non_blocking=True)
+        targets = resample_all(voxels, raw.sizes, raw.matrices, raw.centres - raw.origins, raw.patch_size)
         views = _degraded(targets, raw.intensities)
     shape = (*raw.modality.shape, 1, *raw.patch_size)
     subject, session = send(torch.from_numpy(np.stack([raw.subject, raw.session])), device)
@@ -176,30 +177,22 @@ def augment(raw: RawBatch, device: torch.device | str) -> Batch:
     )
 
 
-def _warped(raw: RawBatch, device: torch.device) -> Tensor:
-    """Resample every crop: (N, X, Y, Z)."""
-    crops = raw.voxels.to(device, non_blocking=True).split(raw.sizes.prod(axis=1).tolist())
-    views = torch.empty((len(crops), *raw.patch_size), device=device)
-    for view, crop, size, matrix, centre in zip(views, crops, raw.sizes, raw.matrices, raw.centres - raw.origins):
-        view.copy_(resample(crop.view(*size), matrix, centre, raw.patch_size))
-    return views
-
-
 def _degraded(targets: Tensor, intensities: Sequence[Intensities]) -> Tensor:
     """Apply each step to the views that drew it, batched: (N, X, Y, Z)."""
     views = targets.clone()
-
-    def apply(name: str, transform: Callable[[Tensor, list[Any]], Tensor]) -> None:
+    for name, transform in STEPS.items():
         drawn = {n: value for n, one in enumerate(intensities) if (value := getattr(one, name)) is not None}
-        if drawn:
-            chosen = send(torch.tensor(list(drawn)), views.device)
-            views[chosen] = transform(views[chosen], list(drawn.values()))
-
-    apply("contrast", intensity.scale_around_mean)
-    apply("noise", lambda views, noise: intensity.add_noise(views, *zip(*noise)))
-    apply("smooth", intensity.smooth)
-    apply("bias_field", intensity.bias_field)
-    apply("gibbs", intensity.gibbs)
-    apply("gamma", intensity.gamma)
-    apply("low_resolution", intensity.lower_resolution)
+        intensity.apply(views, transform, drawn)
     return views
+
+
+STEPS: dict[str, intensity.Transform] = {
+    "contrast": intensity.scale_around_mean,
+    "noise": lambda views, noise: intensity.add_noise(views, *zip(*noise)),
+    "smooth": intensity.smooth,
+    "bias_field": intensity.bias_field,
+    "gibbs": intensity.gibbs,
+    "gamma": intensity.gamma,
+    "low_resolution": intensity.lower_resolution,
+}
+"""What is done for each field of :class:`Intensities`, in the paper's order."""

@@ -1,4 +1,4 @@
-"""The geometry of a view: its affine map, the part of the volume it needs, and the resampling.
+"""The geometry of a view: its affine map, the part of the volume it needs, and the resampling of all views at once.
 
 A view of P voxels shows, at the voxel o, the volume at the voxel position
 
@@ -17,6 +17,14 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+
+from nnunet_ssl.pretraining.views.transfer import send
+
+VOXELS_AT_ONCE = {"cpu": 1, "gpu": 2**29}
+"""Of crops padded to one size, 10 bytes each while they are made: more are resampled in several parts.
+
+A GPU is to have few and large calls. A CPU has nothing to gain from them and padding to lose, so views go one by one.
+"""
 
 
 def affine_matrix(
@@ -59,7 +67,7 @@ def source_box(
 ) -> np.ndarray:
     """The voxels that the view needs: the bounding box of its eight transformed corners, clipped to the volume.
 
-    What lies outside the volume repeats its edge: :func:`resample` clamps positions to the box, so nothing is padded.
+    What lies outside the volume repeats its edge: :func:`resample` clamps positions to the box, so none of it is read.
 
     Returns:
         (3, 2) half-open voxel ranges, at least one voxel along each axis.
@@ -83,25 +91,83 @@ def resample(crop: Tensor, matrix: np.ndarray, centre: np.ndarray, patch_size: S
     Returns:
         (*patch_size) float32, on the device of the crop.
     """
-    grid = _sampling_grid(matrix, centre, patch_size, crop.shape, crop.device)
-    view = F.grid_sample(crop.float()[None, None], grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return view[0, 0]
+    return resample_all(crop.flatten(), np.array([crop.shape]), matrix[None], np.asarray(centre)[None], patch_size)[0]
 
 
-def _sampling_grid(
-    matrix: np.ndarray, centre: np.ndarray, patch_size: Sequence[int], size: Sequence[int], device: torch.device
+def resample_all(
+    voxels: Tensor, sizes: np.ndarray, matrices: np.ndarray, centres: np.ndarray, patch_size: Sequence[int]
 ) -> Tensor:
-    """Positions in grid_sample's units (-1 and 1 are the crop's outer faces), (1, *patch_size, 3), last axis first.
+    """Interpolate the views of a batch as :func:`resample` does, in one call for all.
+
+    Args:
+        voxels: (sum of the crops' sizes,) crops of any size, one after the other, any floating type.
+        sizes: (N, 3) voxels of each crop.
+        matrices: (N, 3, 3).
+        centres: (N, 3), each counted from the first voxel of its crop.
+        patch_size: voxels of a view along each axis.
+
+    Returns:
+        (N, *patch_size) float32, on the device of the crops.
+    """
+    limit = VOXELS_AT_ONCE["cpu" if voxels.device.type == "cpu" else "gpu"]
+    at_once = max(1, limit // int(sizes.max(axis=0).prod()))
+    parts = range(0, len(sizes), at_once)
+    pieces = voxels.split([int(sizes[first : first + at_once].prod(axis=1).sum()) for first in parts])
+    views = []
+    for first, piece in zip(parts, pieces):
+        part = slice(first, first + at_once)
+        crops = _of_one_size(piece, sizes[part]).float()
+        grid = sampling_grid(matrices[part], centres[part], patch_size, crops.shape[1:], crops.device)
+        views.append(F.grid_sample(crops[:, None], grid, padding_mode="border", align_corners=False)[:, 0])
+    return torch.cat(views) if len(views) > 1 else views[0]
+
+
+def sampling_grid(
+    matrices: np.ndarray, centres: np.ndarray, patch_size: Sequence[int], size: Sequence[int], device: torch.device
+) -> Tensor:
+    """Where views of volumes of `size` look, in the units of `F.grid_sample` (-1 and 1 are the volume's outer faces).
 
     `F.affine_grid` does the same with a matrix product, which loses half a voxel's tenth under TF32; sums do not.
+
+    Args:
+        matrices: (N, D, D), in D = 2 or 3 dimensions.
+        centres: (N, D) voxel positions.
+        patch_size: D, voxels of a view along each axis.
+        size: D, voxels of each volume.
+        device: where the grid is made.
+
+    Returns:
+        (N, *patch_size, D) float32, last axis first.
     """
-    length = np.asarray(size)
-    per_voxel = 2 * matrix / length[:, None]
-    at_centre = (2 * centre + 1) / length - 1
-    offsets = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in patch_size]
-    grid = torch.empty((1, *patch_size, 3), dtype=torch.float32, device=device)
-    for axis in range(3):
-        x, y, z = (float(step) * offset for step, offset in zip(per_voxel[axis], offsets))
-        plane = (x + float(at_centre[axis]))[:, None] + y
-        torch.add(plane[:, :, None], z, out=grid[0, ..., 2 - axis])
+    size = np.asarray(size)
+    per_voxel, at_centre = 2 * matrices / size[:, None], (2 * centres + 1) / size - 1
+    numbers = np.concatenate([per_voxel, at_centre[..., None]], axis=-1)[:, ::-1].astype(np.float32)
+    *steps, grid = send(torch.from_numpy(numbers), device).unbind(-1)
+    grid = _along(grid[:, None], 0, len(patch_size))
+    for axis, (length, step) in enumerate(zip(patch_size, steps)):
+        offsets = torch.arange(length, dtype=torch.float32, device=device) - (length - 1) / 2
+        grid = grid + _along(offsets[:, None] * step[:, None], axis, len(patch_size))
     return grid
+
+
+def _of_one_size(voxels: Tensor, sizes: np.ndarray) -> Tensor:
+    """Crops as a batch (N, *largest size), in which smaller ones repeat their edge."""
+    largest = sizes.max(axis=0)
+    if (sizes == largest).all():
+        return voxels.view(-1, *largest)
+    strides = np.stack([sizes[:, 1] * sizes[:, 2], sizes[:, 2], np.ones(len(sizes), int)], axis=1)
+    first = np.cumsum(sizes.prod(axis=1)) - sizes.prod(axis=1)
+    table = np.concatenate([sizes - 1, strides, first[:, None]], axis=1)
+    table = table.astype(np.int32 if voxels.numel() < 2**31 else np.int64)
+    *columns, index = send(torch.from_numpy(table), voxels.device).unbind(-1)
+    index = _along(index[:, None], 0, 3)
+    for axis, (last, stride) in enumerate(zip(columns[:3], columns[3:])):
+        places = torch.arange(int(largest[axis]), dtype=index.dtype, device=voxels.device)
+        index = index + _along(torch.minimum(places, last[:, None]) * stride[:, None], axis, 3)
+    return voxels.index_select(0, index.flatten()).view(index.shape)
+
+
+def _along(lines: Tensor, axis: int, dimensions: int) -> Tensor:
+    """View (N, length, ...) so that the length runs along one of so many axes of a volume, the others being 1 long."""
+    n, length, *rest = lines.shape
+    return lines.view(n, *(length if each == axis else 1 for each in range(dimensions)), *rest)

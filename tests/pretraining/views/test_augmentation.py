@@ -1,6 +1,6 @@
 """What is drawn, and what becomes of a batch."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.views import intensity
+from nnunet_ssl.pretraining.views import intensity, spatial
 from nnunet_ssl.pretraining.views.augmentation import (
     AugmentationConfig,
     Intensities,
@@ -160,7 +160,13 @@ def test_ranges_that_make_no_sense_are_refused(values, message):
         AugmentationConfig(**values)
 
 
-def test_targets_are_warped_and_nothing_else(raw_batch, volumes):
+@pytest.fixture(params=["cpu", "gpu"])
+def many_at_once(request, monkeypatch):
+    """As many views in one call as either device has."""
+    monkeypatch.setitem(spatial.VOXELS_AT_ONCE, "cpu", spatial.VOXELS_AT_ONCE[request.param])
+
+
+def test_targets_are_warped_and_nothing_else(raw_batch, volumes, many_at_once):
     raw = raw_batch()
     batch = augment(raw, "cpu")
     expected = [resample(*warp, PATCH) for warp in zip(volumes, raw.matrices, raw.centres)]
@@ -213,6 +219,34 @@ def test_autocast_changes_nothing(raw_batch):
         cast = augment(raw, "cpu")
     assert cast.views.dtype == cast.targets.dtype == torch.float32
     assert torch.equal(cast.views, plain.views) and torch.equal(cast.targets, plain.targets)
+
+
+def test_a_view_is_the_same_whatever_else_is_in_the_batch(raw_batch, many_at_once):
+    """Its warp up to the rounding of positions, its steps exactly, its noise by its own seed."""
+    raw = raw_batch()
+    raw.intensities = [replace(one, noise=(0.3, n)) for n, one in enumerate(raw.intensities)]
+    together = augment(raw, "cpu").views.view(4, *PATCH)
+    ends = raw.sizes.prod(axis=1).cumsum()
+    for n in range(4):
+        alone = {name: getattr(raw, name)[n : n + 1] for name in ("sizes", "matrices", "centres", "origins")}
+        voxels = raw.voxels[: ends[n]][-raw.sizes[n].prod() :]
+        alone |= {"voxels": voxels, "intensities": raw.intensities[n : n + 1], "modality": np.zeros((1, 1))}
+        view = augment(replace(raw, **alone), "cpu").views.view(PATCH)
+        torch.testing.assert_close(view, together[n], atol=5e-5, rtol=1e-5)
+    assert torch.equal(augment(raw, "cpu").views.view(4, *PATCH), together)
+
+
+def test_a_batch_costs_a_gpu_as_many_calls_however_large_it_is(raw_batch, launches):
+    """But for noise, which each view draws from its own seed."""
+    everything = Intensities(
+        contrast=1.1, smooth=(1, 1, 1), bias_field=(0.05,) * 20, gibbs=0.4, gamma=0.9, low_resolution=0.8
+    )
+    small = raw_batch([everything] * 4)
+    many = {name: np.repeat(getattr(small, name), 20, axis=0) for name in ("sizes", "matrices", "centres", "origins")}
+    crops = small.voxels.split(small.sizes.prod(axis=1).tolist())
+    voxels = torch.cat([crop for crop in crops for _ in range(20)])
+    large = replace(small, **many, voxels=voxels, intensities=[everything] * 80, modality=np.zeros((2, 40)))
+    assert launches(lambda: augment(small, "meta")) == launches(lambda: augment(large, "meta")) < 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

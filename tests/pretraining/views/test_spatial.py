@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
-from nnunet_ssl.pretraining.views.spatial import affine_matrix, resample, source_box
+from nnunet_ssl.pretraining.views import spatial
+from nnunet_ssl.pretraining.views.spatial import affine_matrix, resample, resample_all, source_box
 
 NOTHING = {"flip_axis": None, "rotation": (0, 0, 0), "scale": (1, 1, 1), "shear": (0, 0, 0), "spacing": (1, 1, 1)}
 
@@ -109,3 +110,33 @@ def test_half_precision_is_interpolated_in_single():
     matrix, centre = drawn_matrix(rng), np.array([6.0, 5.0, 5.5])
     expected = resample(volume.float(), matrix, centre, (9, 9, 9))
     assert torch.equal(resample(volume, matrix, centre, (9, 9, 9)), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 6), parts=st.integers(1, 6), equal=st.booleans())
+def test_views_of_one_batch_are_what_each_is_alone(seed, count, parts, equal):
+    """Crops of any sizes side by side, within and beyond them, in one call or in several."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 15, (1 if equal else count, 3)).repeat(count if equal else 1, axis=0)
+    crops = [torch.from_numpy(rng.normal(size=size).astype(np.float16)) for size in sizes]
+    matrices = np.stack([drawn_matrix(rng, spacing=(1, 2, 0.7)) for _ in crops])
+    centres, patch_size = rng.uniform(-6, 18, (count, 3)), tuple(rng.integers(1, 12, 3))
+    limit = int(sizes.max(axis=0).prod()) * parts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(spatial.VOXELS_AT_ONCE, "cpu", limit)
+        together = resample_all(torch.cat([one.flatten() for one in crops]), sizes, matrices, centres, patch_size)
+    alone = [resample(*one, patch_size) for one in zip(crops, matrices, centres)]
+    torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+
+
+def test_the_number_of_calls_on_a_device_does_not_grow_with_the_batch(launches):
+    """But for what is as large as the sum of the crops: only when they take more memory than they may."""
+
+    def warp(count):
+        rng = np.random.default_rng(0)
+        sizes = rng.integers(8, 15, (count, 3))
+        voxels = torch.empty(int(sizes.prod(axis=1).sum()), dtype=torch.float16, device="meta")
+        matrices = np.stack([drawn_matrix(rng) for _ in sizes])
+        return lambda: resample_all(voxels, sizes, matrices, sizes / 2, (9, 9, 9))
+
+    assert launches(warp(3)) == launches(warp(40)) < 40
