@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -25,6 +24,7 @@ from nnunet_ssl.trainers.averaging import add_average, saved_average, with_weigh
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import encoder_of, unwrapped, with_own_buffers, with_trainable_encoder
+from nnunet_ssl.trainers.gpu_augmentation import AugmentsOnDevice, check_augmentation
 from nnunet_ssl.trainers.losses import check_loss, with_hardest_voxels
 from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, plans_residual_unet
 from nnunet_ssl.trainers.optimization import GRADIENT_CLIP, StepSchedule, build_optimizer, refuse_lost_epoch
@@ -35,7 +35,7 @@ from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
 
 
-class nnUNetTrainerSSL(nnUNetTrainer):
+class nnUNetTrainerSSL(AugmentsOnDevice):
     """Fine-tune a pre-trained encoder; every arm is this class with another `recipe`.
 
     The network and the settings go into the plans, so prediction needs neither the checkpoint nor the environment of
@@ -63,6 +63,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             self.settings = Settings.of_plans(plans).updated_from_environment()
             given, plans = plans["plans_name"], plans_with_settings(plans, self.settings)
             check_configuration(plans, configuration)
+            if self.augments_on_device:
+                check_augmentation(type(self), plans, configuration, device)
             check_loss(self.settings.loss, PlansManager(plans).get_label_manager(dataset_json))
             folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
@@ -214,6 +216,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._prepare_step()
         self.step_in_epoch += 1
+        batch = self.augmented(batch)
         data = batch["data"].to(self.device, non_blocking=True)
         target = _on_device(batch["target"], self.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -271,6 +274,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         super().on_train_end()
 
     # ---- data and files ----------------------------------------------------------------------------------------------
+
+    @property
+    def augments_on_device(self) -> bool:
+        return self.settings.augmentation == "gpu"
 
     def do_split(self) -> tuple[list[str], list[str]]:
         train, validation = super().do_split()

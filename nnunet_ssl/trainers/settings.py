@@ -37,6 +37,8 @@ class Settings:
             paper's schedule, `lr` itself in the others and for an encoder that starts from scratch.
         loss: ``dice_ce``: nnU-Net's default (Dice + BCE for regions); ``dice_topk``: the cross-entropy of the hardest
             tenth of the voxels in place of all.
+        augmentation: where nnU-Net's augmentation is done: ``cpu``, by its workers, patch by patch; ``gpu``, on the
+            training device, whichever that is, batch by batch.
         average_share: the final weights are the mean of those after each epoch in the last share of the steps; 0: the
             last.
         patch_size: patch in voxels, in the plans' axis order. ``None``: the plans'.
@@ -58,6 +60,7 @@ class Settings:
     lr: float = ranged(5e-4, "above 0 and below 1")
     encoder_lr: float | None = ranged(None, "above 0 and below 1")
     loss: Literal["dice_ce", "dice_topk"] = "dice_ce"
+    augmentation: Literal["cpu", "gpu"] = "cpu"
     average_share: float = ranged(0.0, "at least 0 and below 1")
     patch_size: tuple[int, int, int] | None = ranged(None, "at least 1")
     batch_size: int | None = ranged(None, "at least 1")
@@ -159,6 +162,7 @@ _SHORT = {
     "optimizer": "optimizer-",
     "encoder_lr": "encoderlr",
     "loss": "loss-",
+    "augmentation": "augmentation-",
     "average_share": "average",
     "patch_size": "patch",
     "batch_size": "batch",

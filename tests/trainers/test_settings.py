@@ -24,7 +24,9 @@ def settings_of_all_kinds(draw):
     schedule = draw(st.sampled_from([*FREEZE_SHARES]))
     freeze_share, warmup_share = draw(FREEZE_SHARES[schedule]), draw(st.floats(0, 0.4))
     left = max(0.0, 1 - freeze_share - warmup_share)
-    choices = {key: draw(st.sampled_from(CHOICES[key])) for key in ("recipe", "decay", "optimizer", "loss")}
+    choices = {
+        key: draw(st.sampled_from(CHOICES[key])) for key in ("recipe", "decay", "optimizer", "loss", "augmentation")
+    }
     return Settings(
         **choices,
         schedule=schedule,
@@ -198,6 +200,7 @@ def test_the_mean_is_over_the_last_share_of_the_epochs(share, epochs, averaged):
         ("decay=step", "decay is 'step'; it can be cosine, poly"),
         ("optimizer=SGD", "optimizer is 'SGD'; it can be adamw, sgd"),
         ("loss=blob", "loss is 'blob'; it can be dice_ce, dice_topk"),
+        ("augmentation=cuda", "augmentation is 'cuda'; it can be cpu, gpu"),
         ("merging=monai_2", "merging is 'monai_2'; it can be monai, monai_1.4, mergingv2"),
         ("schedule=warmup,freeze_share=0.3", "trains all from the first step, so freeze_share=0.3 contradicts it"),
         ("recipe=long,freeze_share=0.3", "trains all from the first step, so freeze_share=0.3 contradicts it"),

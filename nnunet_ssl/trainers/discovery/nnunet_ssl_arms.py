@@ -2,7 +2,8 @@
 
 from nnunet_ssl.trainers.arms import ARMS, nnUNetTrainerSwinFPNScratch
 from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
+from nnunet_ssl.trainers.gpu_augmentation import nnUNetTrainerGPUAugmentation
 
 globals().update(ARMS)
 
-__all__ = ["nnUNetTrainerSSL", "nnUNetTrainerSwinFPNScratch", *ARMS]
+__all__ = ["nnUNetTrainerGPUAugmentation", "nnUNetTrainerSSL", "nnUNetTrainerSwinFPNScratch", *ARMS]
