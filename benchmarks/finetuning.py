@@ -1,4 +1,4 @@
-"""What freezing the encoder saves: time and memory of a fine-tuning step, frozen and not, for either backbone.
+"""A fine-tuning step: what freezing saves, in time and memory, for either backbone; and how fast workers feed it.
 
 A step is the trainers' own: forward pass, nnU-Net's Dice + CE, backward pass, clip, AdamW; on a GPU under nnU-Net's
 float16 autocast. All combinations take turns in one process, round by round; times are medians [min-max] over rounds.
@@ -6,18 +6,26 @@ float16 autocast. All combinations take turns in one process, round by round; ti
     python benchmarks/finetuning.py -device cuda --batch-size 8 --rounds 20
     MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 python benchmarks/finetuning.py --rounds 5
     python benchmarks/finetuning.py --sizes 64 --small
+    python benchmarks/finetuning.py --feed 4 -device cuda --batch-size 8 --rounds 20    # four workers
 
 Activations are what a forward pass keeps for its backward pass; peak memory is the most that a step adds to what the
 process holds already, with its own weights (GPU only). Sampling, augmentation and nnU-Net's validation are not part of
 a step.
+
+With `--feed` so many workers of nnU-Net's feed steps that train the whole network, once with nnU-Net's augmentation in
+the workers and once with `augmentation=gpu`, one after the other, `--rounds` steps each. "Waiting" is the share of the
+time in which the device had done everything and no batch was there. "Workers alone" is what they make if nobody trains.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import pandas as pd
 import torch
+from feeding import feed, write_cases
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -52,10 +60,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="encoders of a quarter of the width")
+    parser.add_argument("--feed", type=int, metavar="WORKERS", help="compare the two places of augmentation instead")
     parser.add_argument("-device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
 
     architectures = SMALL if arguments.small else ARCHITECTURES
+    table = fed(architectures, arguments) if arguments.feed else frozen_and_not(architectures, arguments)
+    width = "a quarter of the width" if arguments.small else "full width"
+    print(f"{machine(arguments.device)}; {width}, batch {arguments.batch_size}, {arguments.rounds} rounds\n")
+    print(markdown(table.reset_index(), decimals=2))
+
+
+def frozen_and_not(architectures: dict[str, dict], arguments: argparse.Namespace) -> pd.DataFrame:
+    """Time and memory of steps on a batch that is there."""
     runs = {
         (name, size, frozen): Step(architectures[name], size, arguments.batch_size, arguments.device, frozen)
         for size in arguments.sizes
@@ -65,11 +82,29 @@ def main() -> None:
     rows = {run: memory(step) for run, step in runs.items()}
     for run, seconds in seconds_per_step(runs, arguments.rounds).items():
         rows[run]["s/step"] = seconds
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch", "frozen"])
 
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch", "frozen"])
-    width = "a quarter of the width" if arguments.small else "full width"
-    print(f"{machine(arguments.device)}; {width}, batch {arguments.batch_size}, {arguments.rounds} rounds\n")
-    print(markdown(table.reset_index(), decimals=2))
+
+def fed(architectures: dict[str, dict], arguments: argparse.Namespace) -> pd.DataFrame:
+    """Steps on batches that workers make."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_cases(Path(folder))
+        for size in arguments.sizes:
+            for name in arguments.backbones:
+                step = Step(architectures[name], size, arguments.batch_size, arguments.device, frozen=False)
+                for place in ("workers", "device"):
+                    rows[name, size, place] = feed(
+                        Path(folder),
+                        on_device=place == "device",
+                        size=size,
+                        batch_size=arguments.batch_size,
+                        workers=arguments.feed,
+                        device=arguments.device,
+                        steps=arguments.rounds,
+                        train=step.on,
+                    )
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["backbone", "patch", "augmentation in"])
 
 
 class Step:
@@ -98,6 +133,11 @@ class Step:
     def forward(self) -> Tensor:
         with torch.autocast(self.data.device.type, enabled=self.data.is_cuda):
             return self.loss(self.network(self.data), self.target)
+
+    def on(self, data: Tensor, target: Tensor) -> None:
+        """Take the step on another batch."""
+        self.data, self.target = data, target
+        self()
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

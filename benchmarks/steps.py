@@ -77,13 +77,14 @@ def machine(device: torch.device) -> str:
 
 
 def _timed(step: Step) -> float:
-    _wait(step.device)
+    wait(step.device)
     start = time.perf_counter()
     step()
-    _wait(step.device)
+    wait(step.device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all that it was told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -80,14 +80,14 @@ def test_validation_needs_neither_the_checkpoint_nor_the_settings(trained):
 
 def test_a_killed_training_goes_on_without_the_checkpoint_and_the_settings(workplace, swin_checkpoint):
     command = ("nnUNetv2_train", workplace.number, "3d_fullres", 1, "-tr", TRAINER, "-device", "cpu")
-    settings = "steps=7,epoch_steps=1"
+    settings = "steps=7,epoch_steps=1,augmentation=gpu"
     process = workplace.start(*command, nnssl_settings=settings, nnssl_checkpoint=swin_checkpoint, PYTHONUNBUFFERED="1")
     shown = iter(process.stdout.readline, "")
     assert any("Step 2: encoder unfrozen" in line for line in shown)
     assert any("Epoch 4" in line for line in shown)
     process.kill()
     process.communicate()
-    shown = workplace.run(*command, "-p", "nnUNetPlans_steps7_epoch1", "--c")
+    shown = workplace.run(*command, "-p", "nnUNetPlans_steps7_epoch1_augmentation-gpu", "--c")
     assert "Epoch 3" not in shown and "Epoch 4" in shown and "Epoch 6" in shown
     assert "encoder frozen" not in shown, "it goes on unfrozen"
     assert "Training done" in shown and "Validation complete" in shown
@@ -194,10 +194,11 @@ def test_a_residual_network_trains_and_predicts_with_three_channels_and_regions(
 ):
     shown = region_workplace.run(
         "nnUNetv2_train", region_workplace.number, "3d_fullres", 0, "-tr", "nnUNetTrainerSSL",
-        "-p", "nnUNetResEncUNetLPlans", "-device", "cpu", nnssl_settings=SETTINGS, nnssl_checkpoint=resenc_checkpoint,
+        "-p", "nnUNetResEncUNetLPlans", "-device", "cpu", nnssl_settings=f"{SETTINGS},augmentation=gpu",
+        nnssl_checkpoint=resenc_checkpoint,
     )  # fmt: skip
     assert "stem.convs.0.conv.weight" in shown and "adapted: 1" in shown
-    plans = PLANS.replace("nnUNetPlans", "nnUNetResEncUNetLPlans")
+    plans = PLANS.replace("nnUNetPlans", "nnUNetResEncUNetLPlans") + "_augmentation-gpu"
     assert predict(region_workplace, tmp_path, trainer="nnUNetTrainerSSL", plans=plans).shape[0] == 2
 
 

@@ -38,12 +38,13 @@ def run_as_one_of_two(rank: int, rendezvous: str, plans: dict, dataset_json: dic
 
 SETTINGS = [
     "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01",
-    "steps=6,epoch_steps=2,schedule=sawtooth,freeze_share=0.34,optimizer=sgd,loss=dice_topk,average_share=0.6,lr=0.01",
+    "steps=6,epoch_steps=2,schedule=sawtooth,freeze_share=0.34,optimizer=sgd,loss=dice_topk,average_share=0.6,lr=0.01,"
+    "augmentation=gpu",
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS, ids=["paper", "sawtooth, SGD, TopK, averaged"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["paper", "sawtooth, SGD, TopK, averaged, augmented on the device"])
 def test_two_processes_train_validate_and_end_together(
     workplace, swin_checkpoint, results, monkeypatch, tmp_path, settings
 ):
