@@ -198,15 +198,17 @@ def resample_labels(labels: Tensor, grid: Tensor, values: Sequence[int], outside
         (N, C, *patch_size) of the type of `labels`.
     """
     nearest = F.grid_sample(labels.float() - outside, grid, mode="nearest", align_corners=False) + outside
-    best = own = result = None
+    best = own = None
+    share, result = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(nearest)
     for value in sorted(set(values)):
         beyond = SCORE if value == outside else 0.0  # grid_sample takes zeros from outside, so shift what is to be one
-        share = torch.where(labels == value, SCORE - beyond, -beyond)
-        score = (F.grid_sample(share, grid, align_corners=False) + beyond).half()
+        torch.eq(labels, value, out=share).mul_(SCORE).sub_(beyond)
+        score = F.grid_sample(share, grid, align_corners=False).add_(beyond).half()
         if best is None:
-            best, own, result = score, score, torch.full_like(nearest, value)
+            best, own = score, score
+            result.fill_(value)
             continue
-        result = torch.where(score > best, value, result)
+        result.masked_fill_(score > best, value)
         own = torch.where(nearest == value, score, own)
         best = torch.maximum(score, best)
     return torch.where(own == best, nearest, result).to(labels.dtype)
