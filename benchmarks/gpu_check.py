@@ -72,6 +72,8 @@ def checks(place: Place) -> Iterator[tuple[str, Check]]:
         yield f"augmentation: {name} as on the CPU", partial(numbers.transform_is_the_cpus, place, transform)
     yield "augmentation: noise as large as asked for, by its seed", partial(numbers.noise_is_sound, place)
     yield "augmentation: a whole batch as on the CPU", partial(numbers.augmentation_is_the_cpus, place)
+    own = partial(numbers.finetuning_augmentation_is_the_cpus, place)
+    yield "augmentation: a batch of fine-tuning as on the CPU", own
     for backbone in BACKBONES:
         for recipe in recipes():
             learns = partial(pretraining.recipe_learns, place, recipe, backbone)

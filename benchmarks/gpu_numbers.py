@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch._dynamo
 from gpu_measures import Finding, Place, difference, verdict
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from recipes import CORPUS
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from nnunet_ssl.pretraining.views import intensity
 from nnunet_ssl.pretraining.views.augmentation import augment
 from nnunet_ssl.pretraining.views.loading import make_loader
 from nnunet_ssl.pretraining.views.spatial import affine_matrix, resample
+from nnunet_ssl.trainers.augmentation import BatchAugmentation
 from nnunet_ssl.trainers.freezing import with_trainable_encoder
 
 WINDOWS_AT_ONCE = 7
@@ -206,6 +208,23 @@ def noise_is_sound(place: Place) -> Finding:
     by_seed = torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1] / 4)
     text = f"standard deviation off by {off:.1%} (limit 2 %), {'' if by_seed else 'not '}by its seed"
     return Finding(off <= 0.02 and by_seed, text)
+
+
+def finetuning_augmentation_is_the_cpus(place: Place) -> Finding:
+    """nnU-Net's augmentation of a batch, without noise: images, and the share of labels that differ."""
+    angles = (-np.pi / 6, np.pi / 6)
+    transforms = nnUNetTrainer.get_training_transforms((32, 36, 28), angles, None, (0, 1, 2), False)
+    augmentation = BatchAugmentation(transforms, [0, 1, 2])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(12, 2, 52, 58, 46, generator=generator)
+    labels = torch.randint(0, 3, (12, 1, 52, 58, 46), generator=generator).to(torch.int16)
+    drawn = augmentation.draw(12, 2, images.shape[2:])
+    for one in filter(None, (one for parameters in drawn for one in parameters)):
+        one.update({"sigmas": 0.0} if "seeds" in one else {})
+    expected, targets = augmentation.apply(images.clone(), labels, drawn)
+    own, own_targets = augmentation.apply(images.to(place.device), labels.to(place.device), drawn)
+    differing = float((own_targets.cpu() != targets).float().mean())
+    return verdict({"images": difference([own], [expected]), "labels": differing}, 1e-3)
 
 
 def augmentation_is_the_cpus(place: Place) -> Finding:

@@ -37,8 +37,8 @@ from nnunet_ssl.pretraining.views import intensity
 from nnunet_ssl.pretraining.views.spatial import sampling_grid
 from nnunet_ssl.pretraining.views.transfer import send
 
-Drawn = list[list[Mapping[str, Any] | None]]
-"""For each transform, for each patch: the parameters as the transform's `get_parameters` returns them, or None."""
+Parameters = Sequence[Mapping[str, Any] | None]
+"""For each patch what the `get_parameters` of a transform returns, or None where it is not applied."""
 
 SCORE = 1000.0
 """Of a label that is certain, in float16: nnU-Net's, whose rounding decides which labels are equally near."""
@@ -61,7 +61,7 @@ class BatchAugmentation:
         for each in self.transforms:
             _check(_inner(each))
 
-    def draw(self, batch_size: int, channels: int, size: Sequence[int]) -> Drawn:
+    def draw(self, batch_size: int, channels: int, size: Sequence[int]) -> list[Parameters]:
         """Draw the parameters of each transform for each patch, from numpy's and torch's global generators.
 
         Args:
@@ -73,7 +73,9 @@ class BatchAugmentation:
         return [[_draw(each, image) for _ in range(batch_size)] for each in self.transforms]
 
     @torch.no_grad()
-    def apply(self, images: Tensor, labels: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor | list[Tensor]]:
+    def apply(
+        self, images: Tensor, labels: Tensor, drawn: Sequence[Parameters]
+    ) -> tuple[Tensor, Tensor | list[Tensor]]:
         """Apply what was drawn.
 
         Args:
@@ -100,7 +102,8 @@ class BatchAugmentation:
     def __call__(self, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """Augment a batch of nnU-Net's loader, ``data`` and ``target``, on `device`."""
         images, labels = (batch[key].to(device, non_blocking=True) for key in ("data", "target"))
-        images, targets = self.apply(images, labels, self.draw(*images.shape[:2], images.shape[2:]))
+        batch_size, channels, *size = images.shape
+        images, targets = self.apply(images, labels, self.draw(batch_size, channels, size))
         return {**batch, "data": images, "target": targets}
 
 
@@ -153,7 +156,7 @@ def _warp(
     transform: SpatialTransform,
     images: Tensor,
     labels: Tensor,
-    parameters: Sequence[Mapping[str, Any]],
+    parameters: Parameters,
     values: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Cut the centre out of every patch, and interpolate those that are turned or scaled."""
@@ -167,7 +170,7 @@ def _warp(
         .clone()
         for one, outside in ((images, 0), (labels, transform.padding_value_seg))
     )
-    maps = {n: one["affine"] for n, one in enumerate(parameters) if one["affine"] is not None}
+    maps = {n: one["affine"] for n, one in enumerate(parameters) if one and one["affine"] is not None}
     if maps:
         centre = np.tile((np.array(size) - 1) / 2, (len(maps), 1))
         grid = sampling_grid(np.stack([*maps.values()]), centre, patch_size, size, images.device)
@@ -198,38 +201,42 @@ def resample_labels(labels: Tensor, grid: Tensor, values: Sequence[int], outside
         (N, C, *patch_size) of the type of `labels`.
     """
     nearest = F.grid_sample(labels.float() - outside, grid, mode="nearest", align_corners=False) + outside
-    best = own = None
-    share, result = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(nearest)
-    for value in sorted(set(values)):
+    share = torch.empty_like(labels, dtype=torch.float32)
+
+    def score(value: int) -> Tensor:
         beyond = SCORE if value == outside else 0.0  # grid_sample takes zeros from outside, so shift what is to be one
         torch.eq(labels, value, out=share).mul_(SCORE).sub_(beyond)
-        score = F.grid_sample(share, grid, align_corners=False).add_(beyond).half()
-        if best is None:
-            best, own = score, score
-            result.fill_(value)
-            continue
-        result.masked_fill_(score > best, value)
-        own = torch.where(nearest == value, score, own)
-        best = torch.maximum(score, best)
-    return torch.where(own == best, nearest, result).to(labels.dtype)
+        return F.grid_sample(share, grid, align_corners=False).add_(beyond).half()
+
+    first, *others = sorted(set(values))
+    best = of_nearest = score(first)
+    result = torch.full_like(nearest, first)
+    for value in others:
+        own = score(value)
+        result.masked_fill_(own > best, value)
+        of_nearest = torch.where(nearest == value, own, of_nearest)
+        best = torch.maximum(own, best)
+    return torch.where(of_nearest == best, nearest, result).to(labels.dtype)
 
 
 def _mirror(
-    transform: MirrorTransform, images: Tensor, labels: Tensor, parameters: Sequence[Mapping[str, Any]]
+    transform: MirrorTransform, images: Tensor, labels: Tensor, parameters: Parameters
 ) -> tuple[Tensor, Tensor]:
     for axis in transform.allowed_axes:
-        drawn = dict.fromkeys(n for n, one in enumerate(parameters) if axis in one["axes"])
+        drawn = dict.fromkeys(n for n, one in enumerate(parameters) if one and axis in one["axes"])
         for each in (images, labels):
-            intensity.apply(each, lambda chosen, _, axis=axis: chosen.flip(axis + 2), drawn)
+            _flip(each, drawn, axis + 2)
     return images, labels
+
+
+def _flip(patches: Tensor, drawn: Mapping[int, None], axis: int) -> None:
+    intensity.apply(patches, lambda chosen, _: chosen.flip(axis), drawn)
 
 
 # --- intensities
 
 
-def _change_intensities(
-    transform: BasicTransform, images: Tensor, parameters: Sequence[Mapping[str, Any] | None]
-) -> None:
+def _change_intensities(transform: BasicTransform, images: Tensor, parameters: Parameters) -> None:
     """Apply a transform to the channels that drew it, each of which is one view; in two dimensions, of one slice."""
     channels = images.shape[1]
     change, per_channel = INTENSITIES[type(transform)]
@@ -357,9 +364,9 @@ def _check(transform: BasicTransform) -> None:
             "training device: augment on the CPU."
         )
     for name, value in SPATIAL_OPTIONS.items() if isinstance(transform, SpatialTransform) else ():
-        if getattr(transform, name) != value:
+        if (found := getattr(transform, name, None)) != value:
             raise UserError(
-                f"The trainer's SpatialTransform has {name}={getattr(transform, name)}; on the training device only "
+                f"The trainer's SpatialTransform has {name}={found}; on the training device only "
                 f"{value} can be done: augment on the CPU."
             )
 

@@ -77,5 +77,5 @@ def check_augmentation(
         )
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"Augmentation on the training device needs CUDA, not {device.type}: augment on the CPU.")
-    transforms = super(AugmentsOnDevice, trainer).get_training_transforms((8, 8, 8), (0, 0), None, (0,), False)
-    BatchAugmentation(transforms, [])
+    stock: Any = super(AugmentsOnDevice, trainer)
+    BatchAugmentation(stock.get_training_transforms((8, 8, 8), (0, 0), None, (0,), False), [])

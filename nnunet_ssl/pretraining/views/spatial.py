@@ -139,8 +139,8 @@ def sampling_grid(
     Returns:
         (N, *patch_size, D) float32, last axis first.
     """
-    size = np.asarray(size)
-    per_voxel, at_centre = 2 * matrices / size[:, None], (2 * centres + 1) / size - 1
+    lengths = np.asarray(size)
+    per_voxel, at_centre = 2 * matrices / lengths[:, None], (2 * centres + 1) / lengths - 1
     numbers = np.concatenate([per_voxel, at_centre[..., None]], axis=-1)[:, ::-1].astype(np.float32)
     *steps, grid = send(torch.from_numpy(numbers), device).unbind(-1)
     grid = _along(grid[:, None], 0, len(patch_size))
