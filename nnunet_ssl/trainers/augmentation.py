@@ -7,7 +7,7 @@ to a batch what each of them does to one patch. A transform that is not known he
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -292,7 +292,7 @@ def _three(values: Sequence[float]) -> tuple[float, ...]:
     return (1.0,) * (3 - len(values)) + tuple(map(float, values))
 
 
-def _of_channels(drawn: Mapping[str, Any], *names: str) -> zip:
+def _of_channels(drawn: Mapping[str, Any], *names: str) -> Iterable[tuple[Any, Any]]:
     """(channel, value), or (channel, values), of the parameters that go by channel; none where no channel drew any."""
     channels = drawn["apply_to_channel"]
     if len(channels) == 0:
@@ -300,13 +300,16 @@ def _of_channels(drawn: Mapping[str, Any], *names: str) -> zip:
     return zip(channels, drawn[names[0]] if len(names) == 1 else zip(*(drawn[name] for name in names)))
 
 
-def _noise_of_channels(drawn: Mapping[str, Any]) -> zip:
+def _noise_of_channels(drawn: Mapping[str, Any]) -> Iterable[tuple[Any, Any]]:
     """One standard deviation for all channels, or one for each; each has its seed."""
     channels, stds = drawn["apply_idx"], drawn["sigmas"]
     return zip() if stds is None else zip(channels, zip(np.broadcast_to(stds, len(channels)), drawn["seeds"]))
 
 
-INTENSITIES: dict[type[BasicTransform], tuple[Callable, Callable]] = {
+Change = Callable[[Any, Tensor, Sequence[Any]], Tensor]
+OfChannels = Callable[[Mapping[str, Any]], Iterable[tuple[Any, Any]]]
+
+INTENSITIES: dict[type[BasicTransform], tuple[Change, OfChannels]] = {
     GaussianNoiseTransform: (_noise, _noise_of_channels),
     GaussianBlurTransform: (_blur, lambda drawn: zip(drawn["apply_to_channel"].nonzero(), drawn["sigmas"])),
     MultiplicativeBrightnessTransform: (_brighten, lambda drawn: _of_channels(drawn, "multipliers")),
@@ -345,7 +348,7 @@ def _at_scales(transform: DownsampleSegForDSTransform, labels: Tensor) -> list[T
     return [one.unflatten(0, labels.shape[:2]) for one in scales]
 
 
-OTHERS: dict[type[BasicTransform], Callable] = {
+OTHERS: dict[type[BasicTransform], Callable[[Any, Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
     MirrorTransform: _mirror,
     MaskImageTransform: _mask,
     RemoveLabelTransform: _remove_label,

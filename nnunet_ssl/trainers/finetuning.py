@@ -63,6 +63,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             self.settings = Settings.of_plans(plans).updated_from_environment()
             given, plans = plans["plans_name"], plans_with_settings(plans, self.settings)
             check_configuration(plans, configuration)
+            self.augments_on_device = self.settings.augmentation == "gpu"
             if self.augments_on_device:
                 check_augmentation(type(self), plans, configuration, device)
             check_loss(self.settings.loss, PlansManager(plans).get_label_manager(dataset_json))
@@ -274,10 +275,6 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         super().on_train_end()
 
     # ---- data and files ----------------------------------------------------------------------------------------------
-
-    @property
-    def augments_on_device(self) -> bool:
-        return self.settings.augmentation == "gpu"
 
     def do_split(self) -> tuple[list[str], list[str]]:
         train, validation = super().do_split()

@@ -40,7 +40,7 @@ class AugmentsOnDevice(nnUNetTrainer):
         """A batch of the training loader as the network is to see it, on the training device where that augments."""
         return self.batch_augmentation(batch, self.device) if self.batch_augmentation else batch
 
-    def train_step(self, batch: dict) -> dict:
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         return super().train_step(self.augmented(batch))
 
 
@@ -49,10 +49,10 @@ class nnUNetTrainerGPUAugmentation(AugmentsOnDevice):
 
     def __init__(
         self,
-        plans: dict,
+        plans: dict[str, Any],
         configuration: str,
         fold: int,
-        dataset_json: dict,
+        dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ) -> None:
         with exit_on_user_error():
