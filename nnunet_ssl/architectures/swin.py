@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nnunet_ssl.architectures.attention import attention
 from nnunet_ssl.architectures.masking import check_mask, expand_mask
-from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
+from nnunet_ssl.architectures.window_attention import window_attention
+from nnunet_ssl.architectures.windows import WindowPlan, plan_windows
 from nnunet_ssl.errors import UserError
 
 EMBED_DIM, DEPTHS, NUM_HEADS, WINDOW_SIZE = 48, (2, 2, 6, 2), (3, 6, 12, 24), 7
@@ -102,21 +102,9 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:
         """Attend within the windows of `plan`; tokens (batch * tokens, C) in and out."""
-        return self.proj(self.attend(self.qkv(tokens), plan))
-
-    @torch.compiler.disable  # its kernels are fused already, and with eight kinds of windows it is most of the graph
-    def attend(self, qkv: Tensor, plan: WindowPlan) -> Tensor:
-        """Map queries, keys and values (batch * tokens, 3 C) to attended values (batch * tokens, C)."""
         # A padded token is a zero vector before the projection, so its projection is the projection's bias.
-        windows = to_windows(qkv, self.qkv.bias.to(qkv.dtype), plan)
-        parts = windows.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.bias(plan.length)
-        kinds = parts.split(plan.windows_of_kind, dim=1)
-        attended = [
-            attention(query, key, value, bias if penalty is None else bias + penalty.to(bias.dtype))
-            for (query, key, value), penalty in zip(kinds, plan.penalties, strict=True)
-        ]
-        return from_windows(torch.cat([part.transpose(1, 2) for part in attended]).flatten(2), plan)
+        attended = window_attention(self.qkv(tokens), self.qkv.bias, self.bias(plan.length), plan)
+        return self.proj(attended)
 
     def bias(self, length: int) -> Tensor:
         """Return the bias (heads, length, length) of windows of `length` tokens.

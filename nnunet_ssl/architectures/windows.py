@@ -13,15 +13,39 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Grid = tuple[int, int, int]
 
 SEPARATION = -100.0
 """What is added to the score of two tokens that the roll alone brought together (the value Swin and MONAI use)."""
+
+
+ROW_BLOCK = 64
+"""A :class:`CompactPlan` has a multiple of these rows; a kernel treats a divisor of them at once."""
+
+GROUPS = 16
+"""Groups of windows that a :class:`CompactPlan` aims at. The gradient of the bias is summed up once for each of them:
+with few groups a GPU is not busy, and each takes as much memory as the bias in float32."""
+
+
+class CompactPlan(NamedTuple):
+    """The windows of a :class:`WindowPlan` for kernels that leave padding out. All tensors are int32.
+
+    Windows are of one kind if the roll cuts them alike and their padding lies in the same places; they are sorted by
+    kind. Rows are the places of a window with the real tokens first, so that a kind with n of them has them in the
+    rows 0 to n - 1.
+    """
+
+    tokens: Tensor  # (windows, rows): the token in each row, -1 beyond the last
+    kind_of: Tensor  # (windows,)
+    kinds: Tensor  # (kinds, 3): number of real tokens; first group; group after the last
+    layouts: Tensor  # (kinds, 3, length): the place of each row, the row of each place, the region of each place
+    groups: Tensor  # (groups, 3): kind; first window; window after the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +61,7 @@ class WindowPlan:
     token_of_row: Tensor  # (window rows,): the token in each window row; 0 in padding rows
     row_of_token: Tensor  # (tokens,): the window row of each token
     padding_rows: Tensor  # (padding rows,): the window rows that hold no token
+    compact: CompactPlan
 
 
 @torch.compiler.disable  # a plan is a constant of the graph's caller, not a part of the graph
@@ -46,7 +71,8 @@ def plan_windows(grid: Grid, window: int, *, shifted: bool, batch: int, device: 
 
     Plans are cached per shape and device.
     """
-    with torch.inference_mode(False):  # a plan first needed in inference must still serve training
+    # A plan first needed in inference, or while somebody traces with fake tensors, must still serve training.
+    with torch.inference_mode(False), _disable_current_modes():
         return _build_plan(grid, window, shifted, batch, device)
 
 
@@ -56,38 +82,38 @@ def _build_plan(grid: Grid, window: int, shifted: bool, batch: int, device: torc
     counts = [-(-size // side) for size, side in zip(grid, sides, strict=True)]
     length, tokens = math.prod(sides), math.prod(grid)
 
-    windows = _tokens_in_windows(grid, sides, shifts, counts, device)
+    windows = _tokens_in_windows(grid, sides, shifts, counts)
     # Along a shifted axis only the last window is cut by the roll; the others are of the uncut kind.
     parts = [(slice(-1), slice(-1, None)) if shift else (slice(None),) for shift in shifts]
     kinds = [windows[x, y, z].reshape(-1, length) for x, y, z in itertools.product(*parts)]
-    penalties = [
-        _penalty(cut, sides, shifts, device)
-        for cut in itertools.product(*[(False, True) if shift else (False,) for shift in shifts])
-    ]
+    cuts = list(itertools.product(*[(False, True) if shift else (False,) for shift in shifts]))
+    regions = [_regions(cut, sides, shifts) for cut in cuts]
 
     token = torch.cat(kinds)[:, None]  # (windows, 1, length) of one sample; `tokens` stands for padding
     row = torch.argsort(token.reshape(-1), stable=True)  # rows of tokens in token order, then the rows of padding
-    sample = torch.arange(batch, device=device)[:, None]
+    sample = torch.arange(batch)[:, None]
     rows = (row // length * batch + sample) * length + row % length  # (batch, windows * length) in the whole table
     return WindowPlan(
         length=length,
         windows_of_kind=tuple(len(kind) * batch for kind in kinds),
-        penalties=tuple(penalties),
-        token_of_row=torch.where(token < tokens, token + sample * tokens, 0).reshape(-1),
-        row_of_token=rows[:, :tokens].reshape(-1),
-        padding_rows=rows[:, tokens:].reshape(-1),
+        penalties=tuple(
+            ((region[:, None] != region) * SEPARATION).to(device) if any(cut) else None
+            for cut, region in zip(cuts, regions, strict=True)
+        ),
+        token_of_row=torch.where(token < tokens, token + sample * tokens, 0).reshape(-1).to(device),
+        row_of_token=rows[:, :tokens].reshape(-1).to(device),
+        padding_rows=rows[:, tokens:].reshape(-1).to(device),
+        compact=CompactPlan(*(table.to(device) for table in _compact(kinds, regions, tokens, batch))),
     )
 
 
-def _tokens_in_windows(
-    grid: Grid, sides: list[int], shifts: list[int], counts: list[int], device: torch.device
-) -> Tensor:
+def _tokens_in_windows(grid: Grid, sides: list[int], shifts: list[int], counts: list[int]) -> Tensor:
     """Return (windows X, Y, Z, length): the flat token index in each place, or the number of tokens for padding."""
-    index = torch.zeros((), dtype=torch.long, device=device)
-    outside = torch.zeros((), dtype=torch.bool, device=device)
+    index = torch.zeros((), dtype=torch.long)
+    outside = torch.zeros((), dtype=torch.bool)
     for axis in range(3):
         padded = counts[axis] * sides[axis]
-        place = (torch.arange(padded, device=device) + shifts[axis]) % padded
+        place = (torch.arange(padded) + shifts[axis]) % padded
         shape = [1] * 6  # windows X, side X, windows Y, side Y, windows Z, side Z
         shape[2 * axis : 2 * axis + 2] = [counts[axis], sides[axis]]
         place = place.reshape(shape)
@@ -97,18 +123,47 @@ def _tokens_in_windows(
     return index.permute(0, 2, 4, 1, 3, 5).reshape(*counts, -1)
 
 
-def _penalty(cut: tuple[bool, ...], sides: list[int], shifts: list[int], device: torch.device) -> Tensor | None:
-    """Return the (length, length) penalty of windows that the roll cuts along the axes in `cut`."""
-    if not any(cut):
-        return None
-    region = torch.zeros((), dtype=torch.long, device=device)
+def _regions(cut: tuple[bool, ...], sides: list[int], shifts: list[int]) -> Tensor:
+    """Number the regions (length,) into which the roll cuts a window along the axes in `cut`."""
+    region = torch.zeros((), dtype=torch.long)
     for axis in range(3):
-        beyond = torch.arange(sides[axis], device=device) >= sides[axis] - shifts[axis]
+        beyond = torch.arange(sides[axis]) >= sides[axis] - shifts[axis]
         shape = [1, 1, 1]
         shape[axis] = sides[axis]
         region = region * 2 + (beyond & cut[axis]).reshape(shape)
-    region = region.reshape(-1)
-    return (region[:, None] != region[None, :]) * SEPARATION
+    return region.reshape(-1)
+
+
+def _compact(cut_kinds: list[Tensor], regions: list[Tensor], tokens: int, batch: int) -> CompactPlan:
+    """Lay out windows (windows, length) of one sample, given for each way of being cut; `tokens` stands for padding."""
+    token, region = torch.cat(cut_kinds), torch.stack(regions)
+    length = token.shape[1]
+    cut = torch.repeat_interleave(torch.tensor([len(kind) for kind in cut_kinds]))
+    patterns, kind = torch.unique(torch.cat([cut[:, None], token == tokens], 1), dim=0, return_inverse=True)
+    padding = patterns[:, 1:]
+    places = torch.argsort(padding, dim=1, stable=True)
+    layouts = torch.stack([places, torch.argsort(places, dim=1), region[patterns[:, 0]]], 1)
+
+    by_kind = torch.argsort(kind, stable=True)
+    token, kind = token[by_kind].gather(1, places[kind[by_kind]])[:, None], kind[by_kind]
+    sample = torch.arange(batch)[:, None]
+    rows = torch.full((len(kind), batch, -(-length // ROW_BLOCK) * ROW_BLOCK), -1)
+    rows[..., :length] = torch.where(token < tokens, token + sample * tokens, -1)
+
+    kinds, groups, window = [], [], 0
+    at_once = -(-len(kind) * batch // GROUPS)
+    for number, count in enumerate(torch.bincount(kind).tolist()):
+        first, end = len(groups), window + count * batch
+        groups += [(number, start, min(start + at_once, end)) for start in range(window, end, at_once)]
+        kinds.append((length - int(padding[number].sum()), first, len(groups)))
+        window = end
+    return CompactPlan(
+        tokens=rows.flatten(0, 1).int(),
+        kind_of=kind.repeat_interleave(batch).int(),
+        kinds=torch.tensor(kinds, dtype=torch.int32),
+        layouts=layouts.int(),
+        groups=torch.tensor(groups, dtype=torch.int32),
+    )
 
 
 class _ToWindows(torch.autograd.Function):
