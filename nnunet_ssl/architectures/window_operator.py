@@ -128,7 +128,7 @@ def window_attention_backward(
         return qkv.new_empty(shape, dtype=torch.float32)
 
     d_qkv, d_bias, d_query = torch.empty_like(qkv), torch.empty_like(bias), in_float32(len(qkv), width)
-    d_padding, (delta, d_gathered) = in_float32(len(tokens), 2 * width), in_float32(2, len(qkv), heads)
+    d_padding, delta, d_gathered = in_float32(len(tokens), 2 * width), *(in_float32(len(qkv), heads) for _ in range(2))
     with torch.cuda.device_of(qkv):
         table, gathered = _table(bias, plan, qkv.dtype)
         kernels.attend_backward[len(tokens), heads](

@@ -33,7 +33,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, "-k", "not compile_for"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, "-k", "not compile_once"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [*command, __file__], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -253,14 +253,22 @@ def test_a_compiled_block_is_one_graph_with_one_attention():
 @pytest.mark.skipif(INTERPRETING, reason="needs the compiler")
 @pytest.mark.parametrize(
     ("generation", "dtype", "size"),
-    [(80, "bf16", 16), (89, "fp16", 32), (90, "bf16", 16), (90, "fp32", 64)],
+    [(80, torch.bfloat16, 16), (89, torch.float16, 32), (90, torch.bfloat16, 16), (90, torch.float32, 64)],
     ids=["Ampere", "Ada", "Hopper", "Hopper, float32"],
 )
-def test_kernels_compile_for(generation, dtype, size, tmp_path, monkeypatch):
-    """No GPU is needed for that. The shared memory fits the smallest that any of them has."""
-    from compiled_kernels import KERNELS, compile_kernel
+def test_kernels_compile_once_for(generation, dtype, size, tmp_path, monkeypatch):
+    """What the operator launches is compiled as it is launched, which takes no GPU; once for all shapes of a network.
+
+    The shared memory fits the smallest that any of these GPUs has.
+    """
+    from compiled_kernels import compiling_for
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in KERNELS:
-        compiled = compile_kernel(kernel, generation, dtype, size)
-        assert "cubin" in compiled.asm and compiled.metadata.shared <= 48 * 1024
+    with compiling_for(generation) as compiled:
+        for grid, window, heads in (((8, 5, 3), 5, 3), ((2, 2, 2), 3, 16), ((9, 9, 9), 4, 1)):
+            plan = windows(grid, window)
+            values_and_gradients(by_kernels(plan), draw(grid, plan, heads=heads, size=size, dtype=dtype))
+    assert len(compiled) == 5
+    for name, kernels in compiled.items():
+        assert len(kernels) == 1, name
+        assert "cubin" in kernels[0].asm and kernels[0].metadata.shared <= 48 * 1024

@@ -1,51 +1,41 @@
-"""Compile the Triton kernels of window attention for a GPU that is not there."""
+"""Let Triton compile for a GPU that is not there, whatever would be launched on it."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
-import torch
-import triton
+import pytest
+from triton import JITFunction
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from nnunet_ssl.architectures import window_kernels, window_operator
-
-KERNELS = ("build_table", "attend", "attend_backward", "table_backward", "bias_backward")
-
-SCALARS = {"scale": "fp32", "root": "fp32", "penalty": "fp32"} | dict.fromkeys(window_kernels.SIZES, "i32")
-WHOLE_NUMBERS = ("tokens", "kind_of", "kinds", "layouts", "groups")
-IN_THE_TYPE = ("qkv", "padding", "table", "out", "d_out", "d_qkv")
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from triton.compiler import CompiledKernel
 
 
-def compile_kernel(name: str, generation: int, dtype: str, size: int) -> triton.compiler.CompiledKernel:
-    """Compile a kernel as the operator calls it: for compute capability `generation` / 10, a type and a head size."""
-    tile = tiles(generation, dtype, size, name)
-    constants = {"M": tile[0], "N": tile[1], "D": size}
-    kernel, signature, attributes = getattr(window_kernels, name), {}, {}
-    for place, parameter in enumerate(inspect.signature(kernel.fn).parameters):
-        if parameter in constants:
-            signature[parameter] = "constexpr"
-        elif parameter in SCALARS:
-            signature[parameter] = SCALARS[parameter]
-        else:
-            kind = "i32" if parameter in WHOLE_NUMBERS else dtype if parameter in IN_THE_TYPE else "fp32"
-            signature[parameter] = f"*{kind}"
-            attributes[place,] = [["tt.divisibility", 16]]
-    constants = {key: value for key, value in constants.items() if key in signature}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, GPUTarget("cuda", generation, 32), options={"num_warps": 4, "num_stages": 1})
+@contextmanager
+def compiling_for(generation: int) -> Iterator[dict[str, list[CompiledKernel]]]:
+    """Inside the block kernels are compiled and not launched: what they were to write stays as it is.
 
+    Args:
+        generation: ten times the compute capability, 90 for Hopper.
 
-def tiles(generation: int, dtype: str, size: int, name: str) -> tuple[int, int]:
-    """What :func:`nnunet_ssl.architectures.window_operator.tiles_for` would choose there."""
-    if name not in window_operator.Tiles._fields:
-        return window_operator.TABLE_TILE
-    if dtype == "fp32":
-        chosen = window_operator.TILES_IN_FLOAT32[size]
-    elif size in window_operator.TILES:
-        chosen = window_operator.TILES[size]
-    else:
-        chosen = window_operator.TILES_OF_64["Hopper" if generation >= 90 else "Ampere, Ada"]
-    return getattr(chosen, name)
+    Yields:
+        What was compiled, by kernel; a launch that finds its compilation adds none.
+    """
+    compiled: dict[str, list[CompiledKernel]] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
+        one = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        known = compiled.setdefault(kernel.fn.__name__, [])
+        if all(one is not other for other in known):
+            known.append(one)
+
+    # Devices of another number, or kernels that were compiled for one generation would be taken for the next.
+    target = GPUTarget("cuda", generation, 32)
+    ask = {"get_current_target": lambda: target, "get_current_device": lambda: generation}
+    active = SimpleNamespace(**ask, get_current_stream=lambda device: 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr("triton.runtime.jit.driver", SimpleNamespace(active=active))
+        yield compiled
