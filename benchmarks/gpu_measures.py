@@ -29,7 +29,7 @@ SMALL = [
 PAPERS = ["patch_size=64"]
 """The paper's networks, in which the coarsest map still has eight places."""
 
-ALWAYS = ["batch_size=2", "masked.unpaired_batch_size=1", "queue_size=32", "warmup=0", "workers=0"]
+ALWAYS = ["batch_size=2", "masked.unpaired_batch_size=1", "queue_size=32", "warmup=0", "workers=0", "compile=false"]
 
 
 class Finding(NamedTuple):

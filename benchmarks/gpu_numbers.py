@@ -81,7 +81,7 @@ def compiled_is_eager(place: Place, backbone: str) -> Finding:
         config = place.config("mcl_mim", backbone, "bf16=false", f"compile={compiled}", small=True)
         volumes, mask = (tensor.to(place.device) for tensor in example(config, 2))
         with full_precision(), quick_compiler(place.device):
-            learner = Learner(config).to(place.device)
+            learner = Learner(config, place.device)
             query, results = learner.query, {}
             # First, because PyTorch may wrongly go on with the first graph that it has.
             results["frozen maps"] = with_trainable_encoder(query, False).encode(volumes)

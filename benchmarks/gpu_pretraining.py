@@ -30,7 +30,7 @@ def corpus_is_there(place: Place) -> Finding:
 def recipe_learns(place: Place, recipe: str, backbone: str) -> Finding:
     """A few steps: at the first the queue may hold no negative, and residual blocks begin as identities."""
     config = place.config(recipe, backbone)
-    learner = Learner(config).to(place.device)
+    learner = Learner(config, place.device)
     optimizer = build_optimizer(learner.query, config)
     stream = Stream(open_corpus(CORPUS), config, device=place.device, start=0, workers=0)
     trained = {name: one for name, one in learner.query.named_parameters() if one.requires_grad}
@@ -51,6 +51,7 @@ def run_goes_on(place: Place) -> Finding:
     """The loop on a small network, with a process that reads, checkpoints, validation, and a second start."""
     for steps in (2, 4):
         settings = [f"steps={steps}", "workers=1", "recipe=gpu_check", "validation={fraction: 0.3, batches: 1}"]
+        settings += ["compile=auto"]  # a user's default
         config = place.config("mcl_mim", "swin", *settings, "log_every=1", small=True)
         pretrain_here(config, place, resume=steps > 2)
     folder = folder_of("nnUNet_results") / CORPUS / "gpu_check"

@@ -105,7 +105,7 @@ def fitting(config: PretrainingConfig, corpus: Corpus, device: torch.device, cou
 
 def measure(config: PretrainingConfig, corpus: Corpus, device: torch.device, count: int) -> dict[str, object]:
     """Time, memory and parts of a step of one configuration."""
-    learner = Learner(config).to(device)
+    learner = Learner(config, device)
     optimizer = build_optimizer(learner.query, config)
     stream = streams.Stream(corpus, config, device=device, start=0, workers=config.workers)
     schedule = schedules(0, config)

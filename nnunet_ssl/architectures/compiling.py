@@ -8,10 +8,13 @@ traced code depends on, what was compiled for the old one is dropped, by us.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 VERSIONS = 256
 """Graphs that may be kept. All parts count together, because they are called through one function of PyTorch's: about
@@ -41,6 +44,23 @@ def compile_parts(network: Divisible, **options: Any) -> None:
     for part in network.parts():
         # Batches come in few sizes. By default the second size would bring symbolic shapes, also for the windows.
         part.compile(dynamic=False, **options)
+
+
+def compiler_serves(device: torch.device) -> bool:
+    """Whether to compile for `device` where nobody says: on a GPU, if a compilation that is as small as can be works.
+
+    It may not, for want of a C compiler or of Python's headers; a warning tells why. On a CPU compilation takes longer
+    than most trainings there gain by it.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # of a compiler or a driver: the training can do without
+        first = str(error).strip().partition("\n")[0]
+        logger.warning("torch.compile does not work here (%s: %s): going on without.", type(error).__name__, first)
+        return False
+    return True
 
 
 def forget_compiled() -> None:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -81,7 +81,7 @@ class PretrainingConfig:
     gradient_clip: float = ranged(10.0, "positive")  # norm
     accumulation: int = ranged(1, "at least 1")  # a step's examples come in so many parts, to save memory
     bf16: bool = True  # autocast, on GPUs that have it
-    compile: bool = False  # torch.compile for the encoder
+    compile: Literal["auto", True, False] = "auto"  # torch.compile for the encoder; auto: on a GPU
     checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
 
     log_every: int = ranged(100, "at least 1")  # steps

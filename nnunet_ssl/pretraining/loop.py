@@ -56,7 +56,7 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
     with ExitStack() as stack:
         stack.enter_context(lost_workers_explained())
         stack.enter_context(shortage_explained(config, device))
-        learner = Learner(config).to(device)
+        learner = Learner(config, device)
         optimizer = build_optimizer(learner.query, config)
         first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
         if first >= config.steps:
@@ -151,6 +151,8 @@ def announce(folder: Path, corpus: Corpus, config: PretrainingConfig, learner: L
     parameters = sum(parameter.numel() for parameter in learner.query.encoder.parameters())
     logger.info("Recipe %s on %s:\n%s", config.recipe, corpus.folder.parent.name, describe_corpus(corpus.summary()))
     logger.info("Encoder of %s parameters; %s", f"{parameters:,}", f"{distributed.world_size()} process(es)")
+    compiled = "compiled in parts, which makes the first steps slow" if learner.compiles else "not compiled"
+    logger.info("The encoder is %s (compile=%s)", compiled, str(config.compile).lower())
     logger.info("Steps %d to %d; results in %s", first, config.steps, folder)
 
 

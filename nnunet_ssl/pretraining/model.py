@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.backbones.base import Encoder
-from nnunet_ssl.architectures.compiling import compile_parts
+from nnunet_ssl.architectures.compiling import compile_parts, compiler_serves
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.objectives.base import Objective
 
 Result = TypeVar("Result")
 Inputs = ParamSpec("Inputs")
+CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -73,9 +74,10 @@ class Learner(nn.Module):
 
     Args:
         config: the recipe. Weights are drawn from its seed, whatever has been drawn before.
+        device: where everything goes; drawn on the CPU, weights are the same everywhere.
     """
 
-    def __init__(self, config: PretrainingConfig) -> None:
+    def __init__(self, config: PretrainingConfig, device: torch.device = CPU) -> None:
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
@@ -89,7 +91,9 @@ class Learner(nn.Module):
                 delattr(self.key, objective.head_name)
             if objective.state_name is not None:
                 self.add_module(objective.state_name, objective.build_state())
-        if config.compile:
+        self.to(device)
+        self.compiles = compiler_serves(device) if config.compile == "auto" else config.compile
+        if self.compiles:
             self._compile()
 
     def state_of(self, objective: Objective) -> nn.Module | None:

@@ -99,6 +99,25 @@ def compiling(monkeypatch):
 COMPILED = ["compile=true", "backbone=resenc", "resenc.features=4,8", "resenc.blocks=1,1", "patch_size=8"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "serves", "compiles"),
+    [("auto", True, True), ("auto", False, False), ("true", False, True), ("false", True, False)],
+)
+def test_one_setting_says_whether_encoders_are_compiled(tiny, monkeypatch, setting, serves, compiles):
+    """Left to itself it is on where a compiler serves the device, in every recipe and for both networks."""
+    parts, asked = [], []
+    monkeypatch.setattr(model, "compile_parts", parts.append)
+    monkeypatch.setattr(model, "compiler_serves", lambda device: asked.append(device) or serves)
+    learner = Learner(load_config("mcl_mim", [*tiny, f"compile={setting}"]))
+    assert learner.compiles == compiles and bool(asked) == (setting == "auto")
+    assert parts == ([learner.query.encoder, learner.key.encoder] if compiles else [])
+
+
+def test_by_default_nothing_is_compiled_on_a_cpu(tiny):
+    config = load_config("mcl_mim", tiny)
+    assert config.compile == "auto" and not Learner(config).compiles
+
+
 @pytest.mark.compiled
 def test_a_compiled_shared_pass_can_be_measured(tiny, compiling):
     """The first step, not measured, compiles; measuring goes backward twice through one graph."""
