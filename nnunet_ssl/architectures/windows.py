@@ -72,7 +72,7 @@ def plan_windows(grid: Grid, window: int, *, shifted: bool, batch: int, device: 
     Plans are cached per shape and device.
     """
     # A plan first needed in inference, or while somebody traces with fake tensors, must still serve training.
-    with torch.inference_mode(False), _disable_current_modes():
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
         return _build_plan(grid, window, shifted, batch, device)
 
 
