@@ -66,6 +66,9 @@ def checks(place: Place) -> Iterator[tuple[str, Check]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = f"attention in one part and in many: {str(dtype).removeprefix('torch.')} against float64"
         yield name, partial(numbers.attention_is_exact, place, dtype)
+        name = f"attention by the operator's kernels: {str(dtype).removeprefix('torch.')} against float64"
+        yield name, partial(numbers.operator_is_exact, place, dtype)
+    yield "attention by the operator's kernels, and by PyTorch: times", partial(numbers.operator_is_fast, place)
     for backbone in BACKBONES:
         yield f"encoder {backbone}: compiled as eager", partial(numbers.compiled_is_eager, place, backbone)
     for name, transform in numbers.transforms().items():

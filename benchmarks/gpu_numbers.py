@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from unittest.mock import patch
 
+import attention
 import numpy as np
 import torch
 import torch._dynamo
@@ -15,8 +17,10 @@ from recipes import CORPUS
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures import attention as attention_module
-from nnunet_ssl.architectures.attention import attention
+from nnunet_ssl.architectures import window_attention
+from nnunet_ssl.architectures.attention import attention as attend
 from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.architectures.window_attention import kernels_serve
 from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.model import Learner
@@ -49,7 +53,7 @@ def limit_of_network(name: str) -> float:
 
 
 def encoder_is_exact(place: Place, backbone: str) -> Finding:
-    """Maps and gradients, with hidden cells and without; Swin's attention in one part and in many."""
+    """Maps and gradients, with hidden cells and without; Swin's attention as it is chosen, and by PyTorch in parts."""
     config = place.config("mcl_mim", backbone)
     architecture = config.architecture()
     torch.manual_seed(0)
@@ -59,15 +63,16 @@ def encoder_is_exact(place: Place, backbone: str) -> Finding:
     reference.load_state_dict(own.state_dict())  # the same, rounded to float32
     own.to(place.device)
     volumes, hidden = example(config, 1)
-    ways: dict[str, AbstractContextManager] = {"": nullcontext()}
+    ways: dict[str, Callable[[], AbstractContextManager]] = {"": nullcontext}
     if backbone == "swin":
-        ways[" in parts"] = attention_in_parts(architecture["num_heads"][0] * architecture["window_size"] ** 6)
+        scores = architecture["num_heads"][0] * architecture["window_size"] ** 6
+        ways[" by PyTorch in parts"] = partial(pytorchs_attention, scores)
     measured: dict[str, float] = {}
     for way, mask in {"": None, "masked ": hidden}.items():
         expected = maps_and_gradients(reference, reference, volumes.double(), mask)
         inputs = [tensor if tensor is None else tensor.to(place.device) for tensor in (volumes, mask)]
         for part, patched in ways.items():
-            with patched, full_precision():
+            with patched(), full_precision():
                 results = maps_and_gradients(own, own, *inputs)
             measured |= {way + what + part: difference(results[what], expected[what]) for what in results}
     return verdict(measured, limit_of_network)
@@ -151,6 +156,13 @@ def attention_in_parts(scores: int) -> AbstractContextManager:
     )
 
 
+@contextmanager
+def pytorchs_attention(scores: int) -> Iterator[None]:
+    """Inside the block window attention is PyTorch's, on few windows at once, also where kernels would serve."""
+    with patch.object(window_attention, "_decide", lambda *_: False), attention_in_parts(scores):
+        yield
+
+
 def attention_is_exact(place: Place, dtype: torch.dtype) -> Finding:
     """Query, key and value in the type of an autocast, the trained bias in float32, as encoders pass them."""
     windows, heads, length, width = (24, 3, 343, 16) if place.device.type == "cuda" else (24, 2, 27, 8)
@@ -172,8 +184,44 @@ def attention_is_exact(place: Place, dtype: torch.dtype) -> Finding:
     for way, parted in {"one": nullcontext(), "many": attention_in_parts(heads * length**2)}.items():
         inputs = [one.detach().to(place.device, kind) for one, kind in zip(drawn, types, strict=True)]
         with parted, torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32):
-            measured[way] = difference(results(inputs, attention), expected)
+            measured[way] = difference(results(inputs, attend), expected)
     return verdict(measured, ROUNDING[dtype])
+
+
+def operator_is_exact(place: Place, dtype: torch.dtype) -> Finding:
+    """The operator on the paper's grids: windows with padding, cut and whole, of every stage, against float64."""
+    if not kernels_serve(place.device, dtype, 16):
+        return Finding(
+            None if place.device.type != "cuda" else False, "PyTorch's attention serves here; the log says why"
+        )
+    measured = {}
+    for case in attention.cases(96, 1, place.device, dtype):
+
+        def results(way: Callable, inputs: list[Tensor]) -> list[Tensor]:
+            trained = [one.detach().requires_grad_() for one in inputs]
+            out = way(*trained)
+            weight = torch.linspace(-1, 1, out.numel(), device=place.device, dtype=torch.float64).view_as(out)
+            return [out, *torch.autograd.grad(out, trained, weight.to(out.dtype))]
+
+        ways = case.ways()
+        own = results(ways["kernels"], case.inputs)
+        expected = results(ways["PyTorch"], [one.double() for one in case.inputs])
+        measured[case.name] = difference(own, expected)
+        again = results(ways["kernels"], case.inputs)
+        if not all(torch.equal(one, other) for one, other in zip(own, again, strict=True)):
+            return Finding(False, f"{case.name}: two runs differ")
+    return verdict(measured, ROUNDING[dtype])
+
+
+def operator_is_fast(place: Place) -> Finding:
+    """Forward and backward in milliseconds, beside PyTorch's attention; slower than that is no gain, but no fault."""
+    if not kernels_serve(place.device, torch.bfloat16, 16):
+        return Finding(None, "PyTorch's attention serves here")
+    texts = []
+    for case in attention.cases(96, 8, place.device, torch.bfloat16):
+        taken = attention.times(case)
+        texts.append(f"{case.name}: " + " against ".join(f"{one:.2f} + {other:.2f}" for one, other in taken.values()))
+    return Finding(True, f"ms at batch 8, {'; '.join(texts)}")
 
 
 # --- augmentation

@@ -31,7 +31,7 @@ def test_everything_passes_on_a_cpu(tmp_path):
     caption, rows = table.read_text().split("\n\n")
     assert "torch" in caption and " 0 failed" in caption
     assert [line for line in rows.splitlines() if "| SKIP |" in line] == [
-        line for line in rows.splitlines() if "too little memory" in line
+        line for line in rows.splitlines() if "too little memory" in line or "the operator's kernels" in line
     ]
     for backbone in ("swin", "resenc"):
         assert all(f"recipe {recipe}, {backbone}" in rows for recipe in recipes())
