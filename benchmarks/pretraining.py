@@ -6,8 +6,8 @@ further steps, with the device waited for at every border, so the parts of a GPU
 does not fit the GPU comes in parts (accumulation). "to step 10" is the time from the start of the first step, with what
 is compiled for it; what earlier runs left in the compilers' caches counts.
 
-    python benchmarks/pretraining.py -device cuda --also bf16=false compile=true shared_pass=true checkpointing=true \\
-        "compile=true shared_pass=true" swin.window_size=6
+    python benchmarks/pretraining.py -device cuda --also bf16=false compile=false shared_pass=true checkpointing=true \\
+        swin.window_size=6
     python benchmarks/pretraining.py --small --also shared_pass=true         a small encoder, for a CPU
     python benchmarks/pretraining.py -device cuda -c mim backbone=resenc     another recipe, settings for all rows
     python benchmarks/pretraining.py -device cuda --peer monai               and the same step around MONAI's encoder
@@ -104,7 +104,7 @@ def store(folder: Path, sessions: int) -> Corpus:
 def fitting(
     config: PretrainingConfig, corpus: Corpus, device: torch.device, count: int, peer: str = ""
 ) -> dict[str, object]:
-    """Measure with the batch in as few parts as the device's memory allows; around a peer's encoder, if there is one."""
+    """Measure with the batch in as few parts as the device's memory allows; around a peer's encoder if one is named."""
     while True:
         try:
             with encoder_of(peer, config):

@@ -119,7 +119,7 @@ def window_attention_backward(
 
     size = _check(qkv, padding, bias, layouts)
     plan = CompactPlan(tokens, kind_of, kinds, layouts, groups)
-    d_out, qkv, padding, bias = d_out.contiguous(), qkv.contiguous(), padding.contiguous(), bias.contiguous()
+    d_out, out, log_sums, qkv, padding, bias = (one.contiguous() for one in (d_out, out, log_sums, qkv, padding, bias))
     heads, tiles, width = len(bias), tiles_for(qkv, size), len(bias) * size
     n_rows, scale = tokens.shape[1], size**-0.5 * LOG2_E
     sizes = (heads, n_rows // ROW_BLOCK)
@@ -127,7 +127,7 @@ def window_attention_backward(
     def in_float32(*shape: int) -> Tensor:
         return qkv.new_empty(shape, dtype=torch.float32)
 
-    d_qkv, d_bias, d_query = torch.empty_like(qkv), torch.empty_like(bias), in_float32(len(qkv), width)
+    d_qkv, d_bias, d_query = qkv.new_empty(qkv.shape), in_float32(*bias.shape), in_float32(len(qkv), width)
     d_padding, delta, d_gathered = in_float32(len(tokens), 2 * width), *(in_float32(len(qkv), heads) for _ in range(2))
     with torch.cuda.device_of(qkv):
         table, gathered = _table(bias, plan, qkv.dtype)
@@ -154,7 +154,7 @@ def window_attention_backward(
 
 @window_attention_backward.register_fake
 def _gradients(d_out: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, padding: Tensor, bias: Tensor, *plan: Tensor):
-    return torch.empty_like(qkv), torch.empty_like(padding), torch.empty_like(bias)
+    return tuple(one.new_empty(one.shape) for one in (qkv, padding, bias))
 
 
 def _keep(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
