@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -125,10 +126,10 @@ def self_check(device: torch.device, dtype: torch.dtype, head_size: int) -> floa
         qkv, padding = (_waves(shape, device).to(dtype) for shape in shapes[:2])
         bias, weight = _waves(shapes[2], device).float(), _waves((len(qkv), heads * head_size), device).to(dtype)
 
-        def results(attend, *inputs: Tensor) -> list[Tensor]:
-            inputs = [one.detach().requires_grad_() for one in inputs]
-            out = attend(*inputs)
-            return [out, *torch.autograd.grad(out, inputs, weight.to(out.dtype))]
+        def results(attend: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+            trained = [one.detach().requires_grad_() for one in inputs]
+            out = attend(*trained)
+            return [out, *torch.autograd.grad(out, trained, weight.to(out.dtype))]
 
         own = results(lambda *inputs: operator(*inputs, *plan.compact)[0], qkv, padding, bias)
         exact = results(

@@ -7,7 +7,8 @@ backward pass only them, its result, and one number per token and head. Whether 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from nnunet_ssl.architectures.windows import ROW_BLOCK, SEPARATION, CompactPlan
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (16, 32, 64)
 LOG2_E = 1.4426950408889634
+
+Shape = Sequence[int]
 
 
 class Tiles(NamedTuple):
@@ -153,16 +156,18 @@ def window_attention_backward(
 
 
 @window_attention_backward.register_fake
-def _gradients(d_out: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, padding: Tensor, bias: Tensor, *plan: Tensor):
-    return tuple(one.new_empty(one.shape) for one in (qkv, padding, bias))
+def _gradients(
+    d_out: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, padding: Tensor, bias: Tensor, *plan: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), padding.new_empty(padding.shape), bias.new_empty(bias.shape)
 
 
-def _keep(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *inputs)
 
 
-def _differentiate(ctx, d_out: Tensor, _) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *window_attention_backward(d_out, *ctx.saved_tensors), None, None, None, None, None
 
 
@@ -170,14 +175,14 @@ window_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.nnunet_ssl.window_attention)
-def _flops(qkv, padding, bias, tokens, *plan, out_shape=None, **options) -> int:
+def _flops(qkv: Shape, padding: Shape, bias: Shape, tokens: Shape, *plan: Shape, **options: Any) -> int:
     """Two matrix products, of whole windows: as PyTorch counts its own attention, though padding is left out."""
     heads, length, _ = bias
     return 4 * tokens[0] * heads * length**2 * (qkv[1] // 3 // heads)
 
 
 @register_flop_formula(torch.ops.nnunet_ssl.window_attention_backward)
-def _backward_flops(d_out, out, log_sums, *inputs, out_shape=None, **options) -> int:
+def _backward_flops(d_out: Shape, out: Shape, log_sums: Shape, *inputs: Shape, **options: Any) -> int:
     """Five products: the scores once more, and four gradients."""
     return _flops(*inputs) // 2 * 5
 

@@ -150,7 +150,9 @@ def _compact(cut_kinds: list[Tensor], regions: list[Tensor], tokens: int, batch:
     rows = torch.full((len(kind), batch, -(-length // ROW_BLOCK) * ROW_BLOCK), -1)
     rows[..., :length] = torch.where(token < tokens, token + sample * tokens, -1)
 
-    kinds, groups, window = [], [], 0
+    kinds: list[tuple[int, int, int]] = []
+    groups: list[tuple[int, int, int]] = []
+    window = 0
     at_once = -(-len(kind) * batch // GROUPS)
     for number, count in enumerate(torch.bincount(kind).tolist()):
         first, end = len(groups), window + count * batch
