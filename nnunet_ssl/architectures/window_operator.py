@@ -55,7 +55,11 @@ def tiles_for(qkv: Tensor, head_size: int) -> Tiles:
     return TILES_OF_64["Hopper" if hopper else "Ampere, Ada"]
 
 
-@torch.library.custom_op("nnunet_ssl::window_attention", mutates_args=())
+INPUTS = "Tensor qkv, Tensor padding, Tensor bias, " + ", ".join(f"Tensor {name}" for name in CompactPlan._fields)
+"""Said to PyTorch in words: older releases do not read annotations that are text."""
+
+
+@torch.library.custom_op("nnunet_ssl::window_attention", mutates_args=(), schema=f"({INPUTS}) -> (Tensor, Tensor)")
 def window_attention(
     qkv: Tensor,
     padding: Tensor,
@@ -103,7 +107,11 @@ def _outputs(qkv: Tensor, padding: Tensor, bias: Tensor, *plan: Tensor) -> tuple
     return out, qkv.new_empty(qkv.shape[0], bias.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("nnunet_ssl::window_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "nnunet_ssl::window_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor d_out, Tensor out, Tensor log_sums, {INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
 def window_attention_backward(
     d_out: Tensor,
     out: Tensor,
