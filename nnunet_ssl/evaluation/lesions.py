@@ -11,11 +11,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from nnunet_ssl.evaluation.matching import Connectivity, count_matches, find_overlaps
+from nnunet_ssl.evaluation.matching import Connectivity, Overlaps, count_matches, find_overlaps
 from nnunet_ssl.evaluation.probabilities import pr_auc
 
 CONNECTIVITIES = get_args(Connectivity)
@@ -29,12 +29,14 @@ class Preset:
     Attributes:
         connectivity: of voxels that are one lesion.
         official: the metrics it reports. ATLAS R2.0 counts the volume difference in voxels; here it is in ml always.
+        constant_map_when_empty: it scores the probability map, and wants a constant one where nothing is segmented.
         patients_only: every metric but specificity is summarised over the cases that have a lesion. Otherwise a
             healthy control in which nothing is found scores a Dice of 1, and the mean says how many controls there are.
     """
 
     connectivity: Connectivity
     official: tuple[str, ...]
+    constant_map_when_empty: bool = False
     patients_only: bool = False
 
 
@@ -44,6 +46,7 @@ PRESETS = {
     "isles26": Preset(
         connectivity=26,
         official=("matched_dice", "recognition_quality", "count_difference", "volume_difference_ml", "pr_auc"),
+        constant_map_when_empty=True,
     ),
     "atlas": Preset(connectivity=6, official=_CHALLENGE),
     "fcd": Preset(connectivity=26, official=("dice", "lesion_f1", "detected", "correctly_empty"), patients_only=True),
@@ -120,35 +123,42 @@ def compare_masks(
     """
     if reference.shape != predicted.shape:
         raise ValueError(f"The masks have different shapes: {reference.shape} and {predicted.shape}.")
-    voxel_ml = float(np.prod(spacing)) / 1000
-    reference_ml, predicted_ml = (float(np.count_nonzero(mask)) * voxel_ml for mask in (reference, predicted))
     overlaps = find_overlaps(reference, predicted, connectivity)
-    n_reference, n_predicted = len(overlaps.reference), len(overlaps.predicted)
-    found, matched = overlaps.found, count_matches(overlaps, MATCHING_IOU)
-    false, missed = n_predicted - overlaps.supported, n_reference - found
-    voxel_dice = dice(reference, predicted)
     hd95, surface_dice = compare_surfaces(reference, predicted, spacing, tolerance_mm)
     return CaseMetrics(
-        dice=voxel_dice,
-        lesion_f1=_ratio(found, found + (false + missed) / 2),
-        lesion_precision=_ratio(found, found + false, empty=float(n_reference == 0)),
-        lesion_recall=_ratio(found, n_reference, empty=float(n_predicted == 0)),
-        volume_difference_ml=abs(reference_ml - predicted_ml),
-        count_difference=abs(n_reference - n_predicted),
+        **compare_lesions(overlaps, float(np.prod(spacing)) / 1000),
         hd95_mm=hd95,
         surface_dice=surface_dice,
-        recognition_quality=_ratio(2 * matched, n_reference + n_predicted),
-        matched_dice=voxel_dice if matched or not n_reference + n_predicted else 0.0,
         pr_auc=float("nan") if probabilities is None else pr_auc(reference, probabilities),
-        detected=float(found > 0) if n_reference else float("nan"),
-        correctly_empty=float("nan") if n_reference else float(n_predicted == 0),
-        reference_lesions=n_reference,
-        predicted_lesions=n_predicted,
-        found_lesions=found,
-        false_lesions=false,
-        reference_ml=reference_ml,
-        predicted_ml=predicted_ml,
     )
+
+
+def compare_lesions(overlaps: Overlaps, voxel_ml: float) -> dict[str, Any]:
+    """Return the fields of :class:`CaseMetrics` that follow from the lesions' sizes and what they share."""
+    n_reference, n_predicted = len(overlaps.reference), len(overlaps.predicted)
+    voxels = [int(sizes.sum()) for sizes in (overlaps.reference, overlaps.predicted)]
+    reference_ml, predicted_ml = (count * voxel_ml for count in voxels)
+    found, matched = overlaps.found, count_matches(overlaps, MATCHING_IOU)
+    false, missed = n_predicted - overlaps.supported, n_reference - found
+    voxel_dice = _ratio(2 * int(overlaps.shared.sum()), sum(voxels))
+    return {
+        "dice": voxel_dice,
+        "lesion_f1": _ratio(found, found + (false + missed) / 2),
+        "lesion_precision": _ratio(found, found + false, empty=float(n_reference == 0)),
+        "lesion_recall": _ratio(found, n_reference, empty=float(n_predicted == 0)),
+        "volume_difference_ml": abs(reference_ml - predicted_ml),
+        "count_difference": abs(n_reference - n_predicted),
+        "recognition_quality": _ratio(2 * matched, n_reference + n_predicted),
+        "matched_dice": voxel_dice if matched or not n_reference + n_predicted else 0.0,
+        "detected": float(found > 0) if n_reference else float("nan"),
+        "correctly_empty": float("nan") if n_reference else float(n_predicted == 0),
+        "reference_lesions": n_reference,
+        "predicted_lesions": n_predicted,
+        "found_lesions": found,
+        "false_lesions": false,
+        "reference_ml": reference_ml,
+        "predicted_ml": predicted_ml,
+    }
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:

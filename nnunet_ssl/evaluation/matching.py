@@ -6,11 +6,12 @@ below 2 and scikit-image at 0.22, so its rule is written out here; a test holds 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cc3d
 import numpy as np
+from scipy import ndimage
 
 Connectivity = Literal[6, 18, 26]
 """Neighbours of a voxel in three dimensions."""
@@ -25,12 +26,27 @@ class Overlaps:
         predicted: (P,) size of each predicted lesion.
         pairs: (N, 2) numbers of the reference and the predicted lesion that share voxels, sorted by the predicted one.
         shared: (N,) how many voxels they share.
+        peaks: (P,) the highest probability in each predicted lesion, if there was a map.
     """
 
     reference: np.ndarray
     predicted: np.ndarray
     pairs: np.ndarray
     shared: np.ndarray
+    peaks: np.ndarray | None = None
+
+    def keeping(self, kept: np.ndarray) -> Overlaps:
+        """Return what is left when only the predicted lesions of a boolean (P,) are predicted."""
+        remaining = kept[self.pairs[:, 1]]
+        number = np.cumsum(kept) - 1
+        pairs = self.pairs[remaining]
+        return replace(
+            self,
+            predicted=self.predicted[kept],
+            pairs=np.stack([pairs[:, 0], number[pairs[:, 1]]], axis=1),
+            shared=self.shared[remaining],
+            peaks=None if self.peaks is None else self.peaks[kept],
+        )
 
     @property
     def found(self) -> int:
@@ -43,14 +59,20 @@ class Overlaps:
         return len(np.unique(self.pairs[:, 1]))
 
 
-def find_overlaps(reference: np.ndarray, predicted: np.ndarray, connectivity: Connectivity) -> Overlaps:
+def find_overlaps(
+    reference: np.ndarray,
+    predicted: np.ndarray,
+    connectivity: Connectivity,
+    probabilities: np.ndarray | None = None,
+) -> Overlaps:
     """Take two boolean masks (X, Y, Z) apart into connected components of 6, 18 or 26 neighbours."""
-    labels, sizes = zip(*(_components(mask, connectivity) for mask in (reference, predicted)))
+    labels, sizes = zip(*(components(mask, connectivity) for mask in (reference, predicted)))
     both = reference & predicted
     first, second = (each[both].astype(np.int64) - 1 for each in labels)
     codes, shared = np.unique(second * len(sizes[0]) + first, return_counts=True)
     pairs = np.stack([codes % max(len(sizes[0]), 1), codes // max(len(sizes[0]), 1)], axis=1)
-    return Overlaps(reference=sizes[0], predicted=sizes[1], pairs=pairs, shared=shared)
+    peaks = None if probabilities is None else peaks_of(probabilities, labels[1], len(sizes[1]))
+    return Overlaps(reference=sizes[0], predicted=sizes[1], pairs=pairs, shared=shared, peaks=peaks)
 
 
 def count_matches(overlaps: Overlaps, threshold: float) -> int:
@@ -73,7 +95,12 @@ def count_matches(overlaps: Overlaps, threshold: float) -> int:
     return matches
 
 
-def _components(mask: np.ndarray, connectivity: Connectivity) -> tuple[np.ndarray, np.ndarray]:
+def components(mask: np.ndarray, connectivity: Connectivity) -> tuple[np.ndarray, np.ndarray]:
     """Return the number of each voxel's component from 1, (X, Y, Z), and the components' sizes, int64."""
     labels, count = cc3d.connected_components(mask, connectivity=connectivity, return_N=True)
     return labels, np.bincount(labels[mask], minlength=count + 1)[1:]
+
+
+def peaks_of(probabilities: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Return the highest probability in each of the components 1 ... `count`."""
+    return np.asarray(ndimage.maximum(probabilities, labels, np.arange(1, count + 1)), dtype=probabilities.dtype)

@@ -77,7 +77,32 @@ def _read_image(path: Path, mask: Volume) -> np.ndarray:
 
 
 def _read_npz(path: Path, mask: Volume, label: int | None) -> np.ndarray:
-    """Read nnU-Net's array (class, Z, Y, X) as its reader's orientation has it, and turn it to the mask's."""
+    """Read nnU-Net's map as its reader's orientation has it, and turn it to the mask's."""
+    values = onto_image(read_lesion_channel(path, label), mask.affine, turned=_turned_to_ras(path))
+    if values.shape != mask.array.shape:
+        raise UserError(f"{path} holds {values.shape} voxels, but its mask {mask.array.shape}: predict both together.")
+    return values
+
+
+def onto_image(values: np.ndarray, affine: np.ndarray, *, turned: bool) -> np.ndarray:
+    """Bring an array (Z, Y, X) of nnU-Net's to the axes of its image, (X, Y, Z) as stored with this affine.
+
+    Args:
+        turned: whether nnU-Net saw the image turned to RAS.
+    """
+    values = values.transpose(2, 1, 0)
+    if not turned:
+        return values
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(affine))
+    return nib.apply_orientation(values, back)
+
+
+def read_lesion_channel(path: Path, label: int | None = None) -> np.ndarray:
+    """Read the lesion's probability, float32 (Z, Y, X) in the orientation of nnU-Net's reader, from its ``.npz``.
+
+    Raises:
+        UserError: it can't be read, or has no such label.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             classes = file["probabilities"]
@@ -85,19 +110,13 @@ def _read_npz(path: Path, mask: Volume, label: int | None) -> np.ndarray:
         raise UserError(
             f"{path} holds no probabilities of nnU-Net ({error}): predict again with --save_probabilities."
         ) from error
-    values = _lesion_channel(classes, label, path).transpose(2, 1, 0)
-    if _turned_to_ras(path):
-        back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(mask.affine))
-        values = nib.apply_orientation(values, back)
-    if values.shape != mask.array.shape:
-        raise UserError(f"{path} holds {values.shape} voxels, but its mask {mask.array.shape}: predict both together.")
-    return values.astype(np.float32)
-
-
-def _lesion_channel(classes: np.ndarray, label: int | None, path: Path) -> np.ndarray:
-    """Return the lesion's probability, (Z, Y, X). One channel is a region's; else the first is the background's."""
     if classes.ndim != 4 or (label is not None and label >= len(classes) > 1):
         raise UserError(f"{path} holds an array of {classes.shape}, not (classes, Z, Y, X) with the lesion's label.")
+    return lesion_channel(classes, label).astype(np.float32)
+
+
+def lesion_channel(classes: np.ndarray, label: int | None = None) -> np.ndarray:
+    """Return the lesion's probability, (Z, Y, X). One channel is a region's; else the first is the background's."""
     if len(classes) <= 2:  # taken as it is: one minus the background would round small probabilities to one value
         return classes[-1 if label is None or len(classes) == 1 else label]
     return classes[1:].sum(axis=0) if label is None else classes[label]
