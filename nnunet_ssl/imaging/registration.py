@@ -15,6 +15,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from nnunet_ssl.imaging.geometry import Volume, resample_onto
+from nnunet_ssl.imaging.metaimage import to_sitk
 from nnunet_ssl.limits import MINIMUM_AGREEMENT
 
 WORKING_MM = 1.5
@@ -168,7 +169,7 @@ def normalized_mutual_information(first: np.ndarray, second: np.ndarray, bins: i
 
 def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
     """Return the best motion as a matrix (fixed RAS mm -> moving RAS mm)."""
-    images = _to_sitk(fixed), _to_sitk(moving)
+    images = to_sitk(fixed), to_sitk(moving)
     mask = sitk.GetImageFromArray(ndimage.binary_dilation(foreground(fixed.array), iterations=4).T.astype(np.uint8))
     mask.CopyInformation(images[0])
     centre = _centre_of_mass(fixed)
@@ -291,16 +292,6 @@ def _working_copy(volume: Volume, voxel_mm: float, order: int = 3) -> Volume:
     image = resample_onto(clean, Volume.empty(shape, affine), order=order)
     high = np.percentile(image.array[image.array > 0], 99.8) if (image.array > 0).any() else 1.0
     return image.with_array(np.clip(image.array / max(high, 1e-9), 0, 1))
-
-
-def _to_sitk(volume: Volume) -> sitk.Image:
-    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T))
-    affine = _TO_LPS @ volume.affine
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    return image
 
 
 def _to_matrix(transform: sitk.Euler3DTransform) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Trained models on other people's machines: in a container, without a network, on whatever image comes."""

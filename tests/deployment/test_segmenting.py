@@ -1,0 +1,133 @@
+"""A packaged model gives what nnU-Net gives, on the grid of the image that came."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nnunetv2.ensembling.ensemble import average_probabilities
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from scans import scan
+from tiny_models import write_model
+
+from nnunet_ssl.deployment.packaging import package
+from nnunet_ssl.deployment.segmenting import Segmenter
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.operating_point import FILE, OperatingPoint
+from nnunet_ssl.evaluation.probabilities import TURNED_TO_RAS, read_map
+from nnunet_ssl.imaging.geometry import Volume, read_volume, write_volume
+
+ROUNDING = 1e-3
+
+
+def turned(volume: Volume, orientation: str) -> Volume:
+    """The same image, stored in another orientation."""
+    ornt = nib.orientations.ornt_transform(
+        nib.io_orientation(volume.affine), nib.orientations.axcodes2ornt(orientation)
+    )
+    image = nib.Nifti1Image(volume.array, volume.affine).as_reoriented(ornt)
+    return Volume(np.asarray(image.dataobj), image.affine)
+
+
+def as_nnunet_would(model, images, folder, mirroring=True):
+    """Predict by nnU-Net's reader, predictor and writer; return the mask, and the map on the mask's grid."""
+    paths = [str(folder / f"case_{number:04d}.nii.gz") for number in range(len(images))]
+    for path, image in zip(paths, images):
+        write_volume(path, image)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=mirroring, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    reader = predictor.plans_manager.image_reader_writer_class()
+    data, properties = reader.read_images(paths)
+    predictor.predict_single_npy_array(data, properties, None, str(folder / "case"), True)
+    (folder / "plans.json").write_text((model / "plans.json").read_text())
+    mask = read_volume(folder / "case.nii.gz")
+    return mask, read_map(folder / "case.npz", mask, None)
+
+
+@pytest.mark.parametrize("reader", TURNED_TO_RAS)
+def test_mask_and_map_are_nnunets(tmp_path, segmenter, reader):
+    model = write_model(tmp_path / "model", reader=reader, contrast=4.0)
+    image = turned(scan(), "PSL")
+    mask, shown = as_nnunet_would(model, [image], tmp_path)
+    result = segmenter(reader=reader).segment([image])
+    assert 0.02 < mask.array.mean() < 0.98
+    np.testing.assert_allclose(result.probabilities.array, shown, atol=ROUNDING)  # nnU-Net sums in half precision
+    sure = np.abs(shown - 0.5) > ROUNDING
+    assert np.array_equal(result.labels.array[sure], mask.array[sure])
+    np.testing.assert_allclose(result.labels.affine, image.affine)
+
+
+def test_models_are_averaged_as_nnunet_averages_ensembles(tmp_path):
+    models = [write_model(tmp_path / name, contrast=4.0, seed=seed) for name, seed in (("a", 0), ("b", 5))]
+    for model in models:
+        (tmp_path / f"predicted_{model.name}").mkdir()
+        as_nnunet_would(model, [scan()], tmp_path / f"predicted_{model.name}")
+    expected = average_probabilities([str(tmp_path / f"predicted_{name}" / "case.npz") for name in "ab"])
+    package(models, tmp_path / "package")
+    result = Segmenter(tmp_path / "package" / "model", torch.device("cpu")).segment([scan()])
+    np.testing.assert_allclose(result.probabilities.array, expected[1].transpose(2, 1, 0), atol=1e-6)
+    assert np.array_equal(result.labels.array, expected.argmax(0).transpose(2, 1, 0))
+
+
+def test_channels_come_by_name_and_onto_the_firsts_grid(tmp_path, segmenter):
+    model = segmenter(channels=("DWI", "FLAIR", "SWI"))
+    dwi, flair, swi = scan(), scan(seed=1), scan(seed=2)
+    images = model.choose({"flair": flair, "t2s": swi, "dwi": dwi, "t1": None})
+    assert images == [dwi, flair, swi]
+    result = model.segment(images)
+    assert np.array_equal(model.segment([dwi, turned(flair, "PIL"), swi]).labels.array, result.labels.array)
+    assert model.segment([scan((9, 9, 5)), flair, swi]).labels.array.shape == (9, 9, 5)
+    with pytest.raises(UserError, match="FLAIR is missing"):
+        model.choose({"dwi": dwi, "swi": swi})
+    with pytest.raises(UserError, match="needs 3 images"):
+        model.segment([dwi])
+
+
+def test_a_single_image_needs_no_name(segmenter):
+    model = segmenter()
+    assert model.choose({"input": "here"}) == ["here"]
+
+
+def test_an_image_of_zeros_has_no_lesion(segmenter):
+    result = segmenter(lesion_bias=20.0).segment([scan().with_array(np.zeros((6, 7, 8), np.float32))])
+    assert not result.labels.array.any() and not result.probabilities.array.any()
+    assert result.highest == 0
+
+
+def test_a_few_voxels_that_are_no_numbers_do_not_spoil_a_case(segmenter):
+    image, broken = scan(), scan()
+    image.array[0, 0, 0], broken.array[0, 0, 0] = 0, np.nan
+    model = segmenter()
+    assert np.array_equal(model.segment([image]).labels.array, model.segment([broken]).labels.array)
+
+
+def point_file(folder, **point):
+    (folder / FILE).write_text(json.dumps({"point": point}))
+    return folder
+
+
+def test_an_operating_point_decides(tmp_path, segmenter):
+    plain = segmenter().segment([scan()])
+    chosen = OperatingPoint(threshold=0.3, minimum_mm3=200.0, connectivity=6)
+    result = segmenter(point=point_file(tmp_path, **vars(chosen))).segment([scan()])
+    assert np.array_equal(result.labels.array, chosen.segment(plain.probabilities.array, 9.0))
+    assert not np.array_equal(result.labels.array, plain.labels.array)
+    assert np.array_equal(result.probabilities.array, plain.probabilities.array)
+
+
+def test_without_mirroring_where_it_was_chosen_so(tmp_path, segmenter):
+    model = write_model(tmp_path / "model", contrast=4.0)
+    _, shown = as_nnunet_would(model, [scan()], tmp_path, mirroring=False)
+    result = segmenter(point=point_file(tmp_path, mirroring=False)).segment([scan()])
+    np.testing.assert_allclose(result.probabilities.array, shown, atol=ROUNDING)
+    assert np.abs(segmenter().segment([scan()]).probabilities.array - shown).max() > 0.01
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_an_empty_mask_has_a_constant_map_where_that_is_wanted(tmp_path, segmenter, constant):
+    point = point_file(tmp_path, threshold=0.8, constant_map_when_empty=constant)
+    result = segmenter(point=point, lesion_bias=-30.0).segment([scan()])
+    assert not result.labels.array.any()
+    assert (np.ptp(result.probabilities.array) == 0) == constant
+    assert result.highest > 0
