@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,8 @@ ENDINGS = (".nii.gz", ".nii")
 COUNTS = ("reference_lesions", "predicted_lesions", "found_lesions", "false_lesions", "reference_ml", "predicted_ml")
 RATES = ("detected", "correctly_empty")
 METRICS = tuple(field.name for field in dataclasses.fields(CaseMetrics) if field.name not in COUNTS)
+
+Case, Result = TypeVar("Case"), TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +89,15 @@ def compare_folders(
             map do not lie on the same grid.
     """
     pairs = _with_maps(match_cases(reference, predicted, subset=subset), predicted, maps, config)
-    work = partial(_compare_files, config=config)
+    return pd.DataFrame(map_cases(partial(_compare_files, config=config), pairs, processes, "comparing masks"))
+
+
+def map_cases(work: Callable[[Case], Result], cases: Sequence[Case], processes: int, what: str) -> list[Result]:
+    """Return what `work` makes of every case, `processes` at a time, and show how far it is."""
     if processes == 1:
-        rows = [work(pair) for pair in tqdm(pairs, desc="comparing masks", disable=None)]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            rows = list(tqdm(pool.map(work, pairs), total=len(pairs), desc="comparing masks", disable=None))
-    return pd.DataFrame(rows)
+        return [work(case) for case in tqdm(cases, desc=what, disable=None)]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(tqdm(pool.map(work, cases), total=len(cases), desc=what, disable=None))
 
 
 def match_cases(reference: Path, predicted: Path, *, subset: bool = False) -> list[tuple[str, Path, Path]]:

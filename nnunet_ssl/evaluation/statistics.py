@@ -43,6 +43,20 @@ def mean_interval(values: ArrayLike, **options: Any) -> tuple[float, float]:
     return bootstrap_interval(lambda weights: weights @ known / weights.sum(axis=1), len(known), **options)
 
 
+def clustered_interval(values: ArrayLike, units: Sequence[str], **options) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean of values whose units, not they, are independent; nan is left out.
+
+    Args:
+        values: (N,).
+        units: (N,) the unit of each value, such as a patient with several scans, or a centre.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    present = ~np.isnan(known)
+    _, unit = np.unique(np.asarray(units)[present], return_inverse=True)
+    sums, counts = np.bincount(unit, known[present]), np.bincount(unit)
+    return bootstrap_interval(lambda weights: weights @ sums / (weights @ counts), len(counts), **options)
+
+
 def rate_interval(values: ArrayLike) -> tuple[float, float]:
     """Return Wilson's interval (95 %) of a rate from one 0 or 1 per unit; nan values are not units.
 
