@@ -90,7 +90,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         output.write_text(f"{result.highest:.6f}\n")
     else:
         write_image(output, result.labels)
-    logger.info("%s: %s", output, ", ".join(used))
+    logger.info("%s: %s; %s", output, result.describe_volume(), ", ".join(used))
 
 
 def _add_bids(commands) -> None:

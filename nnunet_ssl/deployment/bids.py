@@ -45,12 +45,15 @@ def segment_dataset(model: Segmenter, source: Path, target: Path) -> int:
         try:
             with measured() as used:
                 result = model.segment([read_image(image) for image in images])
-            write_image(shown, result.probabilities)
+            values = model.calibrated(result.probabilities.array)
+            write_image(shown, result.probabilities.with_array(values))
             sources = [f"bids::{image.relative_to(source)}" for image in images]
-            about = {"Type": "Lesion", "Sources": sources}
+            about = {"Type": "Lesion", "Sources": sources, "VolumeMl": result.volume_ml}
+            if result.volume_interval_ml is not None:
+                about |= {"VolumeIntervalMl": result.volume_interval_ml, "VolumeIntervalCoverage": result.coverage}
             mask.with_name(f"{stem.name}_label-lesion_mask.json").write_text(json.dumps(about, indent=2) + "\n")
             write_image(mask, result.labels)
-            logger.info("%s: %s", mask.relative_to(target), ", ".join(used))
+            logger.info("%s: %s; %s", mask.relative_to(target), result.describe_volume(), ", ".join(used))
         except UserError as error:
             failures += 1
             logger.error("failed: %s", error)

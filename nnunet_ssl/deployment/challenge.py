@@ -98,9 +98,9 @@ def handle_case(model: Segmenter, source: Path, target: Path) -> None:
         write_image(target / MASK / name, result.labels)
         write_image(target / MAP / name, result.probabilities)
     volume = result.labels
-    ml = float((volume.array > 0).sum()) * volume.voxel_ml
     shape = " x ".join(map(str, volume.array.shape))
-    logger.info("%s (%s, %s): %.2f ml; %s", image.name, shape, volume.orientation, ml, ", ".join(used))
+    found = result.describe_volume()
+    logger.info("%s (%s, %s): %s; %s", image.name, shape, volume.orientation, found, ", ".join(used))
 
 
 def _only_image(folder: Path) -> Path:

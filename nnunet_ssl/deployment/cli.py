@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 EXAMPLE = """\
 examples:
   nnssl_package $nnUNet_results/Dataset504_ATLASv3/nnUNetTrainerMCLMIM__nnUNetPlans__3d_fullres -o container
-  nnssl_package MODEL_A MODEL_B --point operated -o container
+  nnssl_package MODEL_A MODEL_B --operated operated -o container
 """
 
 
@@ -30,12 +30,15 @@ def package() -> None:
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="the package, a new folder")
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="(default: all that are trained to their end)")
     parser.add_argument(
-        "--point", type=Path, metavar="FOLDER", help="of nnssl_operate's choice (default: the only model's, if any)"
+        "--operated",
+        type=Path,
+        metavar="FOLDER",
+        help="of the operating point and the calibration (default: the only model's, if it has any)",
     )
     arguments = parser.parse_args()
     from nnunet_ssl.deployment import packaging
 
-    packaging.package(arguments.models, arguments.o, folds=arguments.f, point=arguments.point)
+    packaging.package(arguments.models, arguments.o, folds=arguments.f, learned=arguments.operated)
     logger.info("package in %s. Next:", arguments.o)
     logger.info("  docker build --platform linux/amd64 -t lesions %s", arguments.o)
     logger.info("  (cd %s && apptainer build lesions.sif apptainer.def)", arguments.o)

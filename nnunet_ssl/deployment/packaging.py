@@ -22,7 +22,7 @@ import nnunet_ssl
 from nnunet_ssl.deployment.segmenting import MODEL, reads_turned
 from nnunet_ssl.deployment.weights import FOLDER, write_digests
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation import operating_point
+from nnunet_ssl.evaluation import calibration, operating_point
 from nnunet_ssl.weights.safe_files import read_file
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def package(
-    models: Sequence[Path], target: Path, *, folds: Sequence[str] | None = None, point: Path | None = None
+    models: Sequence[Path], target: Path, *, folds: Sequence[str] | None = None, learned: Path | None = None
 ) -> None:
     """Write a package.
 
@@ -45,7 +45,7 @@ def package(
         models: nnU-Net's folders of trained models; the probabilities of several are averaged.
         target: a new or empty folder.
         folds: of each model; None takes those that are trained to their end.
-        point: a folder or file that :func:`operating_point.store` wrote; None takes the only model's, if it has one.
+        learned: the folder of an operating point, a calibration, or both; None takes the only model's, if it has any.
 
     Raises:
         UserError: a model can't be packaged, the models do not fit each other, or `target` is not empty.
@@ -62,7 +62,7 @@ def package(
         _copy_model(model, about["folds"], weights / f"model_{number}")
     content = {f"model_{number}": about["folds"] for number, about in enumerate(described)}
     (weights / MODEL).write_text(json.dumps({"models": content, "turn_to_ras": described[0]["turn_to_ras"]}) + "\n")
-    _copy_point(models, point, weights)
+    _copy_learned(models, learned, weights)
     write_digests(target)
     _copy_program(target / "app", {about["trainer"] for about in described})
     (target / "requirements.txt").write_text("\n".join(_requirements({about["package"] for about in described})) + "\n")
@@ -119,17 +119,19 @@ def _copy_model(model: Path, folds: Sequence[int | str], target: Path) -> None:
         shutil.copy(model / name, target / name)
 
 
-def _copy_point(models: Sequence[Path], point: Path | None, target: Path) -> None:
-    if point is None and len(models) == 1 and (models[0] / operating_point.FILE).is_file():
-        point = models[0]
-    if point is None:
+def _copy_learned(models: Sequence[Path], learned: Path | None, target: Path) -> None:
+    """Copy what nnssl_operate and nnssl_evaluate calibration left: the operating point and the calibration."""
+    folder = models[0] if learned is None and len(models) == 1 else learned
+    names = (operating_point.FILE, calibration.FILE)
+    found = [name for name in names if folder is not None and (folder / name).is_file()]
+    if learned is not None and not found:
+        raise UserError(f"{learned} holds neither {' nor '.join(names)}: nnssl_operate writes the first.")
+    for name in found:
+        shutil.copy(folder / name, target / name)
+    if operating_point.FILE in found:
+        logger.info("operating point: %s", operating_point.load(target / operating_point.FILE))
+    else:
         logger.info("No operating point: masks will be nnU-Net's own. nnssl_operate chooses one.")
-        return
-    file = point / operating_point.FILE if point.is_dir() else point
-    if not file.is_file():
-        raise UserError(f"There is no {file}: nnssl_operate writes it.")
-    logger.info("operating point of %s: %s", file, operating_point.load(file))
-    shutil.copy(file, target / operating_point.FILE)
 
 
 def _copy_program(app: Path, trainers: set[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_ssl.corpus.modalities import UNKNOWN, modality_of
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation import calibration
 from nnunet_ssl.evaluation.operating_point import FILE, OperatingPoint, load
 from nnunet_ssl.evaluation.probabilities import TURNED_TO_RAS, lesion_channel, onto_image
 from nnunet_ssl.imaging.geometry import Volume, canonical, onto_grid
@@ -34,11 +35,26 @@ class Segmentation:
         labels: uint8 (X, Y, Z).
         probabilities: float32 (X, Y, Z), how likely each voxel is foreground.
         highest: the highest probability anywhere, before an operating point removed anything.
+        volume_interval_ml: within which the true volume lies with the probability `coverage`; None where the package
+            has no calibration.
+        coverage: of the interval.
     """
 
     labels: Volume
     probabilities: Volume
     highest: float
+    volume_interval_ml: tuple[float, float] | None = None
+    coverage: float | None = None
+
+    @property
+    def volume_ml(self) -> float:
+        return float(np.count_nonzero(self.labels.array)) * self.labels.voxel_ml
+
+    def describe_volume(self) -> str:
+        if self.volume_interval_ml is None:
+            return f"{self.volume_ml:.2f} ml"
+        low, high = self.volume_interval_ml
+        return f"{self.volume_ml:.2f} ml [{low:.2f}, {high:.2f}; {self.coverage:.0%}]"
 
 
 class Segmenter:
@@ -52,6 +68,8 @@ class Segmenter:
         described = json.loads((folder / MODEL).read_text())
         point = load(folder / FILE) if (folder / FILE).is_file() else None
         self.point: OperatingPoint | None = point
+        calibrated = folder / calibration.FILE
+        self.calibration = json.loads(calibrated.read_text()) if calibrated.is_file() else None
         self.turned: bool = described["turn_to_ras"]
         self.predictors = [
             _predictor(folder / name, folds, device, mirroring=point is None or point.mirroring)
@@ -99,7 +117,7 @@ class Segmenter:
         if classes is None:  # nnU-Net finds nothing to crop to
             logger.warning("The image is zero everywhere: so is the result.")
             zeros = first.with_array(np.zeros(first.array.shape, np.float32))
-            return Segmentation(labels=zeros.with_array(zeros.array.astype(np.uint8)), probabilities=zeros, highest=0.0)
+            return self._result(zeros.with_array(zeros.array.astype(np.uint8)), zeros, 0.0)
         labels = self.predictors[0].label_manager
         foreground = classes.max(axis=0) if labels.has_regions else lesion_channel(classes)
         foreground = self._back(foreground.astype(np.float32), first)
@@ -109,11 +127,23 @@ class Segmenter:
         else:
             mask = self.point.segment(foreground, first.voxel_ml * 1000)
             segmented, shown = mask.astype(np.uint8), self.point.finish(foreground, mask)
-        return Segmentation(
-            labels=first.with_array(segmented),
-            probabilities=first.with_array(shown),
-            highest=float(foreground.max()),
+        return self._result(first.with_array(segmented), first.with_array(shown), float(foreground.max()))
+
+    def calibrated(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return probabilities as they are worth, if the package knows that; their order is the same."""
+        return (
+            probabilities
+            if self.calibration is None
+            else calibration.cool(probabilities, self.calibration["temperature"])
         )
+
+    def _result(self, labels: Volume, probabilities: Volume, highest: float) -> Segmentation:
+        result = Segmentation(labels=labels, probabilities=probabilities, highest=highest)
+        if self.calibration is None:
+            return result
+        known = self.calibration["volume"]
+        interval = calibration.volume_interval(result.volume_ml, known["reach"])
+        return replace(result, volume_interval_ml=interval, coverage=known["coverage_promised"])
 
     def _as_nnunet_reads(self, images: Sequence[Volume]) -> tuple[np.ndarray, list[float]]:
         """Return what nnU-Net's reader gives, (C, Z, Y, X), and the voxels' size in mm along Z, Y, X."""

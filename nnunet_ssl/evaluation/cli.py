@@ -1,4 +1,4 @@
-"""The console command ``nnssl_evaluate``: alignment, lesions, ranking, probe, gradients."""
+"""The console command ``nnssl_evaluate``: alignment, lesions, ranking, calibration, probe, gradients."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ examples:
   nnssl_evaluate ranking lesions_resenc lesions_swin lesions_ensemble
   nnssl_evaluate ranking fold_0/validation other/fold_0/validation --metrics dice lesion_f1 -o ranking
 """,
+    "calibration": """\
+example:
+  nnssl_evaluate calibration $nnUNet_results/Dataset504_ATLASv3/nnUNetTrainerMCLMIM__nnUNetPlans__3d_fullres -np 8
+""",
     "probe": """\
 examples:
   nnssl_evaluate probe --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500 --target age -o probe_age
@@ -51,10 +55,13 @@ def evaluate() -> None:
         prog="nnssl_evaluate",
         description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
     )
-    commands = parser.add_subparsers(required=True, metavar="alignment | lesions | ranking | probe | gradients")
+    commands = parser.add_subparsers(
+        required=True, metavar="alignment | lesions | ranking | calibration | probe | gradients"
+    )
     _add_alignment(commands)
     _add_lesions(commands)
     _add_ranking(commands)
+    _add_calibration(commands)
     _add_probe(commands)
     _add_gradients(commands)
     arguments = parser.parse_args()
@@ -262,6 +269,65 @@ def _ranking(arguments: argparse.Namespace) -> None:
     if arguments.o:
         write_json(result, arguments.o / "ranking.json")
         logger.info("written to %s", arguments.o)
+
+
+def _add_calibration(commands: Subcommands) -> None:
+    parser = add_subcommand(
+        commands,
+        "calibration",
+        _calibration,
+        "What a model's probabilities and volumes are worth, by the cases that its folds held out.",
+        _EXAMPLES["calibration"],
+    )
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="folder of a model; several are averaged")
+    parser.add_argument(
+        "-ref", type=Path, metavar="FOLDER", help="reference masks (default: gt_segmentations of the model's data set)"
+    )
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write calibration.json and .png here (default: the only model's)"
+    )
+    parser.add_argument(
+        "--by", default="subject", metavar="COLUMN", help="what is held out whole, as in nnssl_operate (subject)"
+    )
+    parser.add_argument(
+        "--coverage", type=_share, default=0.9, metavar="SHARE", help="of the volumes' intervals (default: 0.9)"
+    )
+    parser.add_argument("-np", type=positive, default=1, metavar="N", help="processes (default: 1)")
+    _add_json(parser)
+
+
+def _share(text: str) -> float:
+    """Read a number between 0 and 1, both excluded."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _calibration(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation import operating_point, out_of_fold
+    from nnunet_ssl.evaluation.calibration import calibrate, count_cases, describe
+    from nnunet_ssl.evaluation.figures.calibration import draw_calibration
+    from nnunet_ssl.evaluation.results import write_json
+
+    models = arguments.models
+    folder = out_of_fold.folder_of_choice(models, arguments.o)
+    out_of_fold.only_label(models)
+    chosen = folder / operating_point.FILE
+    point = operating_point.load(chosen) if chosen.is_file() else operating_point.OperatingPoint()
+    held_out = out_of_fold.find_held_out(
+        models,
+        arguments.ref or out_of_fold.reference_of(models[0]),
+        by=arguments.by,
+        report=out_of_fold.report_of(models[0]),
+        where=out_of_fold.VALIDATION if point.mirroring else out_of_fold.UNMIRRORED,
+    )
+    counts = count_cases(held_out, point, arguments.np)
+    result = calibrate(counts, [case.unit for case in held_out], arguments.coverage)
+    _show(result, describe(result), arguments)
+    write_json(result, folder / "calibration.json")
+    draw_calibration(counts, result, folder / "calibration.png", title=" + ".join(model.name for model in models))
+    logger.info("written to %s", folder)
 
 
 def _add_probe(commands: Subcommands) -> None:

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 from nnunet_ssl.console import command, positive
-from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +64,7 @@ def _operate(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.evaluation.lesions import PRESETS
 
     models = arguments.models
-    if len(models) > 1 and arguments.o is None:
-        raise UserError("The choice for several models belongs to none of them: name a folder for it with -o.")
+    folder = out_of_fold.folder_of_choice(models, arguments.o)
     label = out_of_fold.only_label(models)
     metrics = (arguments.metric,) if arguments.metric else PRESETS[arguments.preset].official
     goal = operating.Goal(preset=arguments.preset, metrics=metrics)
@@ -74,20 +72,20 @@ def _operate(arguments: argparse.Namespace) -> None:
     report = out_of_fold.report_of(models[0])
     folders = {True: out_of_fold.VALIDATION}
     if arguments.mirroring:
+        from nnunet_ssl.evaluation.encoding import find_device
         from nnunet_ssl.evaluation.unmirrored import predict_unmirrored
 
         for model in models:
-            predict_unmirrored(model, arguments.device)
+            predict_unmirrored(model, find_device(arguments.device))
         folders[False] = out_of_fold.UNMIRRORED
     held_out = {
-        mirrored: out_of_fold.find_held_out(models, reference, by=arguments.by, report=report, where=folder)
-        for mirrored, folder in folders.items()
+        mirrored: out_of_fold.find_held_out(models, reference, by=arguments.by, report=report, where=where)
+        for mirrored, where in folders.items()
     }
     points = operating.candidates(arguments.preset, tuple(folders))
     scores = operating.score_cases(held_out, points, goal, arguments.np)
     choice = operating.choose(scores, points, [case.unit for case in held_out[True]], goal)
     logger.info("%s", operating.describe(choice))
-    folder = arguments.o or models[0]
     operating_point.store(choice.point, label, folder, choice.report | {"models": models, "by": arguments.by})
     logger.info("written to %s. Next:", folder)
     mirroring = "" if choice.point.mirroring else " --disable_tta"

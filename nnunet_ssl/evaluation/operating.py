@@ -163,7 +163,7 @@ def choose(scores: np.ndarray, points: Sequence[OperatingPoint], units: Sequence
     counts = ~np.isnan(losses).all(axis=1)
     if not counts.any():
         raise UserError(f"No case has {', '.join(NAMES[name] for name in goal.metrics)}: choose another metric.")
-    part, n_units = _parts(units)
+    part, n_units = parts_of(units)
     chosen = np.empty(len(scores), dtype=int)
     by_part = []
     for number in range(part.max() + 1):
@@ -261,7 +261,7 @@ def _losses(scores: np.ndarray, goal: Goal) -> np.ndarray:
     return np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0)
 
 
-def _parts(units: Sequence[str]) -> tuple[np.ndarray, int]:
+def parts_of(units: Sequence[str]) -> tuple[np.ndarray, int]:
     """Deal units to parts, (N,), balanced by their numbers of cases; and return how many units there are."""
     from sklearn.model_selection import GroupKFold
 

@@ -83,6 +83,17 @@ def find_held_out(
     ]
 
 
+def folder_of_choice(models: Sequence[Path], folder: Path | None) -> Path:
+    """Return where what is learned from models is kept: the named folder, else that of the only model.
+
+    Raises:
+        UserError: there are several models and no folder.
+    """
+    if folder is None and len(models) > 1:
+        raise UserError("What is learned for several models belongs to none of them: name a folder for it with -o.")
+    return folder or models[0]
+
+
 def reference_of(model: Path) -> Path:
     """Return where nnU-Net keeps the true masks of the data set that a model was trained on."""
     return dataset_folder(model.absolute().parent.name, "nnUNet_preprocessed") / "gt_segmentations"

@@ -14,7 +14,7 @@ from nnunet_ssl.evaluation.out_of_fold import UNMIRRORED, VALIDATION
 logger = logging.getLogger(__name__)
 
 
-def predict_unmirrored(model: Path, device: str) -> None:
+def predict_unmirrored(model: Path, device: torch.device) -> None:
     """Write for each fold ``validation_unmirrored``, as its ``validation`` is but without mirroring, where it lacks.
 
     The trainer validates as it did at the end of the training: the same preprocessed images, the same windows.
@@ -33,9 +33,8 @@ def predict_unmirrored(model: Path, device: str) -> None:
             raise UserError(f"{fold} has no {checkpoint.name}: train it to the end.")
         number = int(fold.name.removeprefix("fold_"))
         trainer = get_trainer_from_args(
-            model.absolute().parent.name, configuration, number, trainer_name, plans, device=torch.device(device)
+            model.absolute().parent.name, configuration, number, trainer_name, plans, device=device
         )
-        trainer.initialize()
         trainer.load_checkpoint(str(checkpoint))
         trainer.inference_allowed_mirroring_axes = None
         place = fold / ".unmirrored"

@@ -12,10 +12,10 @@ from nnunet_ssl.deployment.segmenting import Segmenter
 def packaged(tmp_path_factory):
     """A function that packages a model of random weights with settings of its own, and returns the package."""
 
-    def make(point=None, **settings):
+    def make(learned=None, **settings):
         root = tmp_path_factory.mktemp("packaged")
         model = write_model(root / "model", **({"contrast": 4.0} | settings))
-        package([model], root / "package", point=point)
+        package([model], root / "package", learned=learned)
         return root / "package"
 
     return make

@@ -47,7 +47,7 @@ def package(packaged, tmp_path_factory):
     folder = tmp_path_factory.mktemp("point")
     point = {"threshold": 0.5, "minimum_mm3": 100.0, "mirroring": False, "constant_map_when_empty": True}
     (folder / FILE).write_text(json.dumps({"point": point}))
-    return packaged(point=folder)
+    return packaged(learned=folder)
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def point_file(folder, **point):
 def test_an_operating_point_decides(tmp_path, segmenter):
     plain = segmenter().segment([scan()])
     chosen = OperatingPoint(threshold=0.3, minimum_mm3=200.0, connectivity=6)
-    result = segmenter(point=point_file(tmp_path, **vars(chosen))).segment([scan()])
+    result = segmenter(learned=point_file(tmp_path, **vars(chosen))).segment([scan()])
     assert np.array_equal(result.labels.array, chosen.segment(plain.probabilities.array, 9.0))
     assert not np.array_equal(result.labels.array, plain.labels.array)
     assert np.array_equal(result.probabilities.array, plain.probabilities.array)
@@ -119,7 +119,7 @@ def test_an_operating_point_decides(tmp_path, segmenter):
 def test_without_mirroring_where_it_was_chosen_so(tmp_path, segmenter):
     model = write_model(tmp_path / "model", contrast=4.0)
     _, shown = as_nnunet_would(model, [scan()], tmp_path, mirroring=False)
-    result = segmenter(point=point_file(tmp_path, mirroring=False)).segment([scan()])
+    result = segmenter(learned=point_file(tmp_path, mirroring=False)).segment([scan()])
     np.testing.assert_allclose(result.probabilities.array, shown, atol=ROUNDING)
     assert np.abs(segmenter().segment([scan()]).probabilities.array - shown).max() > 0.01
 
@@ -127,7 +127,19 @@ def test_without_mirroring_where_it_was_chosen_so(tmp_path, segmenter):
 @pytest.mark.parametrize("constant", [True, False])
 def test_an_empty_mask_has_a_constant_map_where_that_is_wanted(tmp_path, segmenter, constant):
     point = point_file(tmp_path, threshold=0.8, constant_map_when_empty=constant)
-    result = segmenter(point=point, lesion_bias=-30.0).segment([scan()])
+    result = segmenter(learned=point, lesion_bias=-30.0).segment([scan()])
     assert not result.labels.array.any()
     assert (np.ptp(result.probabilities.array) == 0) == constant
     assert result.highest > 0
+
+
+def test_a_calibrated_package_tells_within_what_a_volume_lies(tmp_path, segmenter):
+    volume = {"reach": np.log(2.0), "coverage_promised": 0.9}
+    (tmp_path / "calibration.json").write_text(json.dumps({"temperature": 2.0, "volume": volume}))
+    model = segmenter(learned=tmp_path)
+    result = model.segment([scan()])
+    low, high = result.volume_interval_ml
+    assert (high + 0.1) / (result.volume_ml + 0.1) == pytest.approx(2) and low < result.volume_ml
+    assert "90%" in result.describe_volume()
+    odds = np.array([0.1, 0.5, 0.9], np.float32)
+    np.testing.assert_allclose(model.calibrated(odds), [0.25, 0.5, 0.75], rtol=1e-6)

@@ -5,8 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from held_out import write_models
 
 from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.evaluation.operate_cli import operate
 from nnunet_ssl.weights.encoders import write_encoder
 
 TINY_ENCODER = {
@@ -73,3 +75,25 @@ def write_corpus(nnunet_folders):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def held_out_models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return root, write_models(root, "A__nnUNetPlans__3d_fullres", "B__nnUNetPlans__3d_fullres")
+
+
+@pytest.fixture(scope="session")
+def operated(held_out_models):
+    """The two models, and the choice for the first, the second and both."""
+    root, models = held_out_models
+    with pytest.MonkeyPatch.context() as patch:
+
+        def run(*arguments):
+            patch.setattr("sys.argv", ["nnssl_operate", *map(str, arguments)])
+            operate()
+
+        for model in models:
+            run(model, "-ref", root / "labelsTr", "--metric", "recognition_quality")
+        run(*models, "-ref", root / "labelsTr", "-o", root / "both")
+    return root, models

@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnunet_ssl
 from nnunet_ssl.errors import UserError
@@ -220,3 +221,18 @@ def test_an_old_pytorch_ends_a_training_with_one_line_and_status_1(workplace, tm
     assert "error: nnunet_ssl needs torch" in shown.splitlines()[-1]
     assert "Traceback" not in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_the_operating_points_command_predicts_held_out_cases_without_mirroring(trained, tmp_path):
+    model = trained.results / f"{TRAINER}__{PLANS}__3d_fullres"
+    shown = trained.run("nnssl_operate", model, "--mirroring", "-device", "cpu", "-o", tmp_path / "point", fails=True)
+    assert "All cases are of one unit" in shown  # the fold held out a single case
+    mirrored, plain = (probabilities(model / "fold_0" / name) for name in ("validation", "validation_unmirrored"))
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    (case,) = (path.stem for path in (model / "fold_0" / "validation").glob("*.npz"))
+    image = trained.root / "nnUNet_raw" / trained.name / "imagesTr" / f"{case}_0000.nii.gz"
+    read = predictor.plans_manager.image_reader_writer_class().read_images([str(image)])
+    _, expected = predictor.predict_single_npy_array(*read, None, None, True)
+    np.testing.assert_allclose(plain, expected, atol=2e-3)
+    assert np.abs(mirrored - plain).max() > 5e-3
