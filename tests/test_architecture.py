@@ -19,6 +19,7 @@ MAY_USE = {
     "interface": {"architectures", "weights", "corpus"},
     "evaluation": {"architectures", "weights", "corpus", "interface", "imaging", "pretraining", "trainers"},
     "demo": {"evaluation", "trainers"},
+    "deployment": {"evaluation", "weights", "corpus", "imaging"},
 }
 
 

@@ -71,7 +71,7 @@ def _add_predict(commands) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE",
-        help=".nii.gz or .mha: the mask; .txt: how probable it is that there is a lesion, its highest probability",
+        help=".nii.gz, .mha: the mask; .txt: the highest probability of a lesion; .npy: the features of the encoder",
     )  # fmt: skip
 
 
@@ -79,18 +79,26 @@ def _predict(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.imaging.metaimage import read_image, write_image
 
     output, ending = arguments.output, arguments.output.name.lower()
-    if not ending.endswith((*SEGMENTATIONS, ".txt")):
-        raise UserError(f"{output} is neither a mask ({', '.join(SEGMENTATIONS)}) nor a probability (.txt).")
+    if not ending.endswith((*SEGMENTATIONS, ".txt", ".npy")):
+        raise UserError(f"{output} ends neither in {', '.join(SEGMENTATIONS)}, for a mask, nor in .txt or .npy.")
     given = {name: path for name in CONTRASTS if (path := getattr(arguments, name)) is not None}
     model = _load(arguments)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with measured() as used:
-        result = model.segment([read_image(path) for path in model.choose(given)])
-    if ending.endswith(".txt"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(f"{result.highest:.6f}\n")
-    else:
-        write_image(output, result.labels)
-    logger.info("%s: %s; %s", output, result.describe_volume(), ", ".join(used))
+        images = [read_image(path) for path in model.choose(given)]
+        if ending.endswith(".npy"):
+            import numpy as np
+
+            np.save(output, model.embed(images))
+            what = "features"
+        else:
+            result = model.segment(images)
+            what = result.describe_volume()
+            if ending.endswith(".txt"):
+                output.write_text(f"{result.highest:.6f}\n")
+            else:
+                write_image(output, result.labels)
+    logger.info("%s: %s; %s", output, what, ", ".join(used))
 
 
 def _add_bids(commands) -> None:

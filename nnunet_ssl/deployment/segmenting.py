@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_ssl.corpus.modalities import UNKNOWN, modality_of
@@ -129,6 +130,24 @@ class Segmenter:
             segmented, shown = mask.astype(np.uint8), self.point.finish(foreground, mask)
         return self._result(first.with_array(segmented), first.with_array(shown), float(foreground.max()))
 
+    @torch.no_grad()
+    def embed(self, images: Sequence[Volume]) -> np.ndarray:
+        """Return the deepest features of a case, float32 (D,), averaged over the patch at its centre.
+
+        They are the first model's, by its first fold.
+        """
+        predictor = self.predictors[0]
+        data, spacing = self._as_nnunet_reads(images)
+        plans, configuration = predictor.plans_manager, predictor.configuration_manager
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        read = (data, None, {"spacing": spacing}, plans, configuration, predictor.dataset_json)
+        preprocessed, *_ = preprocessor.run_case_npy(*read)
+        patch = _central_patch(preprocessed, configuration.patch_size)
+        network = predictor.network.to(predictor.device).eval()
+        network.load_state_dict(predictor.list_of_parameters[0])
+        pyramid = network.encoder(torch.from_numpy(patch)[None].to(predictor.device))
+        return pyramid[-1].flatten(2).mean(dim=2)[0].float().cpu().numpy()
+
     def calibrated(self, probabilities: np.ndarray) -> np.ndarray:
         """Return probabilities as they are worth, if the package knows that; their order is the same."""
         return (
@@ -181,6 +200,14 @@ def reads_turned(plans: Mapping[str, Any], dataset: Mapping[str, Any], folder: P
     if reader not in TURNED_TO_RAS:
         raise UserError(f"{folder} reads images by {reader}; only {', '.join(TURNED_TO_RAS)} can be packaged.")
     return TURNED_TO_RAS[reader]
+
+
+def _central_patch(data: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Cut the patch at the centre, (C, *size), from (C, X, Y, Z); zeros where the image is smaller."""
+    padded = pad_nd_image(data, size, mode="constant", kwargs={"constant_values": 0})
+    starts = [(length - wanted) // 2 for length, wanted in zip(padded.shape[1:], size)]
+    box = tuple(slice(start, start + wanted) for start, wanted in zip(starts, size))
+    return np.ascontiguousarray(padded[(slice(None), *box)])
 
 
 def _short(name: str) -> str:

@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import SimpleITK as sitk
 from scans import AFFINE, scan
 
-from nnunet_ssl.deployment.__main__ import main
+from nnunet_ssl.deployment.__main__ import _find_trainers, main
 from nnunet_ssl.deployment.challenge import make_server
 from nnunet_ssl.deployment.resources import THREADS
 from nnunet_ssl.errors import UserError
@@ -211,14 +212,29 @@ def program(monkeypatch, *arguments):
         main()
 
 
-def test_a_text_file_gets_the_probability_of_a_lesion(package, tmp_path, monkeypatch):
+def test_fomos_scores_are_a_probability_and_a_vector(package, tmp_path, monkeypatch):
     write_image(tmp_path / "t1.nii.gz", scan())
-    program(
-        monkeypatch,
-        *("--package", package, "--mount", tmp_path / "none"),
-        *("predict", "--input", tmp_path / "t1.nii.gz", "--output", tmp_path / "probability.txt"),
-    )
+    for name in ("probability.txt", "features.npy"):
+        program(
+            monkeypatch,
+            *("--package", package, "--mount", tmp_path / "none"),
+            *("predict", "--input", tmp_path / "t1.nii.gz", "--output", tmp_path / name),
+        )
     assert 0.5 < float((tmp_path / "probability.txt").read_text()) <= 1
+    features = np.load(tmp_path / "features.npy")
+    assert features.ndim == 1 and features.dtype == np.float32 and np.isfinite(features).all()
+
+
+def test_the_program_finds_the_trainers_without_an_installation(package, monkeypatch):
+    own = package / "app" / "trainers"
+    own.mkdir()
+    monkeypatch.setenv("nnUNet_extTrainer", "/mine")
+    _find_trainers(package)
+    _find_trainers(package)
+    folders = os.environ["nnUNet_extTrainer"].split(os.pathsep)  # noqa: SIM112
+    own.rmdir()
+    assert folders[0] == "/mine" and folders[2:] == [str(own)]
+    assert (Path(folders[1]) / "nnunet_ssl_arms.py").is_file()
 
 
 def test_a_bids_data_set_gets_derivatives(package, tmp_path, monkeypatch, capsys):

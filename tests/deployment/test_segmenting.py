@@ -143,3 +143,11 @@ def test_a_calibrated_package_tells_within_what_a_volume_lies(tmp_path, segmente
     assert "90%" in result.describe_volume()
     odds = np.array([0.1, 0.5, 0.9], np.float32)
     np.testing.assert_allclose(model.calibrated(odds), [0.25, 0.5, 0.75], rtol=1e-6)
+
+
+def test_features_are_a_vector_of_one_size_for_images_of_all_sizes_and_orientations(segmenter):
+    model = segmenter()
+    first = model.embed([scan()])
+    assert first.shape == (8,) and first.dtype == np.float32 and np.ptp(first) > 0
+    assert np.array_equal(model.embed([turned(scan(), "PSL")]), first)
+    assert model.embed([scan((40, 5, 30))]).shape == (8,)

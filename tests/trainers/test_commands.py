@@ -12,7 +12,10 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import nnunet_ssl
+from nnunet_ssl.deployment.packaging import package
+from nnunet_ssl.deployment.segmenting import Segmenter
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.imaging.geometry import read_volume
 
 pytestmark = pytest.mark.slow
 TRAINER = "nnUNetTrainerMCLMIM"
@@ -236,3 +239,14 @@ def test_the_operating_points_command_predicts_held_out_cases_without_mirroring(
     _, expected = predictor.predict_single_npy_array(*read, None, None, True)
     np.testing.assert_allclose(plain, expected, atol=2e-3)
     assert np.abs(mirrored - plain).max() > 5e-3
+
+
+def test_a_packaged_model_gives_what_nnunet_predicts(trained, prediction, tmp_path):
+    model = trained.results / f"{TRAINER}__{PLANS}__3d_fullres"
+    (tmp_path / "operating_point.json").write_text('{"point": {"mirroring": false}}')
+    package([model], tmp_path / "package", learned=tmp_path)
+    segmenter = Segmenter(tmp_path / "package" / "model", torch.device("cpu"))
+    (image,) = trained.test_images.glob("*.nii.gz")
+    result = segmenter.segment([read_volume(image)])
+    np.testing.assert_allclose(result.probabilities.array, prediction[1].transpose(2, 1, 0), atol=2e-3)
+    assert segmenter.embed([read_volume(image)]).shape == (96,)  # the Swin encoder's deepest map
