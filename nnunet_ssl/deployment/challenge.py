@@ -29,23 +29,27 @@ logger = logging.getLogger(__name__)
 def make_server(load: Callable[[], Segmenter], source: Path, target: Path, port: int = PORT) -> ThreadingHTTPServer:
     """Return a server that loads its model when it is first asked for anything, and handles one case at a time.
 
+    Once the model is loaded, health is told at once, even amid a case.
+
     Args:
         load: gives the model; called once, unless it fails.
         source: Grand Challenge's ``/input``.
         target: its ``/output``.
         port: 0 takes any that is free.
     """
-    lock, loaded = threading.Lock(), []
+    loading, handling, loaded = threading.Lock(), threading.Lock(), []
 
     def model() -> Segmenter:
-        if not loaded:
-            with measured() as used:
-                loaded.append(load())
-            logger.info("model loaded: %s", ", ".join(used))
+        with loading:
+            if not loaded:
+                with measured() as used:
+                    loaded.append(load())
+                logger.info("model loaded: %s", ", ".join(used))
         return loaded[0]
 
     def invoke() -> None:
-        handle_case(model(), source, target)
+        with handling:
+            handle_case(model(), source, target)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -57,8 +61,7 @@ def make_server(load: Callable[[], Segmenter], source: Path, target: Path, port:
 
         def _answer(self, status: int, work: Callable[[], object]) -> None:
             try:
-                with lock:
-                    work()
+                work()
             except (UserError, OSError) as error:
                 logger.error("error: %s", error)
                 self._reply(500, str(error))

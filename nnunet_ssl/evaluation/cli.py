@@ -287,7 +287,7 @@ def _add_calibration(commands: Subcommands) -> None:
         "-o", type=Path, metavar="FOLDER", help="write calibration.json and .png here (default: the only model's)"
     )
     parser.add_argument(
-        "--by", default="subject", metavar="COLUMN", help="what is held out whole, as in nnssl_operate (subject)"
+        "--by", default="subject", metavar="UNIT", help="what is held out whole, as in nnssl_operate (subject)"
     )
     parser.add_argument(
         "--coverage", type=_share, default=0.9, metavar="SHARE", help="of the volumes' intervals (default: 0.9)"

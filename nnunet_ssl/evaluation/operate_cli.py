@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLE = """\
 examples:
-  nnssl_operate $nnUNet_results/Dataset504_ATLASv3/nnUNetTrainerMCLMIM__nnUNetPlans__3d_fullres --by group -np 8
+  nnssl_operate $nnUNet_results/Dataset504_ATLASv3/nnUNetTrainerMCLMIM__nnUNetPlans__3d_fullres --by centre -np 8
   nnssl_operate MODEL --preset atlas --metric dice --mirroring
   nnssl_operate MODEL_A MODEL_B -o operated
 
@@ -45,9 +45,8 @@ def operate() -> None:
     parser.add_argument(
         "--by",
         default="subject",
-        metavar="COLUMN",
-        help="subject, or a column of the conversion's report whose values are held out whole; group: centres "
-        "(default: subject)",
+        metavar="UNIT",
+        help="what is held out whole: subject, centre, or a column of the conversion's report (default: subject)",
     )
     parser.add_argument(
         "--mirroring",

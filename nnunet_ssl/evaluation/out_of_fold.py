@@ -26,6 +26,8 @@ from nnunet_ssl.nnunet_folders import dataset_folder
 VALIDATION = "validation"
 UNMIRRORED = "validation_unmirrored"
 SUBJECT = "subject"
+COLUMNS = {"centre": "group", "cohort": "group"}
+"""What a report calls them."""
 
 _SUBJECT = re.compile(r"(sub-[a-zA-Z0-9]+)(_|$)")
 
@@ -57,8 +59,8 @@ def find_held_out(
     Args:
         models: nnU-Net's folders of trained models.
         reference: folder of the true masks.
-        by: "subject", as the cases' names tell (``sub-...``; any other name is a subject of its own), or a column of
-            the conversion's report, such as "group" for centres.
+        by: "subject", as the cases' names tell (``sub-...``; any other name is a subject of its own), or what the
+            conversion's report tells: "centre", "cohort", or the name of a column.
         report: that report.
         where: the folder within each fold.
 
@@ -164,9 +166,11 @@ def _units(cases: Sequence[str], by: str, report: Path | None) -> dict[str, str]
     if report is None:
         raise UserError(f"Only a report of this package's conversions tells the {by} of a case; there is none.")
     table = read_table(report, sep="\t", dtype=str).set_index("case")
-    if by not in table:
-        raise UserError(f"{report} has no column {by}; it has {', '.join(table.columns)}.")
-    missing = [case for case in cases if case not in table.index or not isinstance(table.loc[case, by], str)]
+    column = COLUMNS.get(by, by)
+    if column not in table:
+        raise UserError(f"{report} has no column {column}; it has {', '.join(table.columns)}.")
+    told = table[column].dropna()
+    missing = [case for case in cases if case not in told.index]
     if missing:
         raise UserError(f"{report} does not tell the {by} of {len(missing)} cases, such as {missing[0]}.")
-    return {case: str(table.loc[case, by]) for case in cases}
+    return {case: told[case] for case in cases}

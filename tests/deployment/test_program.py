@@ -191,6 +191,31 @@ def test_a_model_that_can_not_be_loaded_makes_it_ill(tmp_path):
     running.server_close()
 
 
+def test_health_is_told_amid_a_case(tmp_path):
+    asked, told = threading.Event(), threading.Event()
+
+    class Slow:
+        def segment(self, images):
+            asked.set()
+            assert told.wait(60)
+            raise UserError("enough")
+
+    running = make_server(Slow, tmp_path, tmp_path, 0)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    server = Server(None, tmp_path, tmp_path, running.server_address[1])
+    server.place(scan((4, 4, 4)), "case.mha")
+    answers = []
+    case = threading.Thread(target=lambda: answers.append(server.ask("/invoke", "POST")))
+    case.start()
+    assert asked.wait(60)
+    assert server.ask("/health", "GET") == (200, "ok")
+    told.set()
+    case.join()
+    assert answers == [(500, "enough")]
+    running.shutdown()
+    running.server_close()
+
+
 def test_fomos_command_line_gives_a_mask_on_the_images_grid(start, tmp_path):
     image = scan()
     write_image(tmp_path / "t1.nii.gz", image)

@@ -41,6 +41,12 @@ def test_a_candidate_scores_what_its_mask_scores(seed, number, empty):
         np.testing.assert_allclose(row, [getattr(expected, name) for name in EVERYTHING], rtol=1e-9)
 
 
+def test_where_nothing_is_and_nothing_is_found_all_candidates_are_right():
+    nothing = np.zeros((4, 5, 6))
+    found = score(nothing > 0, {True: nothing.astype(np.float32)}, candidates("isles26"), ISLES26.metrics, SPACING)
+    assert (found == [1, 1, 0, 0, 1]).all()
+
+
 def test_unmirrored_maps_are_scored_by_themselves():
     truth, values = lesion_map(1)
     points = candidates("isles26", (True, False))
@@ -268,7 +274,7 @@ def test_centres_are_told_by_the_conversions_report(held_out_models, tmp_path):
     cases = [f"sub-{number // 2}_ses-{number:02d}" for number in range(CASES)]
     report = tmp_path / "report.tsv"
     pd.DataFrame({"case": cases, "group": ["R001", "R002", "R003"] * 4}).to_csv(report, sep="\t", index=False)
-    found = find_held_out(models, root / "labelsTr", by="group", report=report)
+    found = find_held_out(models, root / "labelsTr", by="centre", report=report)
     assert {case.unit for case in found} == {"R001", "R002", "R003"}
     assert len({case.unit for case in find_held_out(models, root / "labelsTr")}) == 6
     with pytest.raises(UserError, match="no column site"):
