@@ -7,11 +7,15 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nnunet_ssl.console import add_subcommand, command
+from nnunet_ssl.console import Subcommands, add_subcommand, command
 from nnunet_ssl.deployment.resources import limit_threads, measured
 from nnunet_ssl.deployment.weights import MOUNT, find_weights
 from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.deployment.segmenting import Segmenter
 
 CONTRASTS = ("t1", "t1c", "t2", "flair", "dwi", "adc", "t2s", "swi", "pd", "input")
 PACKAGE, EXTERNAL_TRAINERS = "nnssl_package", "nnUNet_extTrainer"
@@ -43,7 +47,7 @@ def main() -> None:
     arguments.run(arguments)
 
 
-def _add_serve(commands) -> None:
+def _add_serve(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "serve", _serve, "Answer Grand Challenge's /health and /invoke (ISLES'26).",
         "example:\n  docker run --network none -v IN:/input -v OUT:/output NAME serve",
@@ -61,7 +65,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     server.serve_forever()
 
 
-def _add_predict(commands) -> None:
+def _add_predict(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "predict", _predict, "Segment one case, as FOMO26's tasks ask for it.",
         "example:\n  apptainer run model.sif predict --flair FLAIR.nii.gz --dwi DWI.nii.gz --output MASK.nii.gz",
@@ -101,7 +105,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     logger.info("%s: %s; %s", output, what, ", ".join(used))
 
 
-def _add_bids(commands) -> None:
+def _add_bids(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "bids", _bids, "Segment a BIDS data set; write BIDS derivatives.",
         "example:\n  apptainer run model.sif bids /data/bids /data/bids/derivatives/lesions",
@@ -118,7 +122,7 @@ def _bids(arguments: argparse.Namespace) -> None:
         sys.exit(f"{failures} sessions failed")
 
 
-def _load(arguments: argparse.Namespace):
+def _load(arguments: argparse.Namespace) -> Segmenter:
     """Import what is large, check the weights and load them."""
     if not (arguments.package / "weights.json").is_file():
         raise UserError(f"{arguments.package} is no package of nnssl_package: give --package or set nnssl_package.")

@@ -37,7 +37,8 @@ def make_server(load: Callable[[], Segmenter], source: Path, target: Path, port:
         target: its ``/output``.
         port: 0 takes any that is free.
     """
-    loading, handling, loaded = threading.Lock(), threading.Lock(), []
+    loading, handling = threading.Lock(), threading.Lock()
+    loaded: list[Segmenter] = []
 
     def model() -> Segmenter:
         with loading:

@@ -121,14 +121,14 @@ def _copy_model(model: Path, folds: Sequence[int | str], target: Path) -> None:
 
 def _copy_learned(models: Sequence[Path], learned: Path | None, target: Path) -> None:
     """Copy what nnssl_operate and nnssl_evaluate calibration left: the operating point and the calibration."""
-    folder = models[0] if learned is None and len(models) == 1 else learned
     names = (operating_point.FILE, calibration.FILE)
-    found = [name for name in names if folder is not None and (folder / name).is_file()]
+    folders = models if learned is None and len(models) == 1 else [learned] if learned else []
+    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if learned is not None and not found:
         raise UserError(f"{learned} holds neither {' nor '.join(names)}: nnssl_operate writes the first.")
-    for name in found:
-        shutil.copy(folder / name, target / name)
-    if operating_point.FILE in found:
+    for file in found:
+        shutil.copy(file, target / file.name)
+    if (target / operating_point.FILE).is_file():
         logger.info("operating point: %s", operating_point.load(target / operating_point.FILE))
     else:
         logger.info("No operating point: masks will be nnU-Net's own. nnssl_operate chooses one.")

@@ -20,7 +20,7 @@ def cpu_limit(root: Path = CGROUP, memberships: Path = Path("/proc/self/cgroup")
     The number of cores that Python and PyTorch count is the host's. A container's share is a quota of its cgroup
     (``cpu.max``; before version 2 ``cpu.cfs_quota_us``), or of a group above it, or the set of CPUs it is bound to.
     """
-    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    limits: list[float] = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     limits += [quota for folder in _groups(root, memberships) if (quota := _quota(folder)) is not None]
     return max(1, int(min(limits)))
 
@@ -64,8 +64,7 @@ def _quota(folder: Path) -> float | None:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
-            quota, period = (folder / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
-            quota, period = quota.read_text().strip(), period.read_text().strip()
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
         return int(quota) / int(period) if quota != "max" and int(quota) > 0 else None
     except (OSError, ValueError):
         return None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import BinaryIO
 
 from nnunet_ssl.errors import UserError
 
@@ -58,7 +59,7 @@ def _check(folder: Path, digests: dict[str, str]) -> None:
         raise UserError(f"{folder / wrong[0]} is not the file that was packaged: its SHA-256 differs. Copy it again.")
 
 
-def _digest(file) -> str:
+def _digest(file: BinaryIO) -> str:
     """What ``hashlib.file_digest`` does, which Python has since 3.11."""
     result = hashlib.sha256()
     for block in iter(lambda: file.read(2**20), b""):

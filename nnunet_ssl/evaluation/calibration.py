@@ -179,13 +179,13 @@ def calibrate(counts: Sequence[CaseCounts], units: Sequence[str], coverage: floa
         for total, held_out in zip(calibrated, (lesion, other)):
             total += _cooled(held_out[inside].sum(axis=0), by)
         covered[inside] = distances[inside] <= conformal_distance(distances[outside], coverage)
-    everything = [counts_.sum(axis=0) for counts_ in (lesion, other)]
-    before, after = reliability(*everything), reliability(*calibrated)
+    all_lesion, all_other = lesion.sum(axis=0), other.sum(axis=0)
+    before, after = reliability(all_lesion, all_other), reliability(calibrated[0], calibrated[1])
     reach = conformal_distance(distances, coverage)
     return {
         "n_cases": len(counts),
         "n_units": n_units,
-        "temperature": temperature(*everything),
+        "temperature": temperature(all_lesion, all_other),
         "log_loss_gain": float(gains.mean()),
         "log_loss_gain_interval": clustered_interval(gains, units),
         "calibration_error": {"before": calibration_error(before), "after": calibration_error(after)},

@@ -11,15 +11,16 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.matching import components, peaks_of
+from nnunet_ssl.evaluation.matching import Connectivity, components, peaks_of
 from nnunet_ssl.evaluation.probabilities import read_lesion_channel
 from nnunet_ssl.files import written_beside
 
@@ -49,7 +50,7 @@ class OperatingPoint:
     minimum_mm3: float = 0.0
     saving_peak: float | None = None
     mirroring: bool = True
-    connectivity: int = 26
+    connectivity: Connectivity = 26
     constant_map_when_empty: bool = False
 
     @property
@@ -71,7 +72,7 @@ class OperatingPoint:
         if self.minimum_mm3 == 0 or not mask.any():
             return mask
         labels, voxels = components(mask, self.connectivity)
-        peaks = None if self.saving_peak is None else peaks_of(probabilities, labels, len(voxels))
+        peaks = None if probabilities is None else peaks_of(probabilities, labels, len(voxels))
         return np.concatenate([[False], self.keep(voxels, peaks, voxel_mm3)])[labels]
 
     def finish(self, probabilities: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -131,7 +132,7 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def store(point: OperatingPoint, label: int, folder: Path, report: dict) -> None:
+def store(point: OperatingPoint, label: int, folder: Path, report: Mapping[str, Any]) -> None:
     """Write an operating point with a model: for nnU-Net's command, and readable with what was measured of it."""
     from nnunet_ssl.evaluation.results import write_json
 

@@ -136,7 +136,7 @@ def read_case(held_out: HeldOut) -> tuple[Volume, np.ndarray]:
         if not same_grid(mask, reference):
             raise UserError(f"{folder / held_out.reference.name} does not lie on the grid of {held_out.reference}.")
         maps.append(read_map(folder / f"{held_out.case}.npz", mask, None))
-    mean = maps[0] if len(maps) == 1 else np.mean(maps, axis=0, dtype=np.float32)
+    mean = maps[0] if len(maps) == 1 else np.asarray(np.mean(maps, axis=0, dtype=np.float32))
     return reference.with_array(reference.array > 0), mean
 
 

@@ -28,7 +28,8 @@ COUNTS = ("reference_lesions", "predicted_lesions", "found_lesions", "false_lesi
 RATES = ("detected", "correctly_empty")
 METRICS = tuple(field.name for field in dataclasses.fields(CaseMetrics) if field.name not in COUNTS)
 
-Case, Result = TypeVar("Case"), TypeVar("Result")
+Case = TypeVar("Case")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ def mean_interval(values: ArrayLike, **options: Any) -> tuple[float, float]:
     return bootstrap_interval(lambda weights: weights @ known / weights.sum(axis=1), len(known), **options)
 
 
-def clustered_interval(values: ArrayLike, units: Sequence[str], **options) -> tuple[float, float]:
+def clustered_interval(values: ArrayLike, units: Sequence[str], **options: Any) -> tuple[float, float]:
     """Return the bootstrap interval of the mean of values whose units, not they, are independent; nan is left out.
 
     Args:
