@@ -61,7 +61,7 @@ def commands() -> dict[str, list[str]]:
     return (
         {name: ["-c", CONSOLE, name] for name in points if name.startswith("nnssl_")}
         | {script.name: [str(script)] for script in scripts}
-        | {"python -m nnunet_ssl.phantom": ["-m", "nnunet_ssl.phantom"]}
+        | {f"python -m nnunet_ssl.{name}": ["-m", f"nnunet_ssl.{name}"] for name in ("phantom", "deployment")}
     )
 
 
@@ -73,8 +73,8 @@ def manual(name: str, call: list[str]) -> str:
     """Write a command's page: its help, and that of its subcommands."""
     text = help_of(call)
     parts = [f"# {name}", f"```text\n{text}```"]
-    found = re.search(r"^usage: \S+ \[-h\]\s+(\w+(?: \| \w+)+) \.\.\.", text)
-    for subcommand in found[1].split(" | ") if found else ():
+    found = re.search(r"^usage: .*?\s(\w+(?:\s+\|\s+\w+)+)\s+\.\.\.", text, re.S)
+    for subcommand in re.findall(r"\w+", found[1]) if found else ():
         parts += [f"## {name} {subcommand}", f"```text\n{help_of([*call, subcommand])}```"]
     return "\n\n".join(parts)
 

@@ -56,7 +56,7 @@ def help_of(*command: str) -> str:
 
 def subcommand(words: tuple[str, ...]) -> tuple[str, ...]:
     """The command, and its subcommand where it has them."""
-    choices = re.search(r"^usage: \S+ \[-h\]\s+(\w+(?: \| \w+)+)\s+\.\.\.", help_of(words[0]))
+    choices = re.search(r"^usage: \S+ \[-h\]\s+(\w+(?:\s+\|\s+\w+)+)\s+\.\.\.", help_of(words[0]))
     return words[:2] if choices else words[:1]
 
 
