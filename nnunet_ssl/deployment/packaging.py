@@ -181,10 +181,17 @@ def _copy_trainer(name: str, target: Path) -> None:
     raise UserError(f"The trainer {name} comes from {module}, whose file is not in a folder of nnUNet_extTrainer.")
 
 
+def _distributions_of(package: str) -> list[str]:
+    """Return what is to be installed for a package to be imported: mostly what has its name, which is quicker told."""
+    try:
+        return [metadata.distribution(package).name]
+    except metadata.PackageNotFoundError:
+        return metadata.packages_distributions().get(package, [])
+
+
 def _requirements(packages: set[str]) -> list[str]:
     """Return the installed versions of all that this package and the networks' packages need, as pip takes them."""
-    distributions = metadata.packages_distributions()
-    waiting = ["nnunet_ssl", *(name for package in sorted(packages) for name in distributions.get(package, []))]
+    waiting = ["nnunet_ssl", *(name for package in sorted(packages) for name in _distributions_of(package))]
     found: dict[str, str] = {}
     while waiting:
         name = canonicalize_name(waiting.pop())

@@ -1,5 +1,7 @@
 """Packages of models with random weights."""
 
+from functools import cache
+
 import pytest
 import torch
 from tiny_models import write_model
@@ -23,8 +25,9 @@ def packaged(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def segmenter(packaged):
-    """A function that packages such a model and loads it."""
+    """A function that packages such a model and loads it, once for the same settings."""
 
+    @cache
     def load(**settings):
         return Segmenter(packaged(**settings) / "model", torch.device("cpu"))
 

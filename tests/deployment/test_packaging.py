@@ -12,7 +12,7 @@ from tiny_models import write_model
 
 import nnunet_ssl
 from nnunet_ssl.deployment.cli import package as command
-from nnunet_ssl.deployment.packaging import package
+from nnunet_ssl.deployment.packaging import _distributions_of, _requirements, package
 from nnunet_ssl.deployment.weights import find_weights
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.operating_point import FILE
@@ -94,6 +94,12 @@ def make_a_cascade(model):
 def read_pictures(model):
     text = (model / "plans.json").read_text()
     (model / "plans.json").write_text(text.replace("NibabelIOWithReorient", "NaturalImage2DIO"))
+
+
+def test_a_networks_package_is_installed_by_the_name_that_pip_knows():
+    assert _distributions_of("cc3d") == ["connected-components-3d"]
+    assert _distributions_of("torch") == ["torch"]
+    assert "connected-components-3d" in {line.partition("==")[0] for line in _requirements({"cc3d"})}
 
 
 @pytest.mark.parametrize(
