@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.console import Subcommands, add_subcommand, command
+from nnunet_ssl.console import OptionParser, Subcommands, add_subcommand, command
 from nnunet_ssl.deployment.resources import limit_threads, measured
 from nnunet_ssl.deployment.weights import MOUNT, find_weights
 from nnunet_ssl.errors import UserError
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m nnunet_ssl.deployment", description="Segment lesions with a package made by nnssl_package."
     )
     parser.add_argument(

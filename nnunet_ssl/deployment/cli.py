@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnunet_ssl.console import command
+from nnunet_ssl.console import OptionParser, command
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ examples:
 
 @command
 def package() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_package",
         description="Write a folder that builds into a container (Docker, Apptainer): the models, this package, and a "
         "program for Grand Challenge, FOMO26 and BIDS data sets.",

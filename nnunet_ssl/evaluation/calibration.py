@@ -28,7 +28,7 @@ from scipy.special import expit, log_expit, logit
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.operating import parts_of
 from nnunet_ssl.evaluation.operating_point import OperatingPoint
-from nnunet_ssl.evaluation.out_of_fold import HeldOut, read_case
+from nnunet_ssl.evaluation.out_of_fold import HeldOutCase, read_case
 from nnunet_ssl.evaluation.segmentations import map_cases
 from nnunet_ssl.evaluation.statistics import clustered_interval, rate_interval
 
@@ -61,7 +61,7 @@ class CaseCounts:
     predicted_ml: float
 
 
-def count_cases(held_out: Sequence[HeldOut], point: OperatingPoint, processes: int = 1) -> list[CaseCounts]:
+def count_cases(held_out: Sequence[HeldOutCase], point: OperatingPoint, processes: int = 1) -> list[CaseCounts]:
     """Count the voxels of every case, and take its volumes at an operating point."""
     return map_cases(partial(_count_case, point=point), held_out, processes, "counting voxels")
 
@@ -220,7 +220,7 @@ def describe(result: Mapping[str, Any]) -> str:
     )
 
 
-def _count_case(held_out: HeldOut, point: OperatingPoint) -> CaseCounts:
+def _count_case(held_out: HeldOutCase, point: OperatingPoint) -> CaseCounts:
     reference, values = read_case(held_out)
     lesion, other = count(reference.array, values)
     mask = point.segment(values, reference.voxel_ml * 1000)

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from nnunet_ssl.console import command, positive
+from nnunet_ssl.console import OptionParser, command, positive
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ The folds' probabilities are needed: nnUNetv2_train ... --npz, or --val --npz af
 
 @command
 def operate() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_operate",
         description="Choose threshold and minimum lesion size by the cases that the folds held out, measure what that "
         "gains, and store it for nnUNetv2_apply_postprocessing. docs/isles26.md shows the way.",
@@ -71,7 +71,7 @@ def _operate(arguments: argparse.Namespace) -> None:
     report = out_of_fold.report_of(models[0])
     folders = {True: out_of_fold.VALIDATION}
     if arguments.mirroring:
-        from nnunet_ssl.evaluation.encoding import find_device
+        from nnunet_ssl.devices import find_device
         from nnunet_ssl.evaluation.unmirrored import predict_unmirrored
 
         for model in models:

@@ -22,7 +22,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.lesions import PRESETS, compare_lesions, compare_surfaces
 from nnunet_ssl.evaluation.matching import find_overlaps
 from nnunet_ssl.evaluation.operating_point import ARGMAX, OperatingPoint
-from nnunet_ssl.evaluation.out_of_fold import HeldOut, read_case
+from nnunet_ssl.evaluation.out_of_fold import HeldOutCase, read_case
 from nnunet_ssl.evaluation.probabilities import pr_auc
 from nnunet_ssl.evaluation.ranking import BETTER_WHEN_SMALL
 from nnunet_ssl.evaluation.segmentations import METRICS, NAMES, map_cases
@@ -135,7 +135,7 @@ def score(
 
 
 def score_cases(
-    held_out: Mapping[bool, Sequence[HeldOut]], points: Sequence[OperatingPoint], goal: Goal, processes: int = 1
+    held_out: Mapping[bool, Sequence[HeldOutCase]], points: Sequence[OperatingPoint], goal: Goal, processes: int = 1
 ) -> np.ndarray:
     """Score every operating point on every case, (cases, points, metrics).
 
@@ -216,7 +216,7 @@ def describe(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def _score_case(maps: Mapping[bool, HeldOut], points: Sequence[OperatingPoint], goal: Goal) -> np.ndarray:
+def _score_case(maps: Mapping[bool, HeldOutCase], points: Sequence[OperatingPoint], goal: Goal) -> np.ndarray:
     read = {mirrored: read_case(case) for mirrored, case in maps.items()}
     reference = next(iter(read.values()))[0]
     probabilities = {mirrored: values for mirrored, (_, values) in read.items()}

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutCase:
     """A case, and what models said of it that were not trained on it.
 
     Attributes:
@@ -53,7 +53,7 @@ class HeldOut:
 
 def find_held_out(
     models: Sequence[Path], reference: Path, *, by: str = SUBJECT, report: Path | None = None, where: str = VALIDATION
-) -> list[HeldOut]:
+) -> list[HeldOutCase]:
     """Find the cases that all the models' folds held out.
 
     Args:
@@ -75,7 +75,7 @@ def find_held_out(
             raise UserError(f"{model} did not hold out {len(lost)} cases that other models did, such as {lost[0]}.")
     units = _units(sorted(everything), by, report)
     return [
-        HeldOut(
+        HeldOutCase(
             case=case,
             unit=units[case],
             reference=found[0][case][0],
@@ -123,7 +123,7 @@ def only_label(models: Sequence[Path]) -> int:
     return others[0] if isinstance(others[0], int) else others[0][0]
 
 
-def read_case(held_out: HeldOut) -> tuple[Volume, np.ndarray]:
+def read_case(held_out: HeldOutCase) -> tuple[Volume, np.ndarray]:
     """Return the true mask (bool), and the lesion's probability on its grid, float32, averaged over the models.
 
     Raises:
