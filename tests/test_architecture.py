@@ -14,6 +14,7 @@ MAY_USE = {
     "weights": {"architectures"},
     "corpus": {"imaging"},
     "conversion": {"imaging", "corpus"},
+    "audit": {"imaging", "corpus", "weights"},
     "pretraining": {"architectures", "weights", "corpus"},
     "trainers": {"architectures", "weights", "pretraining", "imaging"},
     "interface": {"architectures", "weights", "corpus"},

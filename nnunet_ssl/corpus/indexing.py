@@ -21,6 +21,9 @@ TEST_SETS = {"ds004199": ("bonn", "Bonn FCD-II, which Dataset503_FCDBonn fine-tu
 
 UNUSED = "unused.txt"
 
+EXCLUSIONS = "exclusions"
+"""The folder beside a manifest whose text files name what `nnssl_prepare` leaves out; `nnssl_audit` writes into it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,6 +94,27 @@ def _check_names(scans: pd.DataFrame) -> None:
         )
 
 
+def read_index(raw: Path) -> pd.DataFrame:
+    """Read the manifest that :func:`index_corpus` wrote, all columns as strings.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = raw / "manifest.tsv"
+    if not path.is_file():
+        raise UserError(
+            f"{raw} has no manifest.tsv, so it is no corpus for pre-training. Index one first: "
+            "python dataset_conversion/Dataset500_FOMO60K.py -i DIR"
+        )
+    return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+
+
+def standing_exclusions(raw: Path) -> list[str]:
+    """Return the names in all files of the folder :data:`EXCLUSIONS` of an indexed corpus."""
+    files = sorted((raw / EXCLUSIONS).glob("[!.]*.txt"))
+    return list(dict.fromkeys(name for file in files for name in read_exclusions(file)))
+
+
 def read_exclusions(path: Path) -> list[str]:
     """Read a list of names, one a line; empty lines and what follows a ``#`` don't count."""
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
@@ -102,8 +126,11 @@ def without(scans: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     columns = ["dataset", "subject", "session", "scan_id", "path"]
     excluded = pd.Series(False, index=scans.index)
     for name in names:
-        pattern = fnmatch.translate(name)
-        hit = scans[columns].apply(lambda column, pattern=pattern: column.str.match(pattern)).any(axis=1)
+        if any(sign in name for sign in "*?["):
+            pattern = fnmatch.translate(name)
+            hit = scans[columns].apply(lambda column, pattern=pattern: column.str.match(pattern)).any(axis=1)
+        else:
+            hit = (scans[columns] == name).any(axis=1)
         if not hit.any():
             logger.warning("The exclusion '%s' matches no dataset, subject, session, scan or path.", name)
         excluded |= hit

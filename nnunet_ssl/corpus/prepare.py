@@ -19,6 +19,7 @@ import filelock
 import pandas as pd
 from tqdm import tqdm
 
+from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_index, standing_exclusions, without
 from nnunet_ssl.corpus.journal import fingerprint, finished_sessions, open_journal, write_journal
 from nnunet_ssl.corpus.naming import StoreNames, names_of
 from nnunet_ssl.corpus.plans import PreparationConfig, make_plans, settle_plans
@@ -56,7 +57,8 @@ def prepare_corpus(
 
     Args:
         dataset: id (500) or name (Dataset500_FOMO60K) of a corpus that was indexed into `$nnUNet_raw`.
-        config: must equal the one that an earlier run began with.
+        config: must equal the one that an earlier run began with. What the files in the corpus' folder ``exclusions``
+            name is left out, or removed where it was prepared already.
         processes: how many processes work on this machine.
         scheduler: address of a Dask scheduler whose workers do it instead.
         device: where HD-BET runs.
@@ -66,7 +68,11 @@ def prepare_corpus(
         OSError: the store cannot be written.
     """
     raw = dataset_folder(dataset, "nnUNet_raw")
-    scans = _read_raw_manifest(raw)
+    scans = read_index(raw)
+    if names := standing_exclusions(raw):
+        scans = without(scans, names)
+        if scans.empty:
+            raise UserError(f"Every scan is excluded by the files in {raw / EXCLUSIONS}; nothing is left to prepare.")
     if config.skull_strip and not scheduler:
         require_hd_bet()
     folder = folder_of("nnUNet_preprocessed") / raw.name
@@ -93,16 +99,6 @@ def prepare_corpus(
         done |= _work(names, tasks, done, outcomes)
         remove_leftovers(names.cases)  # of workers that were killed
         return _conclude(names, scans, [done[task.session] for task in tasks])
-
-
-def _read_raw_manifest(raw: Path) -> pd.DataFrame:
-    path = raw / "manifest.tsv"
-    if not path.is_file():
-        raise UserError(
-            f"{raw} has no manifest.tsv, so it is no corpus for pre-training. Index one first: "
-            "python dataset_conversion/Dataset500_FOMO60K.py -i DIR"
-        )
-    return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
 
 
 @contextlib.contextmanager

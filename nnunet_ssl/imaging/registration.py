@@ -31,10 +31,11 @@ _LARGEST_SHIFT_MM = 250.0
 _SAME_ROTATION_DEG = 2.0
 _SAME_SHIFT_MM = 2.0
 _LARGEST_ROTATION_DEG = 60.0
-_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From nibabel's millimetres to ITK's, and back."""
 
 
-class _Level(NamedTuple):
+class Level(NamedTuple):
     """A resolution at which the search looks at the images, and the share of their voxels that it compares."""
 
     shrink: int
@@ -42,8 +43,8 @@ class _Level(NamedTuple):
     samples: float
 
 
-_COARSE = _Level(shrink=4, smooth_mm=6.0, samples=0.5)
-_FINE = _Level(shrink=2, smooth_mm=1.5, samples=0.3)
+_COARSE = Level(shrink=4, smooth_mm=6.0, samples=0.5)
+_FINE = Level(shrink=2, smooth_mm=1.5, samples=0.3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,9 @@ def register_rigid(fixed: Volume, moving: Volume, *, seed: int = 0) -> Registrat
         moving: another contrast of the same head.
         seed: of the random sample of voxels that the metric looks at.
     """
-    fixed_small, moving_small = (_working_copy(volume, WORKING_MM) for volume in (fixed, moving))
+    fixed_small, moving_small = (working_copy(volume, WORKING_MM) for volume in (fixed, moving))
     try:
-        with _one_thread():
+        with one_thread():
             matrix = _search(fixed_small, moving_small, seed)
     except RuntimeError as error:  # ITK's exceptions: no overlap, too few samples
         return _judge(fixed_small, moving_small, np.eye(4), f"the search failed ({_last_line(error)})")
@@ -91,7 +92,7 @@ def register_rigid(fixed: Volume, moving: Volume, *, seed: int = 0) -> Registrat
 
 def judging_copy(volume: Volume) -> Volume:
     """Return a copy with voxels of 3 mm, small enough to be kept and compared often; see :func:`agreement`."""
-    return _working_copy(volume, _JUDGING_MM, order=1)
+    return working_copy(volume, _JUDGING_MM, order=1)
 
 
 def agreement(fixed: Volume, moving: Volume, matrix: np.ndarray | None = None) -> float:
@@ -176,9 +177,9 @@ def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
     starts, failures = [], []
     for shift in (np.zeros(3), _centre_of_mass(moving) - centre):
         transform = sitk.Euler3DTransform()
-        transform.SetCenter((_TO_LPS[:3, :3] @ centre).tolist())
-        transform.SetTranslation((_TO_LPS[:3, :3] @ shift).tolist())
-        method = _metric(mask, transform, seed, _COARSE)
+        transform.SetCenter((TO_LPS[:3, :3] @ centre).tolist())
+        transform.SetTranslation((TO_LPS[:3, :3] @ shift).tolist())
+        method = mutual_information(mask, transform, seed, _COARSE)
         method.SetOptimizerAsRegularStepGradientDescent(
             learningRate=2.0, minStep=1e-2, numberOfIterations=200, relaxationFactor=0.6
         )
@@ -190,15 +191,15 @@ def _search(fixed: Volume, moving: Volume, seed: int) -> np.ndarray:
     if not starts:
         raise failures[-1]
     _, transform = min(starts, key=lambda start: start[0])
-    method = _metric(mask, transform, seed, _FINE)
+    method = mutual_information(mask, transform, seed, _FINE)
     # Thick slices make a narrow valley of the metric, in which gradient descent stops 1 to 2 mm short.
     method.SetOptimizerAsPowell(numberOfIterations=5, maximumLineIterations=20, stepLength=0.5, stepTolerance=1e-2)
     method.Execute(*images)
-    return _to_matrix(transform)
+    return to_matrix(transform)
 
 
-def _metric(
-    mask: sitk.Image, transform: sitk.Euler3DTransform, seed: int, level: _Level
+def mutual_information(
+    mask: sitk.Image, transform: sitk.Transform, seed: int, level: Level
 ) -> sitk.ImageRegistrationMethod:
     """Return a registration method for one resolution, without its optimiser, that works on `transform` in place."""
     method = sitk.ImageRegistrationMethod()
@@ -216,7 +217,7 @@ def _metric(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let ITK work in one thread: with more, sums end in another order each time and so do the last bits.
 
     The method's own `SetNumberOfThreads` does not reach its metric; only ITK's default for the whole process does.
@@ -279,7 +280,7 @@ def _fit(fixed: Volume, moving: Volume, matrix: np.ndarray) -> tuple[float, floa
     return normalized_mutual_information(fixed.array[region], moved[region]), overlap
 
 
-def _working_copy(volume: Volume, voxel_mm: float, order: int = 3) -> Volume:
+def working_copy(volume: Volume, voxel_mm: float, order: int = 3) -> Volume:
     """Return the image with isotropic voxels on its own axes, NaN and negative values set to 0."""
     spacing = np.array(volume.spacing)
     extent = spacing * volume.array.shape
@@ -294,12 +295,12 @@ def _working_copy(volume: Volume, voxel_mm: float, order: int = 3) -> Volume:
     return image.with_array(np.clip(image.array / max(high, 1e-9), 0, 1))
 
 
-def _to_matrix(transform: sitk.Euler3DTransform) -> np.ndarray:
+def to_matrix(transform: sitk.Euler3DTransform | sitk.AffineTransform) -> np.ndarray:
     """Return an ITK transform (LPS) as a matrix on RAS points."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(transform.GetMatrix()).reshape(3, 3)
     matrix[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
-    return _TO_LPS @ matrix @ _TO_LPS
+    return TO_LPS @ matrix @ TO_LPS
 
 
 def _centre_of_mass(volume: Volume) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.weights.pretrained import ENCODER, encoder_file
+from nnunet_ssl.weights.zoo import entries, fetched
 
 VARIABLE = "nnssl_checkpoint"
 
@@ -15,17 +16,22 @@ VARIABLE = "nnssl_checkpoint"
 def explicit_checkpoint() -> Path | None:
     """Return the file that the environment variable ``nnssl_checkpoint`` names, or ``None`` when it is not set.
 
-    The variable may name a file or the folder of a finished pre-training.
+    The variable may name a file, the folder of a finished pre-training, or published weights (``nnssl_weights list``).
 
     Raises:
-        UserError: the variable is set and there is no such file.
+        UserError: the variable is set and there is no such file, or the published weights were not fetched.
     """
     value = os.environ.get(VARIABLE)
     if not value:
         return None
     path = encoder_file(Path(value).expanduser())
+    if not path.exists() and value in entries():
+        return fetched(value)
     if not path.is_file():
-        raise UserError(f"{VARIABLE}={value}: there is no file {path}. Correct the path, or unset {VARIABLE}.")
+        raise UserError(
+            f"{VARIABLE}={value}: there is no file {path}, and no published weights have that name "
+            f"(nnssl_weights list). Correct it, or unset {VARIABLE}."
+        )
     return path
 
 

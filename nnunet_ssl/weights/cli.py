@@ -46,13 +46,21 @@ examples:
   nnssl_weights export encoder.safetensors -o swin_transformer.pt --format monai
   nnssl_weights export encoder.safetensors -o checkpoint_final.pth --format nnssl
 """,
+    "list": """\
+examples:
+  nnssl_weights list
+  nnssl_weights list openmind-mae
+""",
     "fetch": """\
 examples:
+  nnssl_weights fetch openmind-mae
   nnssl_weights fetch OWNER/REPOSITORY checkpoint.ckpt --recipe mcl_mim
   nnssl_weights fetch https://huggingface.co/OWNER/REPOSITORY --recipe mim
   nnssl_weights fetch /data/shared/checkpoints mcl_mim/encoder.safetensors
 
-Writes $nnUNet_results/DATASET/RECIPE/encoder.safetensors, where the recipe's trainer finds it.
+Of a name that nnssl_weights list has, writes $nnUNet_results/zoo/NAME/encoder.safetensors, and
+nnssl_checkpoint=NAME nnUNetv2_train ... -tr nnUNetTrainerSSL fine-tunes it. Of anything else, writes
+$nnUNet_results/DATASET/RECIPE/encoder.safetensors, where the recipe's trainer finds it.
 """,
 }
 
@@ -60,7 +68,8 @@ Writes $nnUNet_results/DATASET/RECIPE/encoder.safetensors, where the recipe's tr
 @command
 def weights() -> None:
     parser = OptionParser(prog="nnssl_weights", description=_DESCRIPTION)
-    commands = parser.add_subparsers(required=True, metavar="inspect | import | export | fetch")
+    commands = parser.add_subparsers(required=True, metavar="list | fetch | inspect | import | export")
+    _add_list(commands)
     _add_inspect(commands)
     _add_import(commands)
     _add_export(commands)
@@ -71,7 +80,7 @@ def weights() -> None:
 
 def _add_origin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--origin", metavar="NAME", help="nnunet_ssl, umbra, monai, nnunet or nnssl (default: found out)"
+        "--origin", metavar="NAME", help="nnunet_ssl, umbra, monai, nnunet, nnssl or asparagus (default: found out)"
     )
 
 
@@ -185,12 +194,27 @@ def _say_what_monai_needs(pretrained: PretrainedEncoder) -> None:
         logger.info("The mask token is left out: MONAI's class has none.")
 
 
+def _add_list(commands: Subcommands) -> None:
+    parser = add_subcommand(
+        commands, "list", _list, "Show the published encoders that can be fetched by name.", _EXAMPLES["list"]
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="say all of this one")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.weights.zoo import describe_entries, describe_entry, entry_of
+
+    logger.info("%s", describe_entry(entry_of(arguments.name)) if arguments.name else describe_entries())
+
+
 def _add_fetch(commands: Subcommands) -> None:
     parser = add_subcommand(
         commands, "fetch", _fetch, "Put a published encoder where the trainers look for it.", _EXAMPLES["fetch"]
     )
     parser.add_argument(
-        "source", metavar="REPO_OR_PATH", help="id or web address on Hugging Face, or a local folder or file"
+        "source",
+        metavar="NAME_OR_REPO_OR_PATH",
+        help="a name of nnssl_weights list, an id or web address on Hugging Face, or a local folder or file",
     )
     parser.add_argument("filename", nargs="?", metavar="FILENAME", help="inside it, if it holds several")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository")
@@ -205,7 +229,11 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.nnunet_folders import full_name
     from nnunet_ssl.weights.fetching import destination, locate
     from nnunet_ssl.weights.pretrained import UMBRAS_RECIPES
+    from nnunet_ssl.weights.zoo import entries
 
+    if arguments.source in entries() and not Path(arguments.source).exists():
+        _fetch_entry(arguments)
+        return
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error at the end says enough
     dataset = full_name(arguments.d)
     file = locate(arguments.source, arguments.filename, arguments.revision)
@@ -221,6 +249,37 @@ def _fetch(arguments: argparse.Namespace) -> None:
             "The file says that its weights were trained by %s; the recipe %s is another.", pretrained.method, recipe
         )
     _write_own(destination(recipe, dataset), file, pretrained, report)
+
+
+def _fetch_entry(arguments: argparse.Namespace) -> None:
+    """Fetch published weights by name; a file that was brought by hand is taken as it is."""
+    from nnunet_ssl.weights.fetching import locate_entry
+    from nnunet_ssl.weights.pretrained import ENCODER
+    from nnunet_ssl.weights.zoo import describe_licence, entry_of, folder_for
+
+    given = [name for name in ("filename", "recipe", "origin") if getattr(arguments, name)]
+    if given:
+        raise UserError(f"{arguments.source} is a name of the table, which tells its {' and '.join(given)} already.")
+    entry = entry_of(arguments.source)
+    target = folder_for(entry.name) / ENCODER
+    if entry.refused:
+        raise UserError(f"{entry.name} cannot be used: {entry.refused}.")
+    if target.exists():
+        raise UserError(f"{entry.name} was fetched already: {target}. Remove it to fetch it again.")
+    logger.info("%s", describe_licence(entry))
+    file = locate_entry(entry, arguments.revision)
+    arguments.merging = arguments.merging or entry.merging
+    pretrained, report = _read(file, arguments)
+    if pretrained.origin != entry.origin:
+        raise UserError(f"{file} is of {pretrained.origin}; {entry.name} should be of {entry.origin}: another file?")
+    metadata = {"zoo": entry.as_metadata() | ({"revision": arguments.revision} if arguments.revision else {})}
+    pretrained = dataclasses.replace(
+        pretrained, method=entry.recipe or pretrained.method, metadata={**metadata, **pretrained.metadata}
+    )
+    _write_own(target, file, pretrained, report)
+    logger.info(
+        "Fine-tune from it: nnssl_checkpoint=%s nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerSSL", entry.name
+    )
 
 
 def _read(file: Path, arguments: argparse.Namespace) -> tuple[PretrainedEncoder, LoadReport]:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.weights.pretrained import ENCODER
+from nnunet_ssl.weights.zoo import ZooEntry, folder_for
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 """Of files that may be checkpoints."""
@@ -50,6 +51,23 @@ def locate(source: str, filename: str | None, revision: str | None) -> Path:
     else:
         folder = ""
     return _download(source, folder, filename, revision)
+
+
+def locate_entry(entry: ZooEntry, revision: str | None) -> Path:
+    """Return the file of published weights: brought by hand to their folder, or downloaded.
+
+    Raises:
+        UserError: it is not there and cannot be downloaded; says which file to bring, and where to put it.
+    """
+    brought = folder_for(entry.name) / Path(entry.file).name
+    if brought.is_file():
+        return brought
+    try:
+        return _download(entry.repository, "", entry.file, revision or entry.revision)
+    except UserError as error:
+        raise UserError(
+            f"{error} Without a network, download {entry.address} elsewhere, put it at {brought}, and run this again."
+        ) from error
 
 
 def _of_page(address: str) -> tuple[str, str, str | None]:

@@ -1,0 +1,195 @@
+"""The audit on corpora of phantoms: what one head leaves in two data sets is found, and nothing else."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from nnunet_ssl.audit.audit import audit
+from nnunet_ssl.audit.cli import main
+from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_exclusions
+from nnunet_ssl.corpus.prepare import PreparationConfig, prepare_corpus
+from nnunet_ssl.imaging.geometry import Volume, canonical, resample_onto, write_volume
+from nnunet_ssl.phantom.acquisition import Quality, acquire
+from nnunet_ssl.phantom.anatomy import build_anatomy, draw_person, mni_grid
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+def index(folder, scans, **columns):
+    """Write the manifest of a corpus: subject -> path of its scan."""
+    raw = folder / "nnUNet_raw" / "Dataset500_Corpus"
+    raw.mkdir()
+    rows = [
+        {"scan_id": f"{name}__t1", "dataset": "DS", "subject": f"DS/{name}", "session": f"DS/{name}/ses_1"}
+        | {"modality": "t1", "repeat": "1", "age": "", "sex": "", "path": str(path)}
+        | {key: values[name] for key, values in columns.items()}
+        for name, path in scans.items()
+    ]
+    pd.DataFrame(rows).to_csv(raw / "manifest.tsv", sep="\t", index=False)
+    (raw / "dataset.json").write_text("{}")
+    return raw
+
+
+def label(folder, cases, sources=None, name="Dataset501_Labelled"):
+    """Write a labelled data set: case -> volume, or None for one whose image nobody opens."""
+    raw = folder / "nnUNet_raw" / name
+    (raw / "imagesTr").mkdir(parents=True)
+    for case, volume in cases.items():
+        path = raw / "imagesTr" / f"{case}_0000.nii.gz"
+        path.touch() if volume is None else write_volume(path, volume)
+        if case in (sources or {}):
+            record = raw / "conversion" / "cases" / f"{case}.json"
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps({"made_from": None, "row": {"sources": sources[case]}}))
+    description = {"channel_names": {"0": "t1"}, "labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    return raw
+
+
+def scan(person, seed, *, stripped=False, noise=0.03, voxel_mm=2.5):
+    anatomy = build_anatomy(person, mni_grid(voxel_mm))
+    quality = Quality(noise=noise, bias=0.15, stripped=stripped)
+    return Volume(acquire(anatomy, "t1", quality, np.random.default_rng(seed)), anatomy.grid.affine)
+
+
+def another_edition(volume, stripped):
+    """The same scan in another data set: stripped, moved, on another grid, in another order, with other numbers."""
+    brain = canonical(volume).with_array(canonical(volume).array * (stripped.array > 0))
+    turn = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, -0.08, 0.12), [4, -7, 3])
+    grid = Volume.empty((70, 80, 70), nib.affines.from_matvec(np.diag([2.8] * 3), [-98, -130, -78]))
+    moved = resample_onto(brain, grid, turn)
+    array = moved.array[::-1].transpose(2, 0, 1) ** 0.9 * 7
+    order = np.zeros((4, 4))
+    order[0, 1], order[0, 3], order[1, 2], order[2, 0], order[3, 3] = -1, 69, 1, 1, 1
+    return Volume(np.ascontiguousarray(array), moved.affine @ order)
+
+
+@pytest.mark.slow
+def test_a_scan_and_a_head_are_found_whatever_was_done_to_them_and_strangers_are_not(folders):
+    people = [draw_person(np.random.default_rng(seed)) for seed in range(4)]
+    scans = {f"sub_{number}": scan(person, number) for number, person in enumerate(people[:3])}
+    for name, volume in scans.items():
+        write_volume(folders / f"{name}.nii.gz", volume)
+    raw = index(folders, {name: folders / f"{name}.nii.gz" for name in scans})
+    label(
+        folders,
+        {
+            "copy": another_edition(scans["sub_0"], scan(people[0], 0, stripped=True)),
+            "revisit": scan(people[1].older(3), 11, stripped=True, noise=0.07, voxel_mm=2.2),
+            "stranger": scan(people[3], 12),
+        },
+    )
+
+    found = audit(500, 501)
+
+    assert {(pair.case, pair.subject) for pair in found.pairs if pair.verdict != "alike"} == {
+        ("copy", "DS/sub_0"),
+        ("revisit", "DS/sub_1"),
+    }
+    by_case = {pair.case: pair for pair in found.pairs if pair.verdict != "alike"}
+    assert by_case["copy"].verdict == "same scan"
+    assert by_case["revisit"].verdict == "same head"
+    assert found.still_in == ["DS/sub_0", "DS/sub_1"]
+    assert read_exclusions(raw / EXCLUSIONS / "Dataset501_Labelled.txt") == ["DS/sub_0", "DS/sub_1"]
+
+    prepare_corpus(500, PreparationConfig())
+    manifest = folders / "nnUNet_preprocessed" / "Dataset500_Corpus" / "manifest.tsv"
+    assert set(pd.read_csv(manifest, sep="\t")["subject"]) == {"DS/sub_2"}
+    assert audit(500, 501).still_in == []  # and its fingerprints were made before
+
+
+def run(monkeypatch, *arguments):
+    """Run the command; return its exit status."""
+    monkeypatch.setattr("sys.argv", ["nnssl_audit", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_a_telling_name_of_a_subject_is_found_in_the_paths_of_the_corpus(folders, monkeypatch, capsys):
+    paths = {
+        "sub_1": "in/sub-r001s007/anat/sub-r001s007_T1w.nii.gz",
+        "sub_2": "in/sub-r001s008/anat/sub-r001s008_T1w.nii.gz",
+    }
+    index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
+    label(folders, {"r001s007": None, "r009s001": None})
+
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 3
+    assert "same name: r001s007 is sub_1__t1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sub-01", "sub-1", "sub-patient1", "t1"])
+def test_a_name_that_any_two_data_sets_share_says_nothing(folders, monkeypatch, name):
+    paths = {"sub_1": f"in/disk2024/{name}/anat/{name}_T1w.nii.gz"}
+    index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
+    label(folders, {"case": None}, {"case": f"/data/disk2025/{name}/anat/{name}_T1w.nii.gz"})
+
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 0
+
+
+def test_a_folder_that_two_corpora_lie_in_is_no_name_of_a_subject(folders, monkeypatch):
+    paths = {f"sub_{number}": f"server2024/sub-{number}/t1.nii.gz" for number in range(3)}
+    index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
+    label(folders, {"a": None, "b": None}, {"a": "/server2024/x/1.nii.gz", "b": "/server2024/x/2.nii.gz"})
+
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 0
+
+
+def test_a_subject_of_soop_is_known_by_its_number_in_isles26(folders):
+    paths = {"sub_1": "SOOP/sub-468/anat/sub-468_T1w.nii.gz", "sub_2": "SOOP/sub-469/anat/sub-469_T1w.nii.gz"}
+    other = dict.fromkeys(paths, "PT014_SOOP")
+    index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths, dataset_doi=other)
+    label(folders, {"soop0468": None, "r001s001": None}, name="Dataset504_ATLASv3")
+
+    found = audit(500, 504, content=False)
+
+    assert [(pair.case, pair.subject, pair.verdict) for pair in found.pairs] == [("soop0468", "DS/sub_1", "same name")]
+    assert set(found.origins) == {"SOOP"}
+
+
+def test_origins_that_both_name_are_told_although_no_subject_is_met(folders, monkeypatch, capsys):
+    index(folders, {"sub_1": folders / "absent.nii.gz"}, dataset_doi={"sub_1": "doi:10.18112/openneuro.ds004889.v1"})
+    label(folders, {"r001s001": None}, name="Dataset504_ATLASv3")
+
+    assert run(monkeypatch, "-d", "500", "-t", "504", "--names-only") == 3
+    assert "both have data of SOOP" in capsys.readouterr().out
+
+
+def test_the_users_own_folders_are_no_origin(folders):
+    index(folders, {"sub_1": folders / "bonn" / "absent.nii.gz"}, original_path={"sub_1": "sub-1/t1.nii.gz"})
+    label(folders, {"a": None, "b": None}, {"a": "/bonn/ideas/one/a.nii.gz", "b": "/bonn/ideas/two/b.nii.gz"})
+
+    assert audit(500, 501, content=False).origins == {}
+
+
+def test_what_cannot_be_compared_is_told_and_spoils_nothing(folders):
+    index(folders, {"sub_1": folders / "absent.nii.gz"})
+    label(folders, {"broken": None})
+
+    found = audit(500, 501)
+
+    table = pd.read_csv(found.folder / "not_compared.tsv", sep="\t")
+    assert len(table) == 2
+    assert found.pairs == []
+    assert found.verdict["corpus_scans_compared"] == 0
+
+
+@pytest.mark.parametrize(
+    ("corpus", "labelled", "words"), [("501", "500", "no corpus for pre-training"), ("500", "500", "no image in")]
+)
+def test_data_sets_of_the_wrong_kind_are_refused(folders, monkeypatch, corpus, labelled, words):
+    index(folders, {"sub_1": folders / "absent.nii.gz"})
+    label(folders, {"a": None})
+
+    assert words in run(monkeypatch, "-d", corpus, "-t", labelled, "--names-only")
