@@ -144,8 +144,8 @@ class PretrainingConfig:
 
     @property
     def stride(self) -> int:
-        """Voxels per cell of the bottleneck along each axis, whatever the backbone: every map halves the grid."""
-        return 2**self._network.maps
+        """Voxels per cell of the bottleneck along each axis; unless a backbone says it, every map halves the grid."""
+        return getattr(self._network, "stride", 2**self._network.maps)
 
     @property
     def maps(self) -> int:

@@ -170,7 +170,13 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
                 f"The network follows the checkpoint's backbone, {architecture['backbone']}: "
                 f"{_class_name(entry)} instead of the plans' {_class_name(planned)}. Patch, batch and spacing stay."
             )
-        backbone_of(architecture["backbone"]).check_patch(self.configuration_manager.patch_size, entry)
+        backbone = backbone_of(architecture["backbone"])
+        backbone.check_patch(self.configuration_manager.patch_size, entry)
+        if backbone.recipe not in (None, self.settings.recipe):
+            self.print_to_log_file(
+                f"The authors of {backbone.name} fine-tune it with another optimizer, clipping and schedule: "
+                f"nnssl_settings=recipe={backbone.recipe}"
+            )
         return entry
 
     def _load_encoder(self, pretrained: PretrainedEncoder, source: dict[str, str], entry: dict[str, Any]) -> None:

@@ -15,12 +15,15 @@ from nnunet_ssl.trainers.schedules import Schedule
 # arXiv 2511.11311, fine-tuning recipe
 DECODER_DECAY = 1e-2
 ENCODER_DECAY = 1e-3
+# PretrainedTrainer_Primus of MIC-DKFZ/nnUNet
+PRIMUS_DECAY = 5e-2
+PRIMUS_BETAS = (0.9, 0.98)
 # nnU-Net's own
 SGD_DECAY = 3e-5
 SGD_MOMENTUM = 0.99
 
-GRADIENT_CLIP = {"adamw": 2.0, "sgd": 12.0}
-"""Norm to which all gradients together are clipped: arXiv 2511.11311's with AdamW, nnU-Net's with SGD."""
+GRADIENT_CLIP = {"adamw": 2.0, "sgd": 12.0, "adamw_primus": 1.0}
+"""Norm to which all gradients together are clipped: arXiv 2511.11311's with AdamW, nnU-Net's with SGD, Primus' own."""
 
 
 def build_optimizer(network: nn.Module, lr: float, encoder_lr: float, name: str = "adamw") -> torch.optim.Optimizer:
@@ -29,7 +32,8 @@ def build_optimizer(network: nn.Module, lr: float, encoder_lr: float, name: str 
     Whatever is the encoder's is not the decoder's, although nnU-Net's U-Nets hold the encoder inside the decoder too.
 
     Args:
-        name: ``adamw``, or ``sgd``: nnU-Net's, with Nesterov's momentum and one weight decay on everything.
+        name: ``adamw``; ``sgd``: nnU-Net's, with Nesterov's momentum; ``adamw_primus``: that of Primus' own trainers.
+            The last two have one weight decay on everything.
     """
     encoder = {id(parameter) for parameter in network.get_submodule("encoder").parameters()}
     named = list(network.named_parameters())
@@ -40,6 +44,8 @@ def build_optimizer(network: nn.Module, lr: float, encoder_lr: float, name: str 
         groups += [{**group, "peak_lr": peak, "part": part} for group in split]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr)
+    if name == "adamw_primus":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=PRIMUS_DECAY, betas=PRIMUS_BETAS)
     return torch.optim.SGD(groups, lr=lr, weight_decay=SGD_DECAY, momentum=SGD_MOMENTUM, nesterov=True)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-RecipeName = Literal["paper", "long", "quick"]
+RecipeName = Literal["paper", "long", "primus", "quick"]
 ScheduleName = Literal["paper", "warmup", "sawtooth"]
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "sgd", "adamw_primus"]
 
 SCHEDULES: dict[ScheduleName, dict[str, Any]] = {
     "paper": {"freeze_share": 0.3, "decay": "cosine"},
@@ -17,8 +17,13 @@ SCHEDULES: dict[ScheduleName, dict[str, Any]] = {
 """What a schedule brings: arXiv 2511.11311; ``PretrainedTrainer`` of MIC-DKFZ/nnUNet; ``PretrainedTrainer_sawtooth`` of
 TaWald/nnUNet, whose decoder learns alone for 50 of 1,000 epochs."""
 
-OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {"adamw": {"lr": 5e-4}, "sgd": {"lr": 1e-3}}
-"""What an optimizer brings: arXiv 2511.11311; ``PretrainedTrainer`` of MIC-DKFZ/nnUNet."""
+OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {
+    "adamw": {"lr": 5e-4},
+    "sgd": {"lr": 1e-3},
+    "adamw_primus": {"lr": 1e-4},
+}
+"""What an optimizer brings: arXiv 2511.11311; ``PretrainedTrainer`` and ``PretrainedTrainer_Primus`` of
+MIC-DKFZ/nnUNet."""
 
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "paper": {
@@ -37,6 +42,14 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
         "lr": 1e-4,
         "average_share": 0.1,
     },
+    "primus": {
+        "steps": 250_000,
+        "schedule": "warmup",
+        **SCHEDULES["warmup"],
+        "optimizer": "adamw_primus",
+        "lr": 1e-4,
+        "average_share": 0.0,
+    },
     "quick": {
         "steps": 1000,
         "schedule": "warmup",
@@ -50,7 +63,8 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 
 ``paper``: arXiv 2511.11311. ``long``: as many steps as nnU-Net's own training, and nothing frozen; the whole network
 rises over 50 of 1,000 epochs and falls as nnU-Net does, at the rate of MIC-DKFZ's ``PretrainedTrainer_Primus`` (AdamW,
-1e-4); late weights are averaged, which made KawhiQaQ/ISLES26-StrokeFusion better. ``quick``: a first look.
+1e-4); late weights are averaged, which made KawhiQaQ/ISLES26-StrokeFusion better. ``primus``: that trainer
+altogether, with its optimizer and its clipping. ``quick``: a first look.
 """
 
 

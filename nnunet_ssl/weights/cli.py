@@ -341,6 +341,7 @@ def describe_encoder(pretrained: PretrainedEncoder) -> str:
     numbers = sum(tensor.numel() for tensor in pretrained.tensors.values())
     lines = {
         "origin": f"{pretrained.origin}, {DESCRIPTIONS[pretrained.origin]}",
+        "family": str(pretrained.metadata.get("family") or pretrained.origin),
         "method": f"{pretrained.method or 'unknown'}, {pretrained.step or 'unknown'} steps",
         "architecture": _listed(pretrained.architecture),
         "preprocessing": _listed(pretrained.preprocessing or {}) or "unknown",

@@ -29,10 +29,10 @@ __all__ = ["FORMAT", "LoadReport", "PretrainedEncoder", "load_encoder", "read_ch
 SHOWN = 20
 """Names of a kind that a report spells out."""
 
-STEMS = ("patch_embed.proj.weight", "stem.convs.0.conv.weight")
+STEMS = ("patch_embed.proj.weight", "stem.convs.0.conv.weight", "down_projection.proj.weight")
 """The first convolution of an encoder, which alone may be adapted to another number of input channels."""
 
-TRUNK = re.compile(r"patch_embed\.|stem\.|stages\.(\d+)\.merging\.")
+TRUNK = re.compile(r"patch_embed\.|stem\.|down_projection\.|eva\.(?:pos_embed|norm\.)|stages\.(\d+)\.merging\.")
 """Tensors that everything after them depends on, for no residual connection leads around them."""
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.architectures.backbones import known
+from nnunet_ssl.architectures.backbones.primus import PRIMUS
 from nnunet_ssl.architectures.backbones.resenc import RESENC
 from nnunet_ssl.architectures.backbones.swin import SWIN
 from nnunet_ssl.errors import UserError
@@ -27,12 +28,25 @@ from nnunet_ssl.weights.pretrained import DESCRIBED, FORMAT, UMBRAS_RECIPES, Pre
 from nnunet_ssl.weights.safe_files import CheckpointFile
 
 MONAI_SWIN = "layers1.0.blocks.0.attn.qkv.weight"
-PRIMUS = "down_projection.proj.weight"
-ANCHORS = {SWIN.anchor: FORMAT, MONAI_SWIN: "monai", RESENC.anchor: "nnunet", PRIMUS: "nnssl"}
+ASPARAGUS = "stem.conv1.conv.weight"
+ANCHORS = {
+    SWIN.anchor: FORMAT,
+    MONAI_SWIN: "monai",
+    RESENC.anchor: "nnunet",
+    PRIMUS.anchor: "nnssl",
+    ASPARAGUS: "asparagus",
+}
 """A tensor that every encoder of a kind has, and whose a file is that tells nothing else."""
 
-TOP_MODULES = ("patch_embed.", "mask_token", "layers", "stages.", "stem.")
+TOP_MODULES = ("patch_embed.", "mask_token", "layers", "stages.", "stem.", "down_projection.", "eva.", "register_tok")
 """What the names of an encoder of :data:`ANCHORS` begin with, where the encoder is not part of a network."""
+
+FOREIGN_NETWORKS = {
+    "patch_embedding.position_embeddings": "MONAI's ViT, as BrainIAC has it: no map is finer than its patches of 16^3",
+    "in_conv.conv1.conv.weight": "the U-Net of FOMO25's baseline",
+    "layer1.0.conv1.weight": "a ResNet, as MedicalNet, 3D-Neuro-SimCLR and older BrainIAC have it",
+}
+"""By a tensor's name: networks that people publish and that are no backbone here, to be refused by their names."""
 
 COPIES = ("encoder_m", "key", "decoder")
 """Modules that hold the encoder a second time: UMBRA's and our moving averages, the alias in nnU-Net's decoder."""
@@ -44,6 +58,10 @@ BEFORE_MONAI_1_5 = re.compile(
 )
 """Names, of the file or its folder, of weights from before MONAI 1.5: MONAI's self-supervised ones, its Swin UNETRs of
 BTCV and BraTS 2021, BrainSegFounder, SwinBrain."""
+
+SSL_HEAD = "MONAI's SSLHead: BrainSegFounder and other pretext tasks of Swin UNETR"
+OPENMIND = "OpenMind, or SSL3D, whose teams trained on it"
+OPENMINDS_DATASETS = ("Dataset745_OpenMind", "Dataset745_OpenNeuro_v2")
 
 STATE_DICTS = ("network_weights", "learner", "state_dict", "model_state_dict", "model", "net")
 """Where checkpoints keep their tensors; a file may also be a state dict itself."""
@@ -104,8 +122,16 @@ def _read_monai(file: CheckpointFile) -> PretrainedEncoder:
             "they are (group norms, of how many groups, or others). Take the file that it was made from, if that tells."
         )
     architecture["merging"], assumed = _merging_of_monai("/".join(file.path.absolute().parts[-2:]), state)
+    pretext = {"rotation_head", "contrastive_head", "contrastive_pre"} & {
+        part for m in left_out for part in m.split(".")
+    }
     return PretrainedEncoder(
-        tensors=tensors, architecture=architecture, origin="monai", left_out=left_out, assumed=assumed
+        tensors=tensors,
+        architecture=architecture,
+        origin="monai",
+        metadata=_known(family=SSL_HEAD if pretext or "swinViT.mask_token" in state else None),
+        left_out=left_out,
+        assumed=assumed,
     )
 
 
@@ -219,11 +245,8 @@ def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
     content, state = file.content, state_dict(file.content)
     plan = _section(content, "nnssl_adaptation_plan")
     architecture = _section(plan, "architecture_plans")
-    if _places(state, PRIMUS):
-        raise UserError(
-            f"it holds the transformer {architecture.get('arch_class_name', 'Primus')}, and the backbones here are "
-            "Swin and ResEnc. OpenMind publishes a ResEnc-L of every method: take that one."
-        )
+    if _places(state, PRIMUS.anchor):
+        return _read_primus(content, state)
     _refuse_other_strides(_section(architecture, "arch_kwargs"))
     place = plan["key_to_encoder"].removesuffix("stages") if plan.get("key_to_encoder") else None
     tensors, left_out = _encoder(state, RESENC.anchor, place=place)
@@ -235,9 +258,57 @@ def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
         origin="nnssl",
         method=plain(content.get("trainer_name")),
         preprocessing=_preprocessing(pretraining, configuration),
-        metadata=_known(nnssl_adaptation_plan=plan, citations=content.get("citations")),
+        metadata=_known(
+            family=OPENMIND if pretraining.get("dataset_name") in OPENMINDS_DATASETS else None,
+            nnssl_adaptation_plan=plan,
+            citations=content.get("citations"),
+        ),
         left_out=left_out,
     )
+
+
+def _read_primus(content: Mapping[str, Any], state: Mapping[str, Tensor]) -> PretrainedEncoder:
+    """Read the transformer of an nnssl checkpoint; heads are told by the plan, or known of the published sizes."""
+    plan = _section(content, "nnssl_adaptation_plan")
+    pretraining = _section(plan, "pretrain_plan")
+    arguments = _section(plan, "architecture_plans", "arch_kwargs")
+    tensors, left_out = _encoder(state, PRIMUS.anchor)
+    architecture = _architecture(tensors)
+    heads = [arguments[key] for key in ("eva_numheads", "encoder_eva_numheads") if key in arguments]
+    return PretrainedEncoder(
+        tensors=tensors,
+        architecture=architecture | {"heads": plain(heads[0]) if heads else architecture["heads"]},
+        origin="nnssl",
+        method=plain(content.get("trainer_name")),
+        preprocessing=_preprocessing(pretraining, next(iter(_section(pretraining, "configurations").values()), {})),
+        metadata=_known(
+            family=OPENMIND if pretraining.get("dataset_name") in OPENMINDS_DATASETS else None,
+            nnssl_adaptation_plan=plan,
+            citations=content.get("citations"),
+        ),
+        left_out=left_out,
+    )
+
+
+def _read_asparagus(file: CheckpointFile) -> PretrainedEncoder:
+    """Read a Lightning checkpoint of Asparagus, FOMO's code: nnU-Net's residual encoder under other names."""
+    content = file.content
+    tensors, left_out = _encoder(state_dict(content), ASPARAGUS)
+    return PretrainedEncoder(
+        tensors=tensors,
+        architecture=_architecture(tensors),
+        origin="asparagus",
+        method="AMAES" if "model.decoder" in left_out else None,
+        step=plain(content.get("global_step")),
+        metadata=_known(epoch=content.get("epoch"), hyper_parameters=_section(content, "hyper_parameters")),
+        left_out=left_out,
+    )
+
+
+def from_asparagus(name: str) -> str:
+    """Return ResEncEncoder's name of a tensor of Asparagus' residual encoder (gardening_tools, ResidualEncoderUNet)."""
+    name = name.replace("stem.conv1.", "stem.convs.0.", 1) if name.startswith("stem.") else name
+    return name.replace(".norm_op.", ".norm.")
 
 
 READERS: dict[str, Callable[[CheckpointFile], PretrainedEncoder]] = {
@@ -246,6 +317,7 @@ READERS: dict[str, Callable[[CheckpointFile], PretrainedEncoder]] = {
     "monai": _read_monai,
     "nnunet": _read_nnunet,
     "nnssl": _read_nnssl,
+    "asparagus": _read_asparagus,
 }
 """By origin: how to read its files. All raise UserError where a file has no encoder that can be built here."""
 
@@ -254,7 +326,8 @@ DESCRIPTIONS = {
     "umbra": "a Lightning checkpoint of UMBRA, the code of arXiv 2511.11311",
     "monai": "a state dict of MONAI's SwinUNETR or SwinTransformer",
     "nnunet": "an nnU-Net checkpoint: fine-tuned by this package, or a ResEnc U-Net",
-    "nnssl": "a ResEnc checkpoint of nnssl (OpenMind)",
+    "nnssl": "a checkpoint of nnssl (OpenMind, SSL3D, nnFoundation)",
+    "asparagus": "a Lightning checkpoint of Asparagus, FOMO's code (AMAES)",
 }
 
 
@@ -272,7 +345,7 @@ def state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
     raise UserError(f"it has no tensors; it has: {', '.join(map(str, list(content)[:8])) or 'nothing'}.")
 
 
-UNSEEN = ("merging", "conv_groups")
+UNSEEN = ("merging", "conv_groups", "heads", "grid")
 """Keys of an architecture that leave no trace in tensors."""
 
 
@@ -313,8 +386,10 @@ def _encoder(
         raise UserError(f"it holds several encoders, at {', '.join(found)}; store the one that is meant alone.")
     ((prefix, anchor),) = found.items()
     inside = [name for name in state if name.startswith(prefix or (TOP_MODULES if anchor in ANCHORS else ""))]
+    if anchor == PRIMUS.anchor:
+        inside = [name for name in inside if name[len(prefix) :].startswith(TOP_MODULES)]  # not the decoder beside it
     left_out = Counter(_module(name) for name in state.keys() - set(inside))
-    rename = from_monai if anchor == MONAI_SWIN else str
+    rename = {MONAI_SWIN: from_monai, ASPARAGUS: from_asparagus}.get(anchor, str)
     # The indices of relative positions are constants, which SwinEncoder computes.
     kept = [name for name in inside if not name.endswith("relative_position_index")]
     _check_finite({name: state[name] for name in kept})
@@ -339,6 +414,9 @@ def _module(name: str) -> str:
 
 
 def _nothing_known(state: Mapping[str, Tensor]) -> str:
+    for anchor, what in FOREIGN_NETWORKS.items():
+        if _places(state, anchor):
+            return f"it holds {what}; the backbones here are Swin, nnU-Net's residual encoder and Primus."
     return f"it holds no encoder of a kind known here; its first tensors are {', '.join(list(state)[:3])}."
 
 

@@ -1,6 +1,7 @@
 """Other people's encoders, and their checkpoints as those people write them."""
 
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import nn
@@ -153,3 +154,66 @@ def nnssl_checkpoint(network: nn.Module, **plan) -> dict:
             **plan,
         },
     }
+
+
+PRIMUS = {"embed_dim": 24, "depth": 2, "heads": 2}
+
+
+def primus(input_shape=(32, 32, 32), in_channels=1, num_classes=1) -> Primus:
+    """Build dynamic-network-architectures' Primus, a small one of the published kind."""
+    torch.manual_seed(3)
+    network = Primus(
+        in_channels,
+        PRIMUS["embed_dim"],
+        (8, 8, 8),
+        num_classes,
+        eva_depth=PRIMUS["depth"],
+        eva_numheads=PRIMUS["heads"],
+        input_shape=input_shape,
+        init_values=0.1,
+        scale_attn_inner=True,
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+def primus_checkpoint(network: nn.Module, **plan) -> dict:
+    """Build what nnssl publishes of a Primus, whose adaptation plan KawhiQaQ/ISLES26-StrokeFusion quotes."""
+    return nnssl_checkpoint(
+        network,
+        architecture_plans={"arch_class_name": "Primus", "arch_kwargs": {"eva_numheads": PRIMUS["heads"]}},
+        key_to_encoder="eva",
+        key_to_stem="down_projection",
+        keys_to_in_proj=("down_projection.proj",),
+        key_to_lpe="eva.pos_embed",
+        **plan,
+    )
+
+
+def asparagus_state(network: nn.Module) -> dict:
+    """Give nnU-Net's residual U-Net the names of Asparagus' (gardening_tools 0.3.5, ResidualEncoderUNet)."""
+    renamed = {"stem.convs.0.": "stem.conv1.", ".norm.": ".norm_op."}
+    state = {}
+    for name, tensor in network.encoder.state_dict().items():
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        state[f"encoder.{name}"] = tensor
+    return state
+
+
+def amaes_checkpoint(network: nn.Module, aliases=True) -> dict:
+    """Build the Lightning checkpoint of an AMAES pre-training; older code registers no layer twice."""
+    state = {f"model.{name}": tensor for name, tensor in asparagus_state(network).items()}
+    state = {name: tensor for name, tensor in state.items() if aliases or "all_modules" not in name}
+    state |= {"model.decoder.upsamples.0.weight": torch.randn(12, 8, 2, 2, 2)}
+    return {"epoch": 9, "global_step": 1000, "pytorch-lightning_version": "2.5.0", "state_dict": state}
+
+
+def ssl_head_checkpoint(in_channels=2) -> dict:
+    """Build the checkpoint of MONAI's SSLHead as BrainSegFounder has it: DDP's prefix, and the heads of its tasks."""
+    torch.manual_seed(4)
+    encoder = monai_encoder(**SMALL, in_channels=in_channels, use_v2=False)
+    state = {f"module.swinViT.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state |= {"module.rotation_head.weight": torch.randn(4, 192), "module.contrastive_head.weight": torch.randn(8, 192)}
+    return {"epoch": 1, "state_dict": state, "optimizer": {}}

@@ -276,12 +276,19 @@ def test_several_encoders_are_not_guessed_between(stored):
         read_checkpoint(stored(state))
 
 
-def test_primus_is_refused_by_name(stored):
-    content = {
-        "network_weights": {"down_projection.proj.weight": torch.zeros(2), "eva.pos_embed": torch.zeros(2)},
-        "nnssl_adaptation_plan": {"architecture_plans": {"arch_class_name": "PrimusM"}, "key_to_encoder": "eva"},
-    }
-    with pytest.raises(UserError, match="transformer PrimusM"):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"down_projection.proj.weight": torch.zeros(2)}, "stem and the positions have shapes"),
+        ({"down_projection.proj.weight": torch.zeros(24, 1, 16, 16, 16)}, r"tokens of \[16, 16, 16\] voxels"),
+        ({"eva.pos_embed": torch.zeros(1, 60, 24)}, "60 positions"),
+        ({"register_tokens": torch.zeros(1, 4, 24)}, "register tokens"),
+    ],
+)
+def test_a_primus_of_another_kind_is_refused(stored, change, words):
+    content = foreign.primus_checkpoint(foreign.primus())
+    content["network_weights"].update(change)
+    with pytest.raises(UserError, match=words):
         read_checkpoint(stored(content))
 
 

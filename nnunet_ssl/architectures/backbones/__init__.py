@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from nnunet_ssl.architectures.backbones.base import Backbone
+from nnunet_ssl.architectures.backbones.primus import PRIMUS
 from nnunet_ssl.architectures.backbones.resenc import RESENC
 from nnunet_ssl.architectures.backbones.swin import SWIN
 from nnunet_ssl.errors import UserError
@@ -21,7 +22,7 @@ def known() -> dict[str, Backbone]:
     Raises:
         UserError: a package's cannot be imported, or two have one name.
     """
-    backbones = (SWIN, RESENC, *announced(ENTRY_POINTS))
+    backbones = (SWIN, RESENC, PRIMUS, *announced(ENTRY_POINTS))
     by_name = {backbone.name: backbone for backbone in backbones}
     if len(by_name) < len(backbones):
         names = ", ".join(backbone.name for backbone in backbones)

@@ -86,4 +86,5 @@ class Backbone:
     differences: Callable[[Architecture, Mapping[str, Any]], list[str]] = _nothing_to_say
     """What differs between a checkpoint's architecture and the network of an entry, a line each."""
     normalises_maps: bool = False  # over space, so that a patch must be more than a single cell of the coarsest map
+    recipe: str | None = None  # of fine-tuning, that its authors use: the trainer says so where another is chosen
     citation: str
