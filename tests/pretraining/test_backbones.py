@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
@@ -59,6 +60,25 @@ def test_every_recipe_ends_with_an_encoder_that_fits_nnunets_network(write_prepa
 
     initial = Learner(load_config(folder / "config.yaml")).query.encoder.state_dict()
     assert any(not torch.equal(tensor, initial[name]) for name, tensor in pretrained.tensors.items())
+
+
+PRIMUS = ["backbone=primus", "primus.embed_dim=24", "primus.depth=2", "primus.heads=2", "primus.grid=4,4,4"]
+
+
+@pytest.mark.parametrize("recipe", ["mim", pytest.param("mcl_mim", marks=pytest.mark.slow)])
+def test_primus_learns_and_is_read_by_its_original(write_prepared, train, recipe):
+    write_prepared()
+    pretrained = read_checkpoint(train(recipe, *PRIMUS) / "encoder.safetensors")
+    original = Primus(1, 24, (8, 8, 8), 1, 2, 2, input_shape=(32, 32, 32), init_values=0.1, scale_attn_inner=True)
+    mask_token = pretrained.tensors.pop("mask_token")
+    assert mask_token.any()
+    missing = original.load_state_dict(pretrained.tensors, strict=False).missing_keys
+    assert all(name.startswith(("up_projection", "mask_token")) for name in missing)
+
+
+def test_a_recipe_that_primus_cannot_learn_by_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match="the maps are 0 to 0"):
+        load_config("mcl_ibot", PRIMUS)
 
 
 def test_a_run_is_not_continued_on_another_backbone(write_prepared, train):

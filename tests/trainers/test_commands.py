@@ -169,6 +169,7 @@ PUBLISHED = {
     "umbra": lambda: foreign.umbra_checkpoint(foreign.umbra_encoder(), "both"),
     "monai": lambda: foreign.monai_encoder(**foreign.SMALL).state_dict(),
     "nnssl": lambda: foreign.nnssl_checkpoint(foreign.resenc_unet(features=(4, 8, 8), blocks=(1, 2, 2))),
+    "primus": lambda: foreign.primus_checkpoint(foreign.primus()),
 }
 
 
@@ -185,8 +186,12 @@ def test_weights_of_others_are_taken_as_they_were_published(workplace, tmp_path,
         assert "nnssl_settings=merging=" in refused and not list(results.rglob("*.pth"))
         given["nnssl_settings"] += ",merging=monai"
         suffix += "_merging-monai"
+    if origin == "primus":
+        given["nnssl_settings"] = "recipe=primus,steps=1,epoch_steps=1,patch_size=24x32x24"
+        suffix = "_recipe-primus_steps1_epoch1_patch24x32x24"
     shown = workplace.run(*command, "-device", "cpu", **given)
-    assert f"Pre-trained encoder: {file}" in shown and f"origin {origin}" in shown
+    assert f"Pre-trained encoder: {file}" in shown
+    assert f"origin {'nnssl' if origin == 'primus' else origin}" in shown
     assert "100.0% of the encoder loaded" in shown
     file.unlink()
     what = {"trainer": "nnUNetTrainerSSL", "plans": f"{plans}{suffix}"}
