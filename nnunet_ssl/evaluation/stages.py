@@ -29,7 +29,6 @@ from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import VARIABLE, Settings
-from nnunet_ssl.weights.pretrained import encoder_file
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
@@ -226,7 +225,7 @@ def _checkpoint(arm: Arm, *, residual: bool) -> Path:
 
 def _named(checkpoint: str, arm: Arm) -> Path:
     """The file that the study's YAML names for an arm."""
-    path = encoder_file(Path(os.path.expandvars(checkpoint)).expanduser())
+    path = checkpoints.named_checkpoint(os.path.expandvars(checkpoint))
     if not path.is_file():
         raise UserError(f"The arm {arm.label} names the checkpoint {checkpoint}, which is not there.")
     return path

@@ -25,8 +25,8 @@ class Arm:
     Attributes:
         label: its name in tables.
         trainer: nnU-Net trainer class; one of another package takes no settings.
-        checkpoint: what ``nnssl_checkpoint`` names for its trainings. Without, the trainer chooses: the newest finished
-            pre-training of its recipe.
+        checkpoint: what ``nnssl_checkpoint`` names for its trainings, also published weights (openmind-mae).
+            Without, the trainer chooses: the newest finished pre-training of its recipe.
         settings: on top of the study's.
     """
 

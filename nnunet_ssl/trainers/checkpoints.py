@@ -24,15 +24,23 @@ def explicit_checkpoint() -> Path | None:
     value = os.environ.get(VARIABLE)
     if not value:
         return None
-    path = encoder_file(Path(value).expanduser())
-    if not path.exists() and value in entries():
-        return fetched(value)
+    path = named_checkpoint(value)
     if not path.is_file():
         raise UserError(
             f"{VARIABLE}={value}: there is no file {path}, and no published weights have that name "
             f"(nnssl_weights list). Correct it, or unset {VARIABLE}."
         )
     return path
+
+
+def named_checkpoint(name: str) -> Path:
+    """Return the file that a path, a folder of a finished pre-training or a name of published weights stands for.
+
+    Raises:
+        UserError: published weights have that name, and were not fetched.
+    """
+    path = encoder_file(Path(name).expanduser())
+    return fetched(name) if not path.exists() and name in entries() else path
 
 
 def find_checkpoint(recipe: str | None, trainer: str, *, residual: bool = False) -> Path:

@@ -46,6 +46,18 @@ examples:
   nnssl_weights export encoder.safetensors -o swin_transformer.pt --format monai
   nnssl_weights export encoder.safetensors -o checkpoint_final.pth --format nnssl
 """,
+    "card": """\
+examples:
+  nnssl_weights card $nnUNet_results/Dataset500_FOMO60K/mcl_mim/encoder.safetensors --licence CC-BY-4.0
+""",
+    "push": """\
+examples:
+  nnssl_weights push encoder.safetensors -o mcl_mim_fomo60k --licence CC-BY-NC-SA-4.0
+  nnssl_weights push encoder.safetensors -o mcl_mim_fomo60k --licence CC-BY-4.0 --repository OWNER/NAME
+
+Writes a folder that nnssl_weights fetch reads. With --repository and a token (HF_TOKEN, or hf auth login) it is
+uploaded into a private repository.
+""",
     "list": """\
 examples:
   nnssl_weights list
@@ -68,12 +80,14 @@ $nnUNet_results/DATASET/RECIPE/encoder.safetensors, where the recipe's trainer f
 @command
 def weights() -> None:
     parser = OptionParser(prog="nnssl_weights", description=_DESCRIPTION)
-    commands = parser.add_subparsers(required=True, metavar="list | fetch | inspect | import | export")
+    commands = parser.add_subparsers(required=True, metavar="list | fetch | inspect | import | export | card | push")
     _add_list(commands)
     _add_inspect(commands)
     _add_import(commands)
     _add_export(commands)
     _add_fetch(commands)
+    _add_card(commands)
+    _add_push(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -249,6 +263,82 @@ def _fetch(arguments: argparse.Namespace) -> None:
             "The file says that its weights were trained by %s; the recipe %s is another.", pretrained.method, recipe
         )
     _write_own(destination(recipe, dataset), file, pretrained, report)
+
+
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="encoder.safetensors")
+    parser.add_argument("--licence", metavar="NAME", help="of the weights, such as CC-BY-4.0 (default: unstated)")
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="on Hugging Face")
+    parser.add_argument(
+        "-d", metavar="CORPUS", help="name of the corpus whose audits count (default: of the file's folder)"
+    )
+
+
+def _add_card(commands: Subcommands) -> None:
+    parser = add_subcommand(commands, "card", _card, "Write the model card of an encoder.", _EXAMPLES["card"])
+    _add_sharing(parser)
+    parser.add_argument("-o", type=Path, metavar="README.md", help="(default: to the terminal)")
+
+
+def _add_push(commands: Subcommands) -> None:
+    parser = add_subcommand(
+        commands, "push", _push, "Write a folder ready for Hugging Face, and upload it if asked.", _EXAMPLES["push"]
+    )
+    _add_sharing(parser)
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER")
+
+
+def _own_encoder(arguments: argparse.Namespace) -> tuple[Path, PretrainedEncoder, str]:
+    """Read what is to be shared, and write its card."""
+    from nnunet_ssl.weights.encoders import read_checkpoint
+    from nnunet_ssl.weights.pretrained import encoder_file
+    from nnunet_ssl.weights.sharing import model_card, verdicts_of
+
+    file = encoder_file(arguments.file)
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file} is no encoder file of this package. Make one of it: nnssl_weights import {file} -o ..."
+        )
+    pretrained = read_checkpoint(file, "nnunet_ssl")
+    verdicts = verdicts_of(file, arguments.d)
+    return (
+        file,
+        pretrained,
+        model_card(pretrained, verdicts, licence=arguments.licence, repository=arguments.repository),
+    )
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.files import written_beside
+
+    _, _, card = _own_encoder(arguments)
+    if arguments.o is None:
+        logger.info("%s", card)
+        return
+    with written_beside(arguments.o) as path:
+        path.write_text(card)
+    logger.info("written to %s", arguments.o)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.weights.sharing import upload, write_folder
+
+    file, pretrained, card = _own_encoder(arguments)
+    write_folder(arguments.o, file, pretrained, card)
+    logger.info("%s is ready: read README.md, and complete what it does not know.", arguments.o)
+    if "Unstated" in card:
+        logger.warning("The card states no licence: say one with --licence.")
+    if arguments.repository is None:
+        logger.info(
+            "Upload it: nnssl_weights push ... --repository OWNER/NAME, or hf upload OWNER/NAME %s", arguments.o
+        )
+        return
+    address = upload(arguments.o, arguments.repository)
+    if address is None:
+        raise UserError(
+            f"There is no token of Hugging Face, so {arguments.o} was not uploaded. Set HF_TOKEN, or: hf auth login"
+        )
+    logger.info("uploaded to %s, which is private until you open it", address)
 
 
 def _fetch_entry(arguments: argparse.Namespace) -> None:
