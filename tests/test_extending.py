@@ -133,10 +133,10 @@ def test_a_data_set_from_outside_is_planned_and_trained(converted, tmp_path, mon
 
 
 def test_an_unknown_backbone_is_an_error_that_lists_the_known(my_package):
-    with pytest.raises(UserError, match="'primus'; it can be swin, resenc, pooled"):
-        build_encoder({"backbone": "primus"})
-    with pytest.raises(UserError, match="'primus'; it can be swin, resenc, pooled"):
-        load_config("mim", ["backbone=primus"])
+    with pytest.raises(UserError, match="'perceiver'; it can be swin, resenc, primus, pooled"):
+        build_encoder({"backbone": "perceiver"})
+    with pytest.raises(UserError, match="'perceiver'; it can be swin, resenc, primus, pooled"):
+        load_config("mim", ["backbone=perceiver"])
 
 
 @pytest.mark.parametrize("section", ["steps", "masked", "swin"])

@@ -49,7 +49,9 @@ def study() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("run", "status", "collect"))
-    parser.add_argument("study", metavar="STUDY", help="a YAML file, or 'paper', which comes with the package")
+    parser.add_argument(
+        "study", metavar="STUDY", help="a YAML file, or one that comes with the package: paper, published"
+    )
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="(default: local)")

@@ -7,6 +7,8 @@ from nnunet_ssl.conversion.fcd_bonn import INFO as BONN
 from nnunet_ssl.conversion.isles2022 import INFO as ISLES
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Run, read_study, shipped, study_from
+from nnunet_ssl.trainers.checkpoints import named_checkpoint
+from nnunet_ssl.weights.zoo import entries
 
 MINIMAL = """
 name: small
@@ -153,3 +155,16 @@ def test_every_shipped_study_can_be_read():
     assert "paper" in shipped()
     for name in shipped():
         assert read_study(name).name == name
+
+
+def test_published_weights_stand_beside_our_recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    study = read_study("published")
+    named = {arm.checkpoint for arm in study.arms.values() if arm.checkpoint}
+    assert named <= entries().keys()
+    with pytest.raises(UserError, match="nnssl_weights fetch openmind-mae"):
+        named_checkpoint("openmind-mae")
+    path = tmp_path / "zoo" / "openmind-mae" / "encoder.safetensors"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert named_checkpoint("openmind-mae") == path
