@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.primus import Primus
+from dynamic_network_architectures.architectures.primus import Primus, RotaryEmbeddingCat
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchDecode
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
-from timm.layers import RotaryEmbeddingCat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -58,6 +58,8 @@ class PrimusEncoder(Primus):
     Raises:
         UserError: the sizes do not fit each other.
     """
+
+    mask_token: nn.Parameter
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class PrimusEncoder(Primus):
         if mask is not None:
             x = torch.where(mask.flatten(1)[..., None], self.mask_token.to(x.dtype), x)
         x = x + self._positions(grid)
-        rotation = _rotation(self.rotary_dim, grid).to(x.device)
+        rotation = _rotation(self.rotary_dim, grid, x.device)
         for block in self.eva.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope=rotation, use_reentrant=False)
@@ -152,10 +154,11 @@ def resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int])
 
 
 @functools.lru_cache(maxsize=8)
-def _rotation(dim: int, grid: tuple[int, ...]) -> Tensor:
+@torch.inference_mode(False)  # or what a prediction caches could not be used in a training
+def _rotation(dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
     """The rotary embedding of a grid, (tokens, 2 * channels that rotate)."""
     shape = list(grid)
-    return RotaryEmbeddingCat(dim, in_pixels=False, feat_shape=shape, ref_feat_shape=shape).get_embed()
+    return RotaryEmbeddingCat(dim, in_pixels=False, feat_shape=shape, ref_feat_shape=shape).get_embed().to(device)
 
 
 class PrimusNetwork(nn.Module):
@@ -168,7 +171,7 @@ class PrimusNetwork(nn.Module):
         encoder_kwargs: keywords of :class:`PrimusEncoder`, JSON-serialisable, as a checkpoint's architecture has them.
     """
 
-    def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False, **encoder_kwargs):
+    def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False, **encoder_kwargs: Any):
         super().__init__()
         self.encoder = PrimusEncoder(input_channels, **{**encoder_kwargs, "mask_token": False})
         width = self.encoder.channels[0]

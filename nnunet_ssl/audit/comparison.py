@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -56,9 +56,9 @@ def shared_origins(scans: pd.DataFrame, raw: Path, cases: Sequence[LabelledCase]
     return {name: (corpus[name], labelled[name]) for name in corpus if name in labelled}
 
 
-def _below(paths) -> set[str]:
+def _below(sources: Iterable[str]) -> set[str]:
     """Paths without the folders that all of them lie in, which are the user's own."""
-    paths = [Path(path) for path in paths]
+    paths = [Path(path) for path in sources]
     if not paths:
         return set()
     shared = 0
@@ -74,7 +74,7 @@ def pairs_by_name(scans: pd.DataFrame, cases: Sequence[LabelledCase], origins: M
     found = set(same_names(scans, cases))
     for name in origins:
         found |= set(numbered_alike(scans, cases, known_origins()[name]))
-    return [Pair(case=case, verdict="same name", **_scan(scans, row)) for case, row in sorted(found)]
+    return [_pair(scans, row, case, "same name") for case, row in sorted(found)]
 
 
 def pairs_by_content(
@@ -104,9 +104,8 @@ def pairs_by_content(
     tasks = []
     for image, place, similarity in candidates:
         case, path = images[image]
-        scan = _scan(scans, rows[place])
-        pair = Pair(case=case, verdict="alike", image=path, similarity=similarity, **scan)
-        tasks.append(_Candidate(pair, labelled[path].matrix, corpus[scan["path"]].matrix))
+        pair = replace(_pair(scans, rows[place], case, "alike"), image=path, similarity=similarity)
+        tasks.append(_Candidate(pair, labelled[path].matrix, corpus[pair.path].matrix))
     pairs = [_judged(task.pair, outcome) for task, outcome in run_locally(_detail_of, tasks, processes)]
     return sorted(pairs, key=lambda pair: (pair.case, pair.image, pair.scan_id))
 
@@ -119,8 +118,8 @@ class _Candidate:
 
 
 def _detail_of(candidate: _Candidate) -> float:
-    images = (read_scan(path) for path in (candidate.pair.image, candidate.pair.path))
-    return detail_in_common(*images, (candidate.image_matrix, candidate.path_matrix))
+    image, scan = (read_scan(path) for path in (candidate.pair.image, candidate.pair.path))
+    return detail_in_common(image, scan, (candidate.image_matrix, candidate.path_matrix))
 
 
 def _judged(pair: Pair, detail: float | BaseException) -> Pair:
@@ -145,8 +144,9 @@ def _candidates(labelled: np.ndarray, corpus: np.ndarray, block: int = 4096) -> 
     ]
 
 
-def _scan(scans: pd.DataFrame, row: int) -> dict[str, str]:
-    return {name: scans[name].iat[row] for name in ("subject", "scan_id", "path")}
+def _pair(scans: pd.DataFrame, row: int, case: str, verdict: Verdict) -> Pair:
+    subject, scan_id, path = (str(scans[name].iat[row]) for name in ("subject", "scan_id", "path"))
+    return Pair(case=case, verdict=verdict, subject=subject, scan_id=scan_id, path=path)
 
 
 def as_table(pairs: Sequence[Pair]) -> pd.DataFrame:

@@ -66,7 +66,7 @@ def _stamp(path: Path) -> str:
 
 
 def _kept(folder: Path, stamps: dict[str, str]) -> dict[str, Fingerprint]:
-    found = {}
+    found: dict[str, Fingerprint] = {}
     for file in sorted(folder.glob("[!.]*.npz")):
         with np.load(file, allow_pickle=False) as part:
             entries = zip(part["paths"].tolist(), part["stamps"].tolist(), part["values"], part["matrices"])

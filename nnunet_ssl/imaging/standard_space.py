@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_ssl.imaging.geometry import Volume, canonical
+from nnunet_ssl.imaging.geometry import Volume, canonical, read_volume
 from nnunet_ssl.imaging.metaimage import to_sitk
 from nnunet_ssl.imaging.registration import (
     TO_LPS,
@@ -53,8 +53,7 @@ class Template:
 @functools.cache
 def template() -> Template:
     """Read the template that comes with the package."""
-    image = nib.load(TEMPLATE)
-    volume = Volume(np.asarray(image.dataobj, dtype=np.float32), image.affine)
+    volume = read_volume(TEMPLATE)
     brain = ndimage.binary_fill_holes(ndimage.binary_opening(volume.array > 0))
     return Template(volume, brain, ndimage.binary_erosion(brain))
 
@@ -94,13 +93,13 @@ def locate_brain(scan: Volume, *, seed: int = 0) -> np.ndarray:
             raise failure
         plausible = [one for one in found if _SCALES[0] < one[1].GetScale() < _SCALES[1]] or found
         _, coarse = min(plausible, key=lambda one: one[0])
-        transform = sitk.AffineTransform(coarse.GetMatrix(), coarse.GetTranslation(), coarse.GetCenter())
-        method = mutual_information(mask, transform, seed, _FINE)
+        affine = sitk.AffineTransform(coarse.GetMatrix(), coarse.GetTranslation(), coarse.GetCenter())
+        method = mutual_information(mask, affine, seed, _FINE)
         method.SetOptimizerAsRegularStepGradientDescent(
             learningRate=1.0, minStep=1e-2, numberOfIterations=100, relaxationFactor=0.6
         )
         method.Execute(*images)
-    return to_matrix(transform)
+    return to_matrix(affine)
 
 
 def _starts(moving: Volume, *, with_header: bool) -> Iterator[np.ndarray]:

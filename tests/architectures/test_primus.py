@@ -76,6 +76,15 @@ def test_recomputing_blocks_changes_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
+def test_a_prediction_does_not_keep_a_training_from_the_same_grid():
+    network = PrimusNetwork(1, 2, **SIZES, grid=[2, 2, 2])
+    x = torch.randn(1, 1, 40, 8, 24)  # of no other test
+    with torch.inference_mode():
+        network(x)
+    network(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 @pytest.mark.parametrize("heads", [None, 5, 8])
 def test_heads_that_the_rotary_embedding_cannot_have_are_refused(heads):
     with pytest.raises(UserError, match="heads"):
