@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,5 +117,6 @@ def _write(
     with written_beside(folder / "not_compared.tsv") as path:
         pd.DataFrame(failed.items(), columns=["path", "reason"]).to_csv(path, sep="\t", index=False)
     with written_beside(exclusions) as path:
-        lines = [f"# Subjects met in {target}, found by nnssl_audit; nnssl_prepare leaves them out.", *found]
+        about = f"# Subjects met in {target}, found by nnssl_audit; nnssl_prepare leaves them out."
+        lines = [about, *map(glob.escape, found)]
         path.write_text("".join(f"{line}\n" for line in lines))

@@ -9,7 +9,7 @@ import pytest
 
 from nnunet_ssl.audit.audit import audit
 from nnunet_ssl.audit.cli import main
-from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_exclusions
+from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_exclusions, read_index, standing_exclusions, without
 from nnunet_ssl.corpus.prepare import PreparationConfig, prepare_corpus
 from nnunet_ssl.imaging.geometry import Volume, canonical, resample_onto, write_volume
 from nnunet_ssl.phantom.acquisition import Quality, acquire
@@ -206,3 +206,32 @@ def test_data_sets_of_the_wrong_kind_are_refused(folders, monkeypatch, corpus, l
     label(folders, {"a": None})
 
     assert words in run(monkeypatch, "-d", corpus, "-t", labelled, "--names-only")
+
+
+@pytest.mark.parametrize("subject", ["DS/sub_1", "DS [old]/sub*1", "DS/sub?"])
+def test_exclusions_mean_the_subject_found_whatever_its_name_and_nobody_else(folders, subject):
+    paths = {"sub_1": "in/sub-r001s007/t1.nii.gz", "sub_2": "in/sub-r001s008/t1.nii.gz"}
+    raw = index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
+    manifest = pd.read_csv(raw / "manifest.tsv", sep="\t", dtype=str, keep_default_na=False)
+    manifest.replace({"subject": {"DS/sub_1": subject}}).to_csv(raw / "manifest.tsv", sep="\t", index=False)
+    label(folders, {"r001s007": None})
+
+    audit(500, 501, content=False)
+
+    left = without(read_index(raw), standing_exclusions(raw))
+    assert list(left["subject"]) == ["DS/sub_2"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "status", "told"),
+    [
+        ("brainsegfounder-atlas", 3, "42,271 subjects"),
+        ("brainsegfounder-ukb", 0, "nothing is known of it"),
+        ("nnfoundation-cnn", 0, "not listed"),
+    ],
+)
+def test_what_is_told_of_published_weights_is_told_with_its_source(folders, monkeypatch, capsys, weights, status, told):
+    label(folders, {"r001s001": None}, name="Dataset501_ATLASv2")
+
+    assert run(monkeypatch, "--weights", weights, "-t", "501") == status
+    assert told in capsys.readouterr().out
