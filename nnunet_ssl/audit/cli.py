@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from nnunet_ssl.console import command, positive
+from nnunet_ssl.console import OptionParser, command, positive
 
 if TYPE_CHECKING:
     from nnunet_ssl.audit.audit import Audit
@@ -27,7 +27,7 @@ subjects and files, and by what the images show, whatever their orientation, vox
 _EXAMPLES = f"""\
 examples:
   nnssl_audit -d 500 -t 501 -np 8
-  nnssl_audit -d 500 -t 504 --names-only
+  nnssl_audit -d 500 -t 504 --names_only
   nnssl_audit --weights brainsegfounder-atlas -t 501
 
 Writes $nnUNet_raw/CORPUS/audits/LABELLED/pairs.tsv and $nnUNet_raw/CORPUS/exclusions/LABELLED.txt, which nnssl_prepare
@@ -38,7 +38,7 @@ honours. Exit status: 0 nothing shared was found; {EXIT_WITH_LEAKS} something wa
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="nnssl_audit",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -49,7 +49,7 @@ def main() -> None:
     side.add_argument("--weights", metavar="NAME", help="published weights (nnssl_weights list): what is told of them")
     parser.add_argument("-t", required=True, metavar="LABELLED", help="number or name of an nnU-Net data set")
     parser.add_argument("-np", type=positive, default=1, metavar="N", help="processes (default: 1)")
-    parser.add_argument("--names-only", action="store_true", help="open no image: origins and names alone")
+    parser.add_argument("--names_only", action="store_true", help="open no image: origins and names alone")
     arguments = parser.parse_args()
     if arguments.weights:
         _audit_weights(arguments.weights, arguments.t)

@@ -69,8 +69,8 @@ def prepare_corpus(
     """
     raw = dataset_folder(dataset, "nnUNet_raw")
     scans = read_index(raw)
-    if names := standing_exclusions(raw):
-        scans = without(scans, names)
+    if excluded := standing_exclusions(raw):
+        scans = without(scans, excluded)
         if scans.empty:
             raise UserError(f"Every scan is excluded by the files in {raw / EXCLUSIONS}; nothing is left to prepare.")
     if config.skull_strip and not scheduler:

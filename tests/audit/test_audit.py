@@ -124,10 +124,10 @@ def test_a_telling_name_of_a_subject_is_found_in_the_paths_of_the_corpus(folders
     index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
     label(folders, {"r001s007": None, "r009s001": None})
 
-    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 3
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 3
     assert "same name: r001s007 is sub_1__t1" in capsys.readouterr().out
     # The first audit wrote an exclusion, so a pre-training would not see the subject any more.
-    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 0
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 0
 
 
 def test_what_a_store_still_holds_is_not_called_left_out(folders, monkeypatch):
@@ -138,8 +138,8 @@ def test_what_a_store_still_holds_is_not_called_left_out(folders, monkeypatch):
     store.mkdir()
     (store / "manifest.tsv").write_text((raw / "manifest.tsv").read_text())
 
-    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 3
-    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 3
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 3
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 3
 
 
 @pytest.mark.parametrize("name", ["sub-01", "sub-1", "sub-patient1", "t1"])
@@ -148,7 +148,7 @@ def test_a_name_that_any_two_data_sets_share_says_nothing(folders, monkeypatch, 
     index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
     label(folders, {"case": None}, {"case": f"/data/disk2025/{name}/anat/{name}_T1w.nii.gz"})
 
-    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 0
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 0
 
 
 def test_a_folder_that_two_corpora_lie_in_is_no_name_of_a_subject(folders, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_folder_that_two_corpora_lie_in_is_no_name_of_a_subject(folders, monke
     index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
     label(folders, {"a": None, "b": None}, {"a": "/server2024/x/1.nii.gz", "b": "/server2024/x/2.nii.gz"})
 
-    assert run(monkeypatch, "-d", "500", "-t", "501", "--names-only") == 0
+    assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 0
 
 
 def test_a_subject_of_soop_is_known_by_its_number_in_isles26(folders):
@@ -175,7 +175,7 @@ def test_origins_that_both_name_are_told_although_no_subject_is_met(folders, mon
     index(folders, {"sub_1": folders / "absent.nii.gz"}, dataset_doi={"sub_1": "doi:10.18112/openneuro.ds004889.v1"})
     label(folders, {"r001s001": None}, name="Dataset504_ATLASv3")
 
-    assert run(monkeypatch, "-d", "500", "-t", "504", "--names-only") == 3
+    assert run(monkeypatch, "-d", "500", "-t", "504", "--names_only") == 3
     assert "both have data of SOOP" in capsys.readouterr().out
 
 
@@ -205,7 +205,7 @@ def test_data_sets_of_the_wrong_kind_are_refused(folders, monkeypatch, corpus, l
     index(folders, {"sub_1": folders / "absent.nii.gz"})
     label(folders, {"a": None})
 
-    assert words in run(monkeypatch, "-d", corpus, "-t", labelled, "--names-only")
+    assert words in run(monkeypatch, "-d", corpus, "-t", labelled, "--names_only")
 
 
 @pytest.mark.parametrize("subject", ["DS/sub_1", "DS [old]/sub*1", "DS/sub?"])
