@@ -7,11 +7,10 @@ state dict fits it name by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.primus import Primus, RotaryEmbeddingCat
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchDecode
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ SIZES = {
 """Of dynamic-network-architectures; the published ViT of nnFoundation is L with 40 blocks."""
 
 
-class PrimusEncoder(Primus):
+class PrimusEncoder(nn.Module):
     """Volumes of any size to a feature map of tokens.
 
     The learned position embedding belongs to the grid of the pre-training's patches. For another grid it is resized
@@ -59,8 +58,6 @@ class PrimusEncoder(Primus):
         UserError: the sizes do not fit each other.
     """
 
-    mask_token: nn.Parameter
-
     def __init__(
         self,
         in_channels: int = 1,
@@ -80,7 +77,10 @@ class PrimusEncoder(Primus):
                 "channels that are a multiple of six for each head. Where a file does not tell its heads, they are "
                 f"known of {', '.join(str(size['embed_dim']) for size in SIZES.values())} channels."
             )
-        super().__init__(
+        from dynamic_network_architectures.architectures.primus import Primus  # and timm, which takes seconds
+
+        super().__init__()
+        primus = Primus(
             input_channels=in_channels,
             embed_dim=embed_dim,
             patch_embed_size=(STRIDE,) * 3,
@@ -91,7 +91,7 @@ class PrimusEncoder(Primus):
             init_values=init_values,
             scale_attn_inner=scale_attn_inner,
         )
-        del self.up_projection, self.mask_token  # the decoder, and the place of a token that does not learn
+        self.down_projection, self.eva = primus.down_projection, primus.eva
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
             nn.init.normal_(self.mask_token, std=0.02)
@@ -131,7 +131,7 @@ class PrimusEncoder(Primus):
         if mask is not None:
             x = torch.where(mask.flatten(1)[..., None], self.mask_token.to(x.dtype), x)
         x = x + self._positions(grid)
-        rotation = _rotation(self.rotary_dim, grid, x.device)
+        rotation = _rotation(type(self.eva.rope), self.rotary_dim, grid, x.device)
         for block in self.eva.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope=rotation, use_reentrant=False)
@@ -155,10 +155,11 @@ def resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int])
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # or what a prediction caches could not be used in a training
-def _rotation(dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """The rotary embedding of a grid, (tokens, 2 * channels that rotate)."""
+def _rotation(kind: Callable[..., nn.Module], dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """The rotary embedding of a grid, (tokens, 2 * channels that rotate), of Primus' own kind."""
     shape = list(grid)
-    return RotaryEmbeddingCat(dim, in_pixels=False, feat_shape=shape, ref_feat_shape=shape).get_embed().to(device)
+    embedding: Tensor = kind(dim, in_pixels=False, feat_shape=shape, ref_feat_shape=shape).get_embed()
+    return embedding.to(device)
 
 
 class PrimusNetwork(nn.Module):

@@ -195,7 +195,7 @@ def test_the_mean_is_over_the_last_share_of_the_epochs(share, epochs, averaged):
         ("encoder_lr=none", "it takes a number"),
         ("batch_size=0", "at least 1"),
         ("seed=-1", "seed is -1; it must be 0 or more"),
-        ("recipe=best", "recipe is 'best'; it can be paper, long, quick"),
+        ("recipe=best", "recipe is 'best'; it can be paper, long, primus, quick"),
         ("schedule=cosine", "schedule is 'cosine'; it can be paper, warmup, sawtooth"),
         ("decay=step", "decay is 'step'; it can be cosine, poly"),
         ("optimizer=SGD", "optimizer is 'SGD'; it can be adamw, sgd"),

@@ -7,7 +7,7 @@ from monai.networks.nets import ViT
 
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.weights.cli import describe
+from nnunet_ssl.weights.cli import describe_encoder
 from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
 
 
@@ -27,7 +27,7 @@ def test_openminds_primus_is_read_whole_and_its_decoder_left_out(tmp_path):
     assert pretrained.left_out == {"up_projection": 10}
     state = network.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
-    assert "OpenMind, or SSL3D" in describe(pretrained)
+    assert "OpenMind, or SSL3D" in describe_encoder(pretrained)
 
 
 def test_primus_m_is_known_by_its_width_where_no_plan_tells_the_heads(tmp_path):
@@ -64,7 +64,7 @@ def test_amaes_is_nnunets_encoder_by_other_names(tmp_path, aliases):
     assert (pretrained.origin, pretrained.method, pretrained.step) == ("asparagus", "AMAES", 1000)
     expected = network.encoder.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in encoder.state_dict().items())
-    assert "AMAES" in describe(pretrained)
+    assert "AMAES" in describe_encoder(pretrained)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -76,7 +76,7 @@ def test_brainsegfounder_is_known_by_its_file_and_by_its_heads(tmp_path, channel
     assert pretrained.architecture["merging"] == "monai_1.4"
     assert pretrained.architecture["in_channels"] == channels
     assert load_encoder(encoder, pretrained).fraction > 0.99
-    assert "BrainSegFounder" in describe(pretrained)
+    assert "BrainSegFounder" in describe_encoder(pretrained)
     assert read(tmp_path, content, "renamed.pt").architecture["merging"] is None
 
 
