@@ -7,7 +7,7 @@ state dict fits it name by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ class PrimusEncoder(nn.Module):
         if mask is not None:
             x = torch.where(mask.flatten(1)[..., None], self.mask_token.to(x.dtype), x)
         x = x + self._positions(grid)
-        rotation = _rotation(type(self.eva.rope), self.rotary_dim, grid, x.device)
+        rotation = _rotation(self.rotary_dim, grid, x.device)
         for block in self.eva.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope=rotation, use_reentrant=False)
@@ -155,10 +155,12 @@ def resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int])
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # or what a prediction caches could not be used in a training
-def _rotation(kind: Callable[..., nn.Module], dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
+def _rotation(dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
     """The rotary embedding of a grid, (tokens, 2 * channels that rotate), of Primus' own kind."""
+    from dynamic_network_architectures.architectures.primus import RotaryEmbeddingCat
+
     shape = list(grid)
-    embedding: Tensor = kind(dim, in_pixels=False, feat_shape=shape, ref_feat_shape=shape).get_embed()
+    embedding: Tensor = RotaryEmbeddingCat(dim, in_pixels=False, feat_shape=shape, ref_feat_shape=shape).get_embed()
     return embedding.to(device)
 
 
