@@ -112,6 +112,9 @@ def keywords_of(kind: type, values: Mapping[str, Any], where: str = "") -> dict[
     }
 
 
+TRUTHS = {"true": True, "false": False}
+
+
 def keywords_of_line(kind: type, line: str) -> dict[str, Any]:
     """The same from one line, ``key=value,key=value``, in which a list is written ``96x96x96``.
 
@@ -121,8 +124,8 @@ def keywords_of_line(kind: type, line: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in line.split(","))):
         key, _, text = (part.strip() for part in item.partition("="))
-        hint = hints.get(key)
-        values[key] = _number(text) if int in (hint, *typing.get_args(hint)) else text
+        kinds = (hints.get(key), *typing.get_args(hints.get(key)))
+        values[key] = TRUTHS.get(text.lower(), text) if bool in kinds else _number(text) if int in kinds else text
     return keywords_of(kind, values)
 
 

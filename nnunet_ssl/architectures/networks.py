@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.backbones.swin import SwinConfig
 from nnunet_ssl.architectures.fpn import FPNDecoder
+from nnunet_ssl.architectures.resenc import ResEncEncoder
 from nnunet_ssl.architectures.swin import SwinEncoder
+from nnunet_ssl.architectures.unet import PyramidDecoder
 from nnunet_ssl.errors import UserError
 
 PAPER_ENCODER = {"backbone": "swin", "in_channels": 1, **SwinConfig().architecture(masked=False)}
@@ -43,7 +45,30 @@ def pooled(bottleneck: Tensor) -> Tensor:
     return bottleneck.mean(dim=(2, 3, 4))
 
 
-class SwinFPN(nn.Module):
+class EncoderFPN(nn.Module):
+    """An encoder and FPNDecoder, which has one output, at full resolution.
+
+    Args:
+        encoder: of a backbone.
+        num_classes: channels of the output.
+        width: channels inside the decoder.
+    """
+
+    def __init__(self, encoder: SwinEncoder | ResEncEncoder, num_classes: int, width: int):
+        super().__init__()
+        self.encoder: SwinEncoder | ResEncEncoder = encoder
+        self.decoder = FPNDecoder(encoder.channels, num_classes, width=width, stride=encoder.strides[0])
+
+    def parts(self) -> list[nn.Module]:
+        """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`, and the decoder."""
+        return [*self.encoder.parts(), self.decoder]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, input_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z)."""
+        return self.decoder(self.encoder(x), x.shape[2:])
+
+
+class SwinFPN(EncoderFPN):
     """SwinEncoder and FPNDecoder as the segmentation network that nnU-Net builds from its plans.
 
     The encoder has no mask token here: a parameter that no loss reaches would stop distributed training.
@@ -64,14 +89,58 @@ class SwinFPN(nn.Module):
         width: int = 32,
         **encoder_kwargs: Any,
     ):
+        encoder = SwinEncoder(input_channels, **{**encoder_kwargs, "mask_token": False})
+        super().__init__(encoder, num_classes, width)
+
+
+class ResEncFPN(EncoderFPN):
+    """ResEncEncoder and FPNDecoder: the network of a masked modelling on a residual encoder, with another head.
+
+    Args:
+        input_channels: channels of the input.
+        num_classes: channels of the output.
+        deep_supervision: accepted because nnU-Net passes it; the network has one output at full resolution either way.
+        width: channels inside the decoder.
+        encoder_kwargs: keywords of :class:`ResEncEncoder`.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        width: int = 32,
+        **encoder_kwargs: Any,
+    ):
+        super().__init__(ResEncEncoder(input_channels, **encoder_kwargs), num_classes, width)
+
+
+class SwinUNet(nn.Module):
+    """SwinEncoder and a U-Net decoder of nnU-Net's blocks, with a skip and outputs at full resolution.
+
+    Args:
+        input_channels: channels of the input.
+        num_classes: channels of the outputs.
+        deep_supervision: whether there are outputs at all scales but the coarsest, or the full resolution's alone.
+        encoder_kwargs: keywords of :class:`SwinEncoder`, JSON-serialisable, as a checkpoint's architecture has them.
+    """
+
+    def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False, **encoder_kwargs: Any):
         super().__init__()
         self.encoder = SwinEncoder(input_channels, **{**encoder_kwargs, "mask_token": False})
-        self.decoder = FPNDecoder(self.encoder.channels, num_classes, width=width, stride=self.encoder.strides[0])
+        self.decoder = PyramidDecoder(
+            input_channels,
+            self.encoder.channels,
+            self.encoder.strides,
+            num_classes=num_classes,
+            deep_supervision=deep_supervision,
+        )
 
     def parts(self) -> list[nn.Module]:
         """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`, and the decoder."""
         return [*self.encoder.parts(), self.decoder]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, input_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z)."""
-        return self.decoder(self.encoder(x), x.shape[2:])
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Map (B, input_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z), with deep supervision to a list of
+        them, finest first, on the grids of ``decoder.output_strides``."""
+        return self.decoder(x, self.encoder(x))

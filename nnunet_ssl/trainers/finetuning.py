@@ -1,14 +1,15 @@
-"""Fine-tuning as a stock nnU-Net trainer: an encoder from a checkpoint, a decoder from random weights, a recipe."""
+"""Fine-tuning as a stock nnU-Net trainer: an encoder from a checkpoint, a decoder around it, a recipe."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
 from nnunetv2.utilities.helpers import dummy_context
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -16,6 +17,7 @@ from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.compiling import Divisible, compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.console import exit_on_user_error
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.nnunet_folders import folder_of
@@ -26,13 +28,13 @@ from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import encoder_of, unwrapped, with_own_buffers, with_trainable_encoder
 from nnunet_ssl.trainers.gpu_augmentation import AugmentsOnDevice, check_augmentation
 from nnunet_ssl.trainers.losses import check_loss, with_hardest_voxels
-from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, plans_residual_unet
+from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, network_of, plans_residual_unet
 from nnunet_ssl.trainers.optimization import GRADIENT_CLIP, StepSchedule, build_optimizer, refuse_lost_epoch
 from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
 from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
 from nnunet_ssl.trainers.schedules import Schedule
 from nnunet_ssl.trainers.settings import Settings
-from nnunet_ssl.weights.encoders import PretrainedEncoder, load_encoder, read_checkpoint
+from nnunet_ssl.weights.encoders import PretrainedEncoder, load_decoder, load_encoder, read_checkpoint
 
 
 class nnUNetTrainerSSL(AugmentsOnDevice):
@@ -69,7 +71,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             check_loss(self.settings.loss, PlansManager(plans).get_label_manager(dataset_json))
             folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
-                self._find_checkpoint(plans)  # a missing one is reported before any folder is made
+                self._check_network(plans, configuration)  # what is wrong is reported before any folder is made
             if plans["plans_name"] != given:
                 offer_plans(plans, folder_of("nnUNet_preprocessed") / plans["dataset_name"])
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -106,11 +108,11 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             path = self._find_checkpoint(self.plans_manager.plans)
             pretrained = self._read_checkpoint(path) if path else None
             source = source_of(path) if path and not self.from_scratch else {}
-            entry = self._choose_network(pretrained.architecture if pretrained else PAPER_ENCODER)
+            entry = self._choose_network(pretrained)
             refuse_to_mix(Path(self.output_folder_base), self.fold, self.configuration_name, entry, source)
             self._build(entry)
             if pretrained and source:
-                self._load_encoder(pretrained, source, entry)
+                self._load_weights(pretrained, source, entry)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         self.resuming = not self.was_initialized
@@ -124,7 +126,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         """Build the network of a plans' entry, with optimiser, loss and what else a training takes."""
         self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = entry
         self.configuration_manager.configuration["architecture"] = entry
-        self.enable_deep_supervision = has_deep_supervision(entry)
+        self.enable_deep_supervision = has_deep_supervision(entry, self.settings.deep_supervision)
         if self.is_ddp:
             torch._dynamo.config.optimize_ddp = False  # older PyTorch can't split graphs with autograd functions
         with torch.random.fork_rng(devices=[]):
@@ -161,17 +163,40 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         self.print_to_log_file(f"{use} {path}")
         return read_checkpoint(path, merging=self.settings.merging)
 
-    def _choose_network(self, architecture: dict[str, Any]) -> dict[str, Any]:
+    def _check_network(self, plans: dict[str, Any], configuration: str) -> None:
+        """Find the checkpoint; where the settings ask for more than it always has, see that it, or its backbone, does.
+
+        Raises:
+            UserError: there is no checkpoint, or no such decoder.
+        """
+        path = self._find_checkpoint(plans)
+        if self.settings.decoder == "pretrained" and self.from_scratch:
+            raise UserError(f"decoder=pretrained, and {type(self).__name__} starts from random weights: leave it out.")
+        if self.settings.decoder != "random" or self.settings.deep_supervision is not None:
+            pretrained = read_checkpoint(path, merging=self.settings.merging) if path else None
+            entry = self._network_entry(pretrained, PlansManager(plans).get_configuration(configuration))
+            has_deep_supervision(entry, self.settings.deep_supervision)
+
+    def _network_entry(
+        self, pretrained: PretrainedEncoder | None, configuration: ConfigurationManager
+    ) -> dict[str, Any]:
+        """The entry of the network that the settings ask for, around the checkpoint's encoder or the paper's."""
+        architecture, held = (pretrained.architecture, pretrained.decoder) if pretrained else (PAPER_ENCODER, {})
+        planned = configuration.configuration["architecture"]
+        entry = network_entry(architecture, planned, self.settings.decoder, held)
+        network_of(backbone_of(architecture["backbone"]), entry).check_patch(configuration.patch_size, entry)
+        return entry
+
+    def _choose_network(self, pretrained: PretrainedEncoder | None) -> dict[str, Any]:
         """Build around the checkpoint's backbone, whatever network the plans were made for, and say so."""
         planned = self.configuration_manager.configuration["architecture"]
-        entry = network_entry(architecture, planned)
+        entry = self._network_entry(pretrained, self.configuration_manager)
+        backbone = backbone_of((pretrained.architecture if pretrained else PAPER_ENCODER)["backbone"])
         if _class_name(entry) != _class_name(planned):
             self.print_to_log_file(
-                f"The network follows the checkpoint's backbone, {architecture['backbone']}: "
+                f"The network follows the checkpoint's backbone, {backbone.name}: "
                 f"{_class_name(entry)} instead of the plans' {_class_name(planned)}. Patch, batch and spacing stay."
             )
-        backbone = backbone_of(architecture["backbone"])
-        backbone.check_patch(self.configuration_manager.patch_size, entry)
         if backbone.recipe not in (None, self.settings.recipe):
             self.print_to_log_file(
                 f"The authors of {backbone.name} fine-tune it with another optimizer, clipping and schedule: "
@@ -179,7 +204,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             )
         return entry
 
-    def _load_encoder(self, pretrained: PretrainedEncoder, source: dict[str, str], entry: dict[str, Any]) -> None:
+    def _load_weights(self, pretrained: PretrainedEncoder, source: dict[str, str], entry: dict[str, Any]) -> None:
         self.print_to_log_file(f"origin {pretrained.origin}, method {pretrained.method}, step {pretrained.step}")
         if self.recipe and not pretrained.may_be_of(self.recipe):
             self.print_to_log_file(f"WARNING: {type(self).__name__} starts from a pre-training by {pretrained.method}.")
@@ -188,16 +213,48 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         backbone = backbone_of(pretrained.architecture["backbone"])
         encoder = encoder_of(self.network)
         report = load_encoder(encoder, pretrained, minimum_fraction=backbone.minimum_fraction)
-        for line in (str(report), *backbone.differences(pretrained.architecture, entry)):
+        differences = network_of(backbone, entry).differences(pretrained.architecture, entry)
+        for line in (str(report), *differences):
             self.print_to_log_file(line)
+        fractions = {"loaded_fraction": report.fraction}
+        if self.settings.decoder == "pretrained":
+            of_decoder = load_decoder(unwrapped(self.network).get_submodule("decoder"), pretrained)
+            self.print_to_log_file(str(of_decoder))
+            fractions["decoder_loaded_fraction"] = of_decoder.fraction
         if spacing := (pretrained.preprocessing or {}).get("spacing"):
             self.print_to_log_file(f"Spacing in pre-training {spacing}, here {self.configuration_manager.spacing} (mm)")
         self.plans_manager.plans[SECTION]["pretrained"] = source | {
             "origin": pretrained.origin,
             "method": pretrained.method,
             "step": pretrained.step,
-            "loaded_fraction": report.fraction,
+            **fractions,
         }
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build nnU-Net's network of the plans; outputs that nothing will supervise do not ask for gradients.
+
+        DistributedDataParallel would wait for them.
+        """
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        if not enable_deep_supervision and hasattr(network.decoder, "seg_layers"):
+            network.decoder.seg_layers[:-1].requires_grad_(False)
+        return network
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        """The grids of a network's outputs, as shares of the patch: nnU-Net's for its own network, else its own."""
+        strides = getattr(unwrapped(self.network).decoder, "output_strides", None)
+        if not self.enable_deep_supervision or strides is None:
+            return super()._get_deep_supervision_scales()
+        return [[math.ceil(n / stride) / n for n in self.configuration_manager.patch_size] for stride in strides]
 
     # ---- optimization ------------------------------------------------------------------------------------------------
 

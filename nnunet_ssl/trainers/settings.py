@@ -39,6 +39,10 @@ class Settings:
             tenth of the voxels in place of all.
         augmentation: where nnU-Net's augmentation is done: ``cpu``, by its workers, patch by patch; ``gpu``, on the
             training device, whichever that is, batch by batch.
+        decoder: ``random``: the backbone's own, from random weights: the FPN, or nnU-Net's for a residual encoder;
+            ``pretrained``: the one that the checkpoint holds, but for its head; ``unet``: a U-Net's for a Swin
+            encoder, with a skip at full resolution, from random weights.
+        deep_supervision: whether a U-Net decoder learns at all its scales. ``None``: it does; the FPN has one scale.
         average_share: the final weights are the mean of those after each epoch in the last share of the steps; 0: the
             last.
         patch_size: patch in voxels, in the plans' axis order. ``None``: the plans'.
@@ -61,6 +65,8 @@ class Settings:
     encoder_lr: float | None = ranged(None, "above 0 and below 1")
     loss: Literal["dice_ce", "dice_topk"] = "dice_ce"
     augmentation: Literal["cpu", "gpu"] = "cpu"
+    decoder: Literal["random", "pretrained", "unet"] = "random"
+    deep_supervision: bool | None = None
     average_share: float = ranged(0.0, "at least 0 and below 1")
     patch_size: tuple[int, int, int] | None = ranged(None, "at least 1")
     batch_size: int | None = ranged(None, "at least 1")
@@ -163,6 +169,8 @@ _SHORT = {
     "encoder_lr": "encoderlr",
     "loss": "loss-",
     "augmentation": "augmentation-",
+    "decoder": "decoder-",
+    "deep_supervision": "deepsupervision-",
     "average_share": "average",
     "patch_size": "patch",
     "batch_size": "batch",
@@ -172,4 +180,6 @@ _SHORT = {
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

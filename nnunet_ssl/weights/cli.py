@@ -14,12 +14,15 @@ from nnunet_ssl.console import OptionParser, Subcommands, add_subcommand, comman
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nnunet_ssl.weights.encoders import LoadReport
     from nnunet_ssl.weights.pretrained import PretrainedEncoder
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("safetensors", "monai", "nnssl")
+DECODERS = {"fpn": "the FPN of masked modelling", "unet": "that of a U-Net"}
 
 _DESCRIPTION = """\
 Look into checkpoints of pre-trained encoders, convert them from and to other formats, fetch published ones.
@@ -406,6 +409,7 @@ def _write_own(path: Path, source: Path, pretrained: PretrainedEncoder, report: 
         step=pretrained.step,
         preprocessing=pretrained.preprocessing,
         metadata={"imported": imported, **pretrained.metadata},
+        decoder=pretrained.decoder,
     )
     logger.info("%s\n%s\nwritten to %s", describe_encoder(pretrained), report, path)
 
@@ -426,9 +430,10 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 
 def describe_encoder(pretrained: PretrainedEncoder) -> str:
     """Return what a reader wants to know of an encoder, a line for each thing."""
+    from nnunet_ssl.weights.decoders import kind_of
     from nnunet_ssl.weights.origins import DESCRIPTIONS
 
-    numbers = sum(tensor.numel() for tensor in pretrained.tensors.values())
+    kind = kind_of(pretrained.decoder)
     lines = {
         "origin": f"{pretrained.origin}, {DESCRIPTIONS[pretrained.origin]}",
         "family": str(pretrained.metadata.get("family") or pretrained.origin),
@@ -436,8 +441,9 @@ def describe_encoder(pretrained: PretrainedEncoder) -> str:
         "architecture": _listed(pretrained.architecture),
         "preprocessing": _listed(pretrained.preprocessing or {}) or "unknown",
         "metadata": ", ".join(pretrained.metadata) or "none",
-        "tensors": f"{len(pretrained.tensors)}, of {numbers:,} numbers",
-        "left out": ", ".join(f"{module} ({number})" for module, number in pretrained.left_out.items()) or "nothing",
+        "tensors": _counted(pretrained.tensors),
+        "decoder": f"{DECODERS[kind]}: {_counted(pretrained.decoder)}" if kind else "none that could be loaded",
+        "beside it": ", ".join(f"{module} ({number})" for module, number in pretrained.left_out.items()) or "nothing",
     }
     architecture = pretrained.architecture
     assumptions = [f"{key} {architecture[key]} ({why})" for key, why in pretrained.assumed.items()]
@@ -447,6 +453,10 @@ def describe_encoder(pretrained: PretrainedEncoder) -> str:
         lines["NOT TOLD"] = "; ".join(assumptions)
     indent = " " * 15
     return "\n".join(textwrap.fill(f"{name:<14} {text}", 120, subsequent_indent=indent) for name, text in lines.items())
+
+
+def _counted(tensors: dict[str, Tensor]) -> str:
+    return f"{len(tensors)}, of {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Pre-trained encoders in files: write them, read them back whatever their origin, load them, report what was loaded.
 
-Our own format is a safetensors file: the encoder's tensors, and in its header what a reader needs to use them, each
-entry a JSON string (architecture, method, step, preprocessing, metadata) beside ``format = nnunet_ssl``.
+Our own format is a safetensors file: the encoder's tensors, those of the decoder that was trained with it under
+``decoder.``, which readers of an encoder pass over, and in its header what a reader needs to use them, each entry a
+JSON string (architecture, method, step, preprocessing, metadata) beside ``format = nnunet_ssl``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from torch import Tensor, nn
 from nnunet_ssl.architectures.swin import check_merging
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.weights.origins import READERS, recognise
+from nnunet_ssl.weights.decoders import DECODER, HEADS
+from nnunet_ssl.weights.origins import READERS, check_finite, recognise
 from nnunet_ssl.weights.pretrained import DESCRIBED, FORMAT, PretrainedEncoder
 from nnunet_ssl.weights.safe_files import read_file
 
-__all__ = ["FORMAT", "LoadReport", "PretrainedEncoder", "load_encoder", "read_checkpoint", "write_encoder"]
+__all__ = [
+    "FORMAT",
+    "LoadReport",
+    "PretrainedEncoder",
+    "check_decoder",
+    "load_decoder",
+    "load_encoder",
+    "read_checkpoint",
+    "write_encoder",
+]
 
 SHOWN = 20
 """Names of a kind that a report spells out."""
@@ -42,15 +53,19 @@ class LoadReport:
 
     loaded: tuple[str, ...]
     adapted: tuple[str, ...]  # a stem that was fitted to another number of channels, and how
-    missing: tuple[str, ...]  # in the encoder, not in the checkpoint: kept as they were
+    missing: tuple[str, ...]  # in the module, not in the checkpoint: kept as they were
     mismatched: tuple[str, ...]  # in both, with shapes that do not fit ("name: (2,) in the file, (3,) in ..."): kept
-    unexpected: tuple[str, ...]  # in the checkpoint, not in the encoder
-    fraction: float  # of the encoder's numbers that came from the checkpoint
+    unexpected: tuple[str, ...]  # in the checkpoint, not in the module
+    fraction: float  # of the module's numbers that came from the checkpoint
+    module: str = "encoder"
+    excluded: tuple[str, ...] = ()  # heads: neither looked for nor counted
 
     def __str__(self) -> str:
-        lines = [f"{self.fraction:.1%} of the encoder loaded"]
-        for kind in ("loaded", "adapted", "missing", "mismatched", "unexpected"):
+        lines = [f"{self.fraction:.1%} of the {self.module} loaded"]
+        for kind in ("loaded", "adapted", "missing", "mismatched", "unexpected", "excluded"):
             names = getattr(self, kind)
+            if kind == "excluded" and not names:
+                continue
             lines.append(f"  {kind}: {len(names)}")
             if kind != "loaded":
                 lines += [f"    {name}" for name in names[:SHOWN]]
@@ -67,6 +82,7 @@ def write_encoder(
     step: int | None,
     preprocessing: Mapping[str, Any] | None,
     metadata: Mapping[str, Any],
+    decoder: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an encoder's state dict as a file of our own format.
 
@@ -79,12 +95,14 @@ def write_encoder(
         step: training steps behind the weights.
         preprocessing: what was done to the scans (spacing, orientation, normalisation), if known.
         metadata: anything else worth keeping, JSON-serialisable.
+        decoder: the tensors of the decoder that was trained with it, by the decoder's parameter names.
     """
     from safetensors.torch import save
 
     values = dict(zip(DESCRIBED, (architecture, method, step, preprocessing, metadata), strict=True))
     header = {"format": FORMAT} | {key: json.dumps(value) for key, value in values.items()}
-    tensors = {names[0]: encoder[names[0]].detach().cpu().contiguous().clone() for names in _names_of_each(encoder)}
+    state = {**encoder, **{DECODER + name: tensor for name, tensor in (decoder or {}).items()}}
+    tensors = {names[0]: state[names[0]].detach().cpu().contiguous().clone() for names in _names_of_each(state)}
     with written_beside(path) as temporary:
         temporary.write_bytes(save(tensors, metadata=header))  # save_file would let nobody else read it
 
@@ -145,12 +163,69 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
             unchanged.
     """
     own = encoder.state_dict()
-    each = _names_of_each(own)
+    fitted, report = _fit(own, pretrained.tensors)
+    if report.fraction < minimum_fraction:
+        raise UserError(
+            f"The weights ({pretrained.origin}) fill only {report.fraction:.1%} of the encoder, less than the "
+            f"{minimum_fraction:.0%} asked for: is it built with the checkpoint's architecture "
+            f"{pretrained.architecture}?\n{report}"
+        )
+    not_loaded = [name for name in _first_names(own) if name not in fitted and _is_in_the_trunk(name, own)]
+    if not_loaded and minimum_fraction > 0:
+        raise UserError(
+            f"The weights ({pretrained.origin}) cannot be used: all features depend on {', '.join(not_loaded)}, which "
+            f"the file lacks or has in another shape.\n{report}"
+        )
+    _copy(fitted, own)
+    return report
+
+
+def check_decoder(decoder: Mapping[str, Tensor]) -> None:
+    """Refuse a decoder with numbers that are not finite, which reading a file for its encoder passes over.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    try:
+        check_finite({DECODER + name: tensor for name, tensor in decoder.items() if not HEADS.match(name)})
+    except UserError as error:
+        raise UserError(f"The decoder in the checkpoint cannot be used: {error}") from error
+
+
+def load_decoder(decoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_fraction: float = 0.9) -> LoadReport:
+    """Copy the weights of a pre-trained decoder into `decoder`, in place, all but its heads.
+
+    Args:
+        decoder: of a segmentation network. The alias of the encoder that nnU-Net's decoders hold has no part in this.
+        pretrained: what :func:`read_checkpoint` returned.
+        minimum_fraction: of the decoder's numbers, without the heads', that must come from the file.
+
+    Raises:
+        UserError: less than that was loaded, or not all numbers are finite. The decoder is then unchanged.
+    """
+    check_decoder(pretrained.decoder)
+    own = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("encoder.")}
+    heads = tuple(name for name in own if HEADS.match(name))
+    body = {name: tensor for name, tensor in own.items() if name not in heads}
+    fitted, report = _fit(body, {name: one for name, one in pretrained.decoder.items() if not HEADS.match(name)})
+    report = dataclasses.replace(report, module="decoder", excluded=heads)
+    if report.fraction < minimum_fraction:
+        raise UserError(
+            f"The decoder in the file ({pretrained.origin}) fills only {report.fraction:.1%} of the network's, less "
+            f"than the {minimum_fraction:.0%} asked for; leave decoder=pretrained out.\n{report}"
+        )
+    _copy(fitted, body)
+    return report
+
+
+def _fit(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+    """Return what of a file fits a module's tensors, by their first names, and what becomes of each."""
     fitted: dict[str, Tensor] = {}
     kinds: dict[str, list[str]] = {"loaded": [], "adapted": [], "missing": [], "mismatched": []}
+    each = _names_of_each(own)
     for names in each:
         name, target = names[0], own[names[0]]
-        source = next((pretrained.tensors[other] for other in names if other in pretrained.tensors), None)
+        source = next((theirs[other] for other in names if other in theirs), None)
         if source is None:
             kinds["missing"].append(name)
         elif source.shape == target.shape:
@@ -162,26 +237,24 @@ def load_encoder(encoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
         else:
             kinds["mismatched"].append(f"{name}: {tuple(source.shape)} in the file, {tuple(target.shape)} here")
     report = LoadReport(
-        **{kind: tuple(names) for kind, names in kinds.items()},
-        unexpected=tuple(name for name in pretrained.tensors if name not in own),
+        loaded=tuple(kinds["loaded"]),
+        adapted=tuple(kinds["adapted"]),
+        missing=tuple(kinds["missing"]),
+        mismatched=tuple(kinds["mismatched"]),
+        unexpected=tuple(name for name in theirs if name not in own),
         fraction=sum(own[name].numel() for name in fitted) / sum(own[names[0]].numel() for names in each),
     )
-    if report.fraction < minimum_fraction:
-        raise UserError(
-            f"The weights ({pretrained.origin}) fill only {report.fraction:.1%} of the encoder, less than the "
-            f"{minimum_fraction:.0%} asked for: is it built with the checkpoint's architecture "
-            f"{pretrained.architecture}?\n{report}"
-        )
-    not_loaded = [names[0] for names in each if names[0] not in fitted and _is_in_the_trunk(names[0], own)]
-    if not_loaded and minimum_fraction > 0:
-        raise UserError(
-            f"The weights ({pretrained.origin}) cannot be used: all features depend on {', '.join(not_loaded)}, which "
-            f"the file lacks or has in another shape.\n{report}"
-        )
+    return fitted, report
+
+
+def _copy(fitted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, source in fitted.items():
             own[name].copy_(source)
-    return report
+
+
+def _first_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [names[0] for names in _names_of_each(tensors)]
 
 
 def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:

@@ -23,6 +23,7 @@ from nnunet_ssl.architectures.backbones.primus import PRIMUS
 from nnunet_ssl.architectures.backbones.resenc import RESENC
 from nnunet_ssl.architectures.backbones.swin import SWIN
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.weights.decoders import decoder_beside
 from nnunet_ssl.weights.monai_names import from_monai
 from nnunet_ssl.weights.pretrained import DESCRIBED, FORMAT, UMBRAS_RECIPES, PretrainedEncoder
 from nnunet_ssl.weights.safe_files import CheckpointFile
@@ -99,7 +100,7 @@ def _read_own(file: CheckpointFile) -> PretrainedEncoder:
     except json.JSONDecodeError as error:
         raise UserError(f"its header cannot be read ({error}).") from error
     described = header or {key: file.content[key] for key in DESCRIBED if key in file.content}
-    tensors, left_out = _encoder(state_dict(file.content), *_own_anchors())
+    tensors, decoder, left_out = _encoder(state_dict(file.content), *_own_anchors())
     metadata = described["metadata"] = described.get("metadata") or {}
     architecture = described["architecture"] = dict(described.get("architecture") or _architecture(tensors))
     assumed: dict[str, str] = {}
@@ -109,12 +110,14 @@ def _read_own(file: CheckpointFile) -> PretrainedEncoder:
         if architecture["merging"] is None:
             why = "as before architectures told it; the weights are MONAI's, and --merging may overrule it"
             architecture["merging"], assumed = "monai", {"merging": why}
-    return PretrainedEncoder(tensors=tensors, origin=FORMAT, left_out=left_out, assumed=assumed, **described)
+    return PretrainedEncoder(
+        tensors=tensors, decoder=decoder, origin=FORMAT, left_out=left_out, assumed=assumed, **described
+    )
 
 
 def _read_monai(file: CheckpointFile) -> PretrainedEncoder:
     state = state_dict(file.content)
-    tensors, left_out = _encoder(state, MONAI_SWIN)
+    tensors, _, left_out = _encoder(state, MONAI_SWIN)
     architecture = _architecture(tensors)
     if architecture["conv_norm"] == "group":
         raise UserError(
@@ -151,7 +154,7 @@ def _read_umbra(file: CheckpointFile) -> PretrainedEncoder:
     """Read a Lightning checkpoint. Whether its pairs were of one or of two modalities, it does not say."""
     content, state = file.content, state_dict(file.content)
     settings = _section(content, "hyper_parameters")
-    tensors, left_out = _encoder(state, MONAI_SWIN)
+    tensors, decoder, left_out = _encoder(state, MONAI_SWIN)
     if "mask_token" in tensors:
         tensors["mask_token"] = tensors["mask_token"].reshape(-1)
     architecture = _architecture(tensors)
@@ -164,14 +167,18 @@ def _read_umbra(file: CheckpointFile) -> PretrainedEncoder:
         if "gn_groups" not in settings:
             assumed["conv_groups"] = "UMBRA's default; the file does not tell the groups of its group norms"
     mode = _umbras_mode(settings, state)
+    branches = _umbras_branches(mode, state)
+    # Every model has the decoder, which only masked modelling trains; one of its norms alone follows gn_groups.
+    as_ours = "masked" in branches and settings.get("gn_groups", 8) == 8
     return PretrainedEncoder(
         tensors=tensors,
+        decoder=decoder if as_ours else {},
         architecture=architecture,
         origin="umbra",
         method=mode,
         step=plain(content.get("global_step")),
         metadata=_known(
-            branches=_umbras_branches(mode, state),
+            branches=branches,
             epoch=content.get("epoch"),
             hyper_parameters=settings,
         ),
@@ -221,9 +228,10 @@ def _read_nnunet(file: CheckpointFile) -> PretrainedEncoder:
     configuration = _section(plans, "configurations", arguments.get("configuration"))
     network = _section(configuration, "architecture", "arch_kwargs")
     _refuse_other_strides(network)
-    tensors, left_out = _encoder(state_dict(content), *_own_anchors())
+    tensors, decoder, left_out = _encoder(state_dict(content), *_own_anchors())
     return PretrainedEncoder(
         tensors=tensors,
+        decoder=decoder,
         architecture=_architecture(tensors) | {key: network[key] for key in UNSEEN if key in network},
         origin="nnunet",
         method=plain(content.get("trainer_name")),
@@ -249,11 +257,12 @@ def _read_nnssl(file: CheckpointFile) -> PretrainedEncoder:
         return _read_primus(content, state)
     _refuse_other_strides(_section(architecture, "arch_kwargs"))
     place = plan["key_to_encoder"].removesuffix("stages") if plan.get("key_to_encoder") else None
-    tensors, left_out = _encoder(state, RESENC.anchor, place=place)
+    tensors, decoder, left_out = _encoder(state, RESENC.anchor, place=place)
     pretraining = _section(plan, "pretrain_plan")
     configuration: Mapping[str, Any] = next(iter(_section(pretraining, "configurations").values()), {})
     return PretrainedEncoder(
         tensors=tensors,
+        decoder=decoder,
         architecture=_architecture(tensors),
         origin="nnssl",
         method=plain(content.get("trainer_name")),
@@ -272,7 +281,7 @@ def _read_primus(content: Mapping[str, Any], state: Mapping[str, Tensor]) -> Pre
     plan = _section(content, "nnssl_adaptation_plan")
     pretraining = _section(plan, "pretrain_plan")
     arguments = _section(plan, "architecture_plans", "arch_kwargs")
-    tensors, left_out = _encoder(state, PRIMUS.anchor)
+    tensors, _, left_out = _encoder(state, PRIMUS.anchor)
     architecture = _architecture(tensors)
     heads = [arguments[key] for key in ("eva_numheads", "encoder_eva_numheads") if key in arguments]
     return PretrainedEncoder(
@@ -293,7 +302,7 @@ def _read_primus(content: Mapping[str, Any], state: Mapping[str, Tensor]) -> Pre
 def _read_asparagus(file: CheckpointFile) -> PretrainedEncoder:
     """Read a Lightning checkpoint of Asparagus, FOMO's code: nnU-Net's residual encoder under other names."""
     content = file.content
-    tensors, left_out = _encoder(state_dict(content), ASPARAGUS)
+    tensors, _, left_out = _encoder(state_dict(content), ASPARAGUS)
     return PretrainedEncoder(
         tensors=tensors,
         architecture=_architecture(tensors),
@@ -371,8 +380,9 @@ def _places(state: Mapping[str, Tensor], anchor: str) -> list[str]:
 
 def _encoder(
     state: Mapping[str, Tensor], *anchors: str, place: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return an encoder's tensors by the names they have here, and the number of other tensors by module.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """Return the tensors of an encoder, and of a decoder beside it, by the names they have here, and the number of
+    tensors beside the encoder by module.
 
     Args:
         state: of the whole network.
@@ -385,18 +395,21 @@ def _encoder(
     if len(found) > 1:
         raise UserError(f"it holds several encoders, at {', '.join(found)}; store the one that is meant alone.")
     ((prefix, anchor),) = found.items()
-    inside = [name for name in state if name.startswith(prefix or (TOP_MODULES if anchor in ANCHORS else ""))]
+    decoder = decoder_beside(state, prefix)
+    ours = prefix or (TOP_MODULES if anchor in ANCHORS else "")
+    inside = [name for name in state if name.startswith(ours) and name not in decoder]
     if anchor == PRIMUS.anchor:
         inside = [name for name in inside if name[len(prefix) :].startswith(TOP_MODULES)]  # not the decoder beside it
     left_out = Counter(_module(name) for name in state.keys() - set(inside))
     rename = {MONAI_SWIN: from_monai, ASPARAGUS: from_asparagus}.get(anchor, str)
     # The indices of relative positions are constants, which SwinEncoder computes.
     kept = [name for name in inside if not name.endswith("relative_position_index")]
-    _check_finite({name: state[name] for name in kept})
-    return {rename(name[len(prefix) :]): state[name] for name in kept}, dict(sorted(left_out.items()))
+    check_finite({name: state[name] for name in kept})
+    encoder = {rename(name[len(prefix) :]): state[name] for name in kept}
+    return encoder, {here: state[name] for name, here in decoder.items()}, dict(sorted(left_out.items()))
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers that are not finite, or not in float32, which the encoders compute in."""
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(tensor.to(torch.float32).isfinite().sum())

@@ -30,9 +30,10 @@ UMBRAS_RECIPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedEncoder:
-    """An encoder's weights and what is known about them."""
+    """An encoder's weights, those of the decoder that was trained with it, and what is known about them."""
 
     tensors: dict[str, Tensor]  # by the encoder's own parameter names
+    decoder: dict[str, Tensor] = field(default_factory=dict)  # by the decoder's, see `decoders`; empty without one
     architecture: dict[str, Any]  # what networks.build_encoder takes
     origin: str
     method: str | None = None  # the recipe, or the trainer, that made the weights

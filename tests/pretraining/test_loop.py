@@ -63,6 +63,10 @@ def test_every_recipe_ends_with_an_encoder_that_others_can_load(write_prepared, 
     final = checkpoint(folder, "checkpoint_final.pth")
     for name, tensor in pretrained.tensors.items():
         assert torch.equal(tensor, final["learner"][f"query.encoder.{name}"])
+    decoder = {name: one for name, one in final["learner"].items() if name.startswith("query.decoder.")}
+    assert bool(decoder) == recipe.replace("_balanced", "").endswith("mim")
+    assert {f"query.decoder.{name}" for name in pretrained.decoder} == decoder.keys()
+    assert all(torch.equal(tensor, decoder[f"query.decoder.{name}"]) for name, tensor in pretrained.decoder.items())
     initial = Learner(load_config(folder / "config.yaml")).query.encoder.state_dict()
     assert any(not torch.equal(tensor, initial[name]) for name, tensor in pretrained.tensors.items())
 

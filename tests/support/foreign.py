@@ -63,18 +63,43 @@ def umbra_encoder(*, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), 
     return encoder
 
 
-def umbra_checkpoint(encoder: nn.Module, mode: str) -> dict:
+class UmbraDecoder(nn.Module):
+    """UMBRA's FPN and head, by its modules' names and its formulas, for one output channel and patches of 2^3."""
+
+    def __init__(self, channels=(16, 32, 64, 128, 256), width=32):
+        super().__init__()
+        self.feats_decoder, self.head = nn.Module(), nn.Module()
+        for level, one in enumerate(channels, start=1):
+            self.feats_decoder.add_module(f"lat{level}", nn.Conv3d(one, width, 1, bias=False))
+        for level in range(4, 0, -1):
+            smooth = nn.Module()
+            smooth.conv, smooth.norm = nn.Conv3d(width, width, 3, padding=1, bias=False), nn.GroupNorm(8, width)
+            nn.init.normal_(smooth.norm.weight, 1, 0.1)
+            nn.init.normal_(smooth.norm.bias, 0, 0.1)
+            self.feats_decoder.add_module(f"smooth{level}", smooth)
+        self.head.proj = nn.Conv3d(width, 8, 1)
+
+    def forward(self, maps):
+        """From five maps, finest first, to the volume."""
+        x = self.feats_decoder.lat5(maps[4])
+        for level in range(4, 0, -1):
+            lateral, smooth = (self.feats_decoder.get_submodule(f"{part}{level}") for part in ("lat", "smooth"))
+            coarser = nn.functional.interpolate(x, size=maps[level - 1].shape[2:], mode="trilinear")
+            x = nn.functional.gelu(smooth.norm(smooth.conv(lateral(maps[level - 1]) + coarser)))
+        x = self.head.proj(x)
+        batch, _, width, height, depth = x.shape
+        x = x.view(batch, 1, 2, 2, 2, width, height, depth).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(batch, 1, 2 * width, 2 * height, 2 * depth)
+
+
+def umbra_checkpoint(encoder: nn.Module, mode: str, decoder: nn.Module | None = None) -> dict:
     """Build the Lightning checkpoint of one of UMBRA's pre-trainings: "contrastive", "masked" or "both".
 
     Each has the decoder of masked modelling. MAEPretrainer has no argument for the mode, ContrastiveMAEPretrainer none
     for the groups.
     """
     state = {f"model.encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    state |= {
-        "model.feats_decoder.lat1.weight": torch.randn(32, 16, 1, 1, 1),
-        "model.feats_decoder.smooth1.norm.weight": torch.ones(32),
-        "model.head.proj.weight": torch.randn(8, 32, 1, 1, 1),
-    }
+    state |= {f"model.{name}": tensor for name, tensor in (decoder or UmbraDecoder()).state_dict().items()}
     settings = {"learning_rate": 1e-4, "mask_ratio": [0.5, 0.75], "extra_swin_kwargs": None, "gn_groups": 8}
     if mode != "masked":
         settings |= {"pretraining_mode": {"contrastive": "contrastive_only", "both": "combined"}[mode]}

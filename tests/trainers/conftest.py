@@ -20,6 +20,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.weights.encoders import write_encoder
 
@@ -33,6 +34,7 @@ SWIN = {
     "mask_token": True,
 }
 RESENC = {"backbone": "resenc", "in_channels": 1, "features": [4, 8, 8], "blocks": [1, 2, 2]}
+BACKBONES = {"swin": SWIN, "resenc": RESENC}
 CASES, SHAPE = 5, (24, 26, 22)
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -224,16 +226,19 @@ def region_workplace(tmp_path_factory) -> Workplace:
 def write_checkpoint():
     """A function that writes random weights into a folder as a finished pre-training does."""
 
-    def write(folder: Path, architecture: dict) -> Path:
+    def write(folder: Path, architecture: dict, *, decoder: bool = False) -> Path:
         torch.manual_seed(1)
+        encoder = build_encoder(architecture)
+        fpn = FPNDecoder(encoder.channels, 1, width=8, stride=encoder.strides[0])
         write_encoder(
             folder / "encoder.safetensors",
-            build_encoder(architecture).state_dict(),
+            encoder.state_dict(),
             architecture=architecture,
             method="mcl_mim",
             step=7,
             preprocessing={"spacing": [1.0, 1.0, 1.0]},
             metadata={},
+            decoder=fpn.state_dict() if decoder else None,
         )
         return folder / "encoder.safetensors"
 
@@ -248,6 +253,13 @@ def swin_checkpoint(write_checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def resenc_checkpoint(write_checkpoint, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("resenc"), RESENC)
+
+
+@pytest.fixture(scope="session")
+def masked_checkpoints(write_checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """As masked modelling leaves them, with its decoder, by backbone."""
+    folders = {name: tmp_path_factory.mktemp(f"masked_{name}") for name in ("swin", "resenc")}
+    return {name: write_checkpoint(folders[name], one, decoder=True) for name, one in BACKBONES.items()}
 
 
 @pytest.fixture

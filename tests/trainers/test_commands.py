@@ -165,6 +165,24 @@ def test_a_recipe_trains_validates_and_predicts_under_its_own_name(workplace, sw
     predict(workplace, tmp_path, plans=plans, nnUNet_results=results)
 
 
+def test_a_unets_decoder_is_trained_at_3d_lowres_exported_and_predicts_elsewhere(
+    workplace, swin_checkpoint, results, tmp_path
+):
+    shown = workplace.run(
+        "nnUNetv2_train", workplace.number, "3d_lowres", 0, "-tr", TRAINER, "-device", "cpu",
+        nnssl_settings="recipe=quick,steps=2,epoch_steps=1,decoder=unet", nnssl_checkpoint=swin_checkpoint,
+        nnUNet_results=results,
+    )  # fmt: skip
+    assert "SwinUNet instead of the plans' PlainConvUNet" in shown and "Validation complete" in shown
+    plans, archive = "nnUNetPlans_recipe-quick_steps2_epoch1_decoder-unet", tmp_path / "model.zip"
+    model = ("-d", workplace.number, "-c", "3d_lowres", "-tr", TRAINER, "-p", plans, "-f", 0)
+    workplace.run("nnUNetv2_export_model_to_zip", "-o", archive, *model, nnUNet_results=results)
+    elsewhere = {"nnUNet_results": tmp_path / "elsewhere", "nnUNet_raw": None, "nnUNet_preprocessed": None}
+    elsewhere["nnUNet_results"].mkdir()
+    workplace.run("nnUNetv2_install_pretrained_model_from_zip", archive, **elsewhere)
+    predict(workplace, tmp_path / "out", plans=plans, configuration="3d_lowres", **elsewhere)
+
+
 PUBLISHED = {
     "umbra": lambda: foreign.umbra_checkpoint(foreign.umbra_encoder(), "both"),
     "monai": lambda: foreign.monai_encoder(**foreign.SMALL).state_dict(),

@@ -36,15 +36,16 @@ def run_as_one_of_two(rank: int, rendezvous: str, plans: dict, dataset_json: dic
     dist.destroy_process_group()
 
 
-SETTINGS = [
-    "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01",
-    "steps=6,epoch_steps=2,schedule=sawtooth,freeze_share=0.34,optimizer=sgd,loss=dice_topk,average_share=0.6,lr=0.01,"
-    "augmentation=gpu",
-]
+SETTINGS = {
+    "paper": "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01",
+    "sawtooth, SGD, TopK, averaged, augmented on the device": "steps=6,epoch_steps=2,schedule=sawtooth,freeze_share=0.34,optimizer=sgd,"
+    "loss=dice_topk,average_share=0.6,lr=0.01,augmentation=gpu",
+    "U-Net": "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01,decoder=unet",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS, ids=["paper", "sawtooth, SGD, TopK, averaged, augmented on the device"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_two_processes_train_validate_and_end_together(
     workplace, swin_checkpoint, results, monkeypatch, tmp_path, settings
 ):

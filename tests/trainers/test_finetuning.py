@@ -16,7 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from torch._dynamo import OptimizedModule
 
-from nnunet_ssl.architectures.networks import SwinFPN, build_encoder
+from nnunet_ssl.architectures.networks import ResEncFPN, SwinFPN, SwinUNet, build_encoder
 from nnunet_ssl.architectures.swin import MERGINGS
 from nnunet_ssl.trainers import averaging
 from nnunet_ssl.trainers.arms import nnUNetTrainerMCLMIM, nnUNetTrainerMIM, nnUNetTrainerSwinFPNScratch
@@ -250,22 +250,36 @@ def test_a_loss_that_regions_do_not_allow_ends_with_one_line_and_no_folder(
     assert not list(results.iterdir())
 
 
-@pytest.mark.parametrize("stop", [1, 2], ids=["while frozen", "after the unfreeze"])
-def test_a_continued_training_equals_the_unbroken_one(workplace, monkeypatch, stop):
-    unbroken = workplace.trainer(nnUNetTrainerMCLMIM)
-    unbroken.initialize()
+def initialized(trainer):
+    """As nnU-Net has it at the start of a training."""
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("stop", "decoder"),
+    [(1, "random"), (2, "random"), (1, "pretrained"), (2, "unet")],
+    ids=["while frozen", "after the unfreeze", "with a decoder from the checkpoint", "with a U-Net's decoder"],
+)
+def test_a_continued_training_equals_the_unbroken_one(workplace, monkeypatch, masked_checkpoints, stop, decoder):
+    suffix = "" if decoder == "random" else f"_decoder-{decoder}"
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},decoder={decoder}")
+    monkeypatch.setenv("nnssl_checkpoint", str(masked_checkpoints["swin"]))
+    unbroken = initialized(workplace.trainer(nnUNetTrainerMCLMIM))
     expected = list(train_epochs(unbroken, range(3)))[-1] | unbroken.network.state_dict()
 
-    first = workplace.trainer(nnUNetTrainerMCLMIM, fold=1)
-    first.initialize()
+    first = initialized(workplace.trainer(nnUNetTrainerMCLMIM, fold=1))
     list(train_epochs(first, range(stop)))
     first.current_epoch = stop - 1
     workplace.save_model(first)
     monkeypatch.setenv("nnssl_checkpoint", "/nowhere")
     monkeypatch.delenv("nnssl_settings")
-    second = workplace.trainer(nnUNetTrainerMCLMIM, plans="nnUNetPlans_steps6_epoch2_freeze0.5_lr0.01", fold=1)
+    plans = f"nnUNetPlans_steps6_epoch2_freeze0.5_lr0.01{suffix}"
+    second = workplace.trainer(nnUNetTrainerMCLMIM, plans=plans, fold=1)
     second.load_checkpoint(f"{first.output_folder}/checkpoint_latest.pth")
-    assert second.current_epoch == stop
+    second.set_deep_supervision_enabled(second.enable_deep_supervision)
+    assert second.current_epoch == stop and second.enable_deep_supervision == (decoder == "unet")
     list(train_epochs(second, range(stop, 3)))
     for name, tensor in second.network.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -416,6 +430,57 @@ def test_a_residual_checkpoint_trains_nnunets_network_with_deep_supervision(work
     assert "follows the checkpoint's backbone" not in log_of(trainer)
 
 
+@pytest.mark.parametrize("backbone", ["swin", "resenc"])
+@pytest.mark.parametrize("plans", ["nnUNetPlans", "nnUNetResEncUNetLPlans"])
+def test_the_decoder_goes_on_from_masked_modelling_but_for_its_head(
+    workplace, masked_checkpoints, monkeypatch, backbone, plans
+):
+    monkeypatch.setenv("nnssl_checkpoint", str(masked_checkpoints[backbone]))
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},decoder=pretrained")
+    trainer = initialized(workplace.trainer(nnUNetTrainerMCLMIM, plans=plans))
+    held, own = read_checkpoint(masked_checkpoints[backbone]).decoder, trainer.network.decoder.state_dict()
+    body = [name for name in held if not name.startswith("head.")]
+    assert len(body) == len(held) - 2 > 3 and own["head.weight"].shape != held["head.weight"].shape
+    assert all(torch.equal(own[name], held[name]) for name in body)
+    log = log_of(trainer)
+    assert f"100.0% of the decoder loaded\n  loaded: {len(body)}\n" in log
+    assert "  excluded: 2\n    head.weight\n    head.bias" in log
+    assert trainer.plans_manager.plans["nnunet_ssl"]["pretrained"]["decoder_loaded_fraction"] == 1
+    before = {name: own[name].clone() for name in body}
+    list(train_epochs(trainer, range(1)))
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in own.items() if name in before)
+
+
+@pytest.mark.parametrize("asked", [None, False])
+@pytest.mark.parametrize("patch_size", ["32x16x16", "28x19x24"])
+def test_a_unets_decoder_is_supervised_at_all_its_scales_unless_that_is_turned_off(
+    workplace, monkeypatch, asked, patch_size
+):
+    settings = f"{STEPS},decoder=unet,patch_size={patch_size}" + ("" if asked is None else ",deep_supervision=false")
+    monkeypatch.setenv("nnssl_settings", settings)
+    trainer = initialized(workplace.trainer(nnUNetTrainerMCLMIM))
+    assert isinstance(trainer.network, SwinUNet)
+    batch = batch_for(trainer, 0)
+    outputs = trainer.network(batch["data"])
+    if asked is None:
+        assert [output.shape[2:] for output in outputs] == [target.shape[2:] for target in batch["target"]]
+        assert len(outputs) == 5 == len(trainer.loss.weight_factors)
+    else:
+        assert outputs.shape[2:] == batch["target"].shape[2:]
+    trainer.train_step(batch)
+    unused = [name for name, p in trainer.network.decoder.named_parameters() if p.requires_grad and p.grad is None]
+    zero_weight = [name for name, _ in trainer.network.decoder.named_parameters() if name.startswith("seg_layers.0.")]
+    assert unused == ([] if asked is not None else zero_weight), "DistributedDataParallel would wait for them"
+
+
+def test_the_scratch_twin_takes_a_unets_decoder_and_the_papers_encoder(workplace, monkeypatch):
+    monkeypatch.delenv("nnssl_checkpoint")
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},decoder=unet")
+    twin = workplace.trainer(nnUNetTrainerSwinFPNScratch)
+    twin.initialize()
+    assert isinstance(twin.network, SwinUNet) and twin.network.encoder.channels == (48, 96, 192, 384, 768)
+
+
 def test_resenc_plans_look_for_a_residual_pre_training_first(workplace, resenc_checkpoint, monkeypatch, results):
     monkeypatch.delenv("nnssl_checkpoint")
     for run in ("mcl_mim", "mcl_mim_resenc"):
@@ -444,17 +509,29 @@ def test_the_network_follows_the_checkpoint_and_says_so(
     list(train_epochs(trainer, range(2)))
 
 
-def test_prediction_needs_neither_the_checkpoint_nor_the_settings(workplace, monkeypatch):
-    trainer = workplace.trainer(nnUNetTrainerMCLMIM)
-    trainer.initialize()
+PREDICTED = {
+    "swin": ("swin", "random", SwinFPN),
+    "swin's U-Net": ("swin", "unet", SwinUNet),
+    "resenc's FPN": ("resenc", "pretrained", ResEncFPN),
+}
+
+
+@pytest.mark.parametrize(("backbone", "decoder", "network"), PREDICTED.values(), ids=PREDICTED)
+def test_prediction_needs_neither_the_checkpoint_nor_the_settings(
+    workplace, monkeypatch, masked_checkpoints, backbone, decoder, network
+):
+    monkeypatch.setenv("nnssl_settings", f"{STEPS},decoder={decoder}")
+    monkeypatch.setenv("nnssl_checkpoint", str(masked_checkpoints[backbone]))
+    trainer = initialized(workplace.trainer(nnUNetTrainerMCLMIM))
     list(train_epochs(trainer, range(1)))
+    trainer.set_deep_supervision_enabled(False)
     trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     workplace.save_model(trainer, "checkpoint_final.pth")
     for variable in ("nnssl_checkpoint", "nnssl_settings", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(variable)
     predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, use_gaussian=False)
     predictor.initialize_from_trained_model_folder(trainer.output_folder_base, use_folds=(0,))
-    assert isinstance(predictor.network, SwinFPN)
+    assert isinstance(predictor.network, network)
     x = torch.randn(1, *trainer.configuration_manager.patch_size)
     trainer.network.eval()
     with torch.no_grad():
@@ -656,6 +733,34 @@ def test_a_mistake_ends_with_one_line_and_no_folder(
         workplace.trainer(trainer, configuration)
     assert exit.value.code.startswith("error: ") and message in exit.value.code and "\n" not in exit.value.code
     assert not list(results.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "trainer", "settings", "message"),
+    [
+        ("swin", nnUNetTrainerMCLMIM, "decoder=pretrained", "holds no decoder that could be loaded"),
+        ("resenc", nnUNetTrainerMCLMIM, "decoder=pretrained", "holds no decoder that could be loaded"),
+        ("resenc", nnUNetTrainerMCLMIM, "decoder=unet", "decoder=unet is a choice for Swin encoders"),
+        ("resenc", nnUNetTrainerSwinFPNScratch, "decoder=unet", "decoder=unet is a choice for Swin encoders"),
+        ("swin", nnUNetTrainerSwinFPNScratch, "decoder=pretrained", "starts from random weights"),
+        ("swin", nnUNetTrainerMCLMIM, "deep_supervision=true", "the FPN decoder has one output"),
+        ("swin", nnUNetTrainerSwinFPNScratch, "deep_supervision=true", "the FPN decoder has one output"),
+        ("masked", nnUNetTrainerMCLMIM, "decoder=pretrained,deep_supervision=true", "the FPN decoder has one output"),
+        ("swin", nnUNetTrainerMCLMIM, "decoder=unet,patch_size=16x16x8", "does not suit decoder=unet"),
+    ],
+)
+def test_a_decoder_that_cannot_be_had_ends_with_one_line_and_no_folder(
+    workplace, swin_checkpoint, resenc_checkpoint, masked_checkpoints, monkeypatch, results,
+    checkpoint, trainer, settings, message,
+):  # fmt: skip
+    files = {"swin": swin_checkpoint, "resenc": resenc_checkpoint, "masked": masked_checkpoints["resenc"]}
+    monkeypatch.setenv("nnssl_checkpoint", str(files[checkpoint]))
+    monkeypatch.setenv("nnssl_settings", settings)
+    plans = set(workplace.preprocessed.glob("*.json"))
+    with pytest.raises(SystemExit) as exit:
+        workplace.trainer(trainer)
+    assert exit.value.code.startswith("error: ") and message in exit.value.code and "\n" not in exit.value.code
+    assert not list(results.iterdir()) and set(workplace.preprocessed.glob("*.json")) == plans
 
 
 def test_an_old_pytorch_is_refused_before_anything_is_made(workplace, monkeypatch, results, installed):

@@ -25,7 +25,8 @@ def settings_of_all_kinds(draw):
     freeze_share, warmup_share = draw(FREEZE_SHARES[schedule]), draw(st.floats(0, 0.4))
     left = max(0.0, 1 - freeze_share - warmup_share)
     choices = {
-        key: draw(st.sampled_from(CHOICES[key])) for key in ("recipe", "decay", "optimizer", "loss", "augmentation")
+        key: draw(st.sampled_from(CHOICES[key]))
+        for key in ("recipe", "decay", "optimizer", "loss", "augmentation", "decoder")
     }
     return Settings(
         **choices,
@@ -36,6 +37,7 @@ def settings_of_all_kinds(draw):
         steps=draw(st.integers(1, 40).map(lambda epochs: 250 * epochs)),
         lr=draw(rates),
         encoder_lr=draw(st.none() | rates),
+        deep_supervision=draw(st.sampled_from([None, True, False])),
         patch_size=draw(st.none() | st.tuples(*[st.integers(1, 320)] * 3)),
         batch_size=draw(st.none() | st.integers(1, 64)),
         fraction=draw(st.integers(1, 100)),
@@ -199,6 +201,8 @@ def test_the_mean_is_over_the_last_share_of_the_epochs(share, epochs, averaged):
         ("schedule=cosine", "schedule is 'cosine'; it can be paper, warmup, sawtooth"),
         ("decay=step", "decay is 'step'; it can be cosine, poly"),
         ("optimizer=SGD", "optimizer is 'SGD'; it can be adamw, sgd"),
+        ("decoder=fpn", "decoder is 'fpn'; it can be random, pretrained, unet"),
+        ("deep_supervision=1", "deep_supervision is '1'; it takes"),
         ("loss=blob", "loss is 'blob'; it can be dice_ce, dice_topk"),
         ("augmentation=cuda", "augmentation is 'cuda'; it can be cpu, gpu"),
         ("merging=monai_2", "merging is 'monai_2'; it can be monai, monai_1.4, mergingv2"),

@@ -77,6 +77,23 @@ def test_import_then_export_gives_monai_what_umbra_had(run, umbra, tmp_path):
             torch.testing.assert_close(own, expected)
 
 
+def test_the_decoder_goes_along_into_files_of_our_own(run, umbra, tmp_path):
+    assert "the FPN of masked modelling: 19, of " in run("inspect", umbra)
+    run("import", umbra, "-o", "imported.safetensors")
+    run("export", "imported.safetensors", "-o", "exported.safetensors")
+    run("fetch", "exported.safetensors", "--recipe", "mcl_mim")
+    expected = read_checkpoint(umbra).decoder
+    assert len(expected) == 19
+    for file in (
+        "imported.safetensors",
+        "exported.safetensors",
+        "results/Dataset500_FOMO60K/mcl_mim/encoder.safetensors",
+    ):
+        kept = read_checkpoint(tmp_path / file).decoder
+        assert kept.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.items())
+
+
 @pytest.fixture
 def monai(stored) -> Path:
     return stored({"state_dict": foreign.monai_encoder(**SIZES).state_dict()}, "swin.pt")

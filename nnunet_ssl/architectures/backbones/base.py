@@ -67,8 +67,25 @@ def _any_patch(patch_size: Sequence[int], entry: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """One backbone. `docs/extending.md` adds one from outside."""
+class SegmentationNetwork:
+    """A network around an encoder, as nnU-Net's plans name it. It has the encoder as its attribute ``encoder``, and
+    what turns the encoder's maps into classes as ``decoder``."""
+
+    plans_entry: Callable[[Architecture, Mapping[str, Any]], dict[str, Any]]
+    """The ``architecture`` entry of a configuration in nnU-Net's plans, from a checkpoint's architecture and the entry
+    that nnU-Net planned."""
+    network_class: str  # with its modules
+    deep_supervision: bool  # whether it has outputs at several scales
+    decoder: str = ""  # the kind of its decoder, a key of `decoders.KINDS`; empty where no file's can be loaded into it
+    check_patch: Callable[[Sequence[int], Mapping[str, Any]], None] = _any_patch
+    """Refuse, with a UserError, a patch that the network of an entry cannot take."""
+    differences: Callable[[Architecture, Mapping[str, Any]], list[str]] = _nothing_to_say
+    """What differs between a checkpoint's architecture and the network of an entry, a line each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone(SegmentationNetwork):
+    """One backbone, and the network that it is fine-tuned in. `docs/extending.md` adds one from outside."""
 
     name: str  # in architectures and recipes
     encoder: Callable[..., nn.Module]  # the class; keywords are what an architecture holds, and `checkpointing`
@@ -76,15 +93,12 @@ class Backbone:
     anchor: str  # a tensor that every encoder of the kind has: what stands before it in a file is the encoder's place
     infer: Callable[[Mapping[str, Tensor]], dict[str, Any]]  # the architecture that tensors imply, or a UserError
     minimum_fraction: float  # of an encoder that a checkpoint must fill in fine-tuning
-    plans_entry: Callable[[Architecture, Mapping[str, Any]], dict[str, Any]]
-    """The ``architecture`` entry of a configuration in nnU-Net's plans, from a checkpoint's architecture and the entry
-    that nnU-Net planned. The network has the encoder as its attribute ``encoder``."""
-    network_class: str  # of that network, with its modules
-    deep_supervision: bool  # whether it has outputs at several scales
-    check_patch: Callable[[Sequence[int], Mapping[str, Any]], None] = _any_patch
-    """Refuse, with a UserError, a patch that the network of an entry cannot take."""
-    differences: Callable[[Architecture, Mapping[str, Any]], list[str]] = _nothing_to_say
-    """What differs between a checkpoint's architecture and the network of an entry, a line each."""
+    others: tuple[SegmentationNetwork, ...] = ()  # networks with other decoders than its own
     normalises_maps: bool = False  # over space, so that a patch must be more than a single cell of the coarsest map
     recipe: str | None = None  # of fine-tuning, that its authors use: the trainer says so where another is chosen
     citation: str
+
+    @property
+    def networks(self) -> tuple[SegmentationNetwork, ...]:
+        """All networks that it can be fine-tuned in, its own first."""
+        return (self, *self.others)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nnunet_ssl.architectures.backbones.base import Architecture, Backbone
+from nnunet_ssl.architectures.backbones.base import Architecture, Backbone, SegmentationNetwork
 from nnunet_ssl.architectures.backbones.tensors import Tensors, counts, required
 from nnunet_ssl.architectures.resenc import PRESETS, ResEncEncoder
 from nnunet_ssl.errors import UserError
 
 RESIDUAL_UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+RESENC_FPN = "nnunet_ssl.architectures.networks.ResEncFPN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,26 @@ def check_patch(patch_size: Sequence[int], entry: Mapping[str, Any]) -> None:
         )
 
 
+def resenc_fpn(architecture: Architecture, planned: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of the pre-training's own network, whatever was planned."""
+    encoder = {key: value for key, value in architecture.items() if key not in ("backbone", "in_channels")}
+    return {"network_class_name": RESENC_FPN, "arch_kwargs": encoder, "_kw_requires_import": []}
+
+
+def check_more_than_one_cell(patch_size: Sequence[int], entry: Mapping[str, Any]) -> None:
+    """Refuse a patch of which the coarsest stage would see a single place, which no instance norm can treat.
+
+    Raises:
+        UserError: no edge of `patch_size` is longer than the coarsest stride.
+    """
+    stride = 2 ** (len(entry["arch_kwargs"].get("features", ResEncConfig().sizes()["features"])) - 1)
+    if max(patch_size) <= stride:
+        raise UserError(
+            f"A patch of {'x'.join(map(str, patch_size))} does not suit the residual encoder: one edge at least must "
+            f"be longer than {stride} voxels."
+        )
+
+
 def stage_differences(architecture: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
     """Say for each stage of a residual encoder what differs between the checkpoint and the network.
 
@@ -150,8 +171,18 @@ RESENC = Backbone(
     plans_entry=residual_unet,
     network_class=RESIDUAL_UNET,
     deep_supervision=True,
+    decoder="unet",
     check_patch=check_patch,
     differences=stage_differences,
+    others=(
+        SegmentationNetwork(
+            plans_entry=resenc_fpn,
+            network_class=RESENC_FPN,
+            deep_supervision=False,
+            decoder="fpn",
+            check_patch=check_more_than_one_cell,
+        ),
+    ),
     normalises_maps=True,
     citation="Isensee et al. nnU-Net revisited: a call for rigorous validation in 3D medical image segmentation. "
     "MICCAI 2024.",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from nnunet_ssl.architectures.backbones.base import Architecture, Backbone
+from nnunet_ssl.architectures.backbones.base import Architecture, Backbone, SegmentationNetwork
 from nnunet_ssl.architectures.backbones.tensors import Tensors, counts, required
 from nnunet_ssl.architectures.swin import DEPTHS, EMBED_DIM, NUM_HEADS, WINDOW_SIZE, SwinEncoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.typed import ranged
 
 SWIN_FPN = "nnunet_ssl.architectures.networks.SwinFPN"
+SWIN_UNET = "nnunet_ssl.architectures.networks.SwinUNet"
 
 PARTS_OF_A_STAGE = re.compile(
     r"stages\.\d+\.(conv\..+|merging\.(norm|reduction)\.(weight|bias)"
@@ -107,12 +108,38 @@ def _conv_norm(tensors: Tensors, stages: int) -> str | None:
 
 
 def swin_fpn(architecture: Architecture, planned: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of nnU-Net's plans, whatever was planned.
+    """The entry of nnU-Net's plans for the FPN, whatever was planned."""
+    return _entry(SWIN_FPN, architecture)
 
-    Channels and classes come from the data set when nnU-Net builds the network; a mask token has no use there.
-    """
+
+def swin_unet(architecture: Architecture, planned: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of nnU-Net's plans for the U-Net decoder, whatever was planned."""
+    return _entry(SWIN_UNET, architecture)
+
+
+def _entry(network_class: str, architecture: Architecture) -> dict[str, Any]:
+    """Channels and classes come from the data set when nnU-Net builds the network; a mask token has no use there."""
     encoder = {key: value for key, value in architecture.items() if key not in ("backbone", "in_channels")}
-    return {"network_class_name": SWIN_FPN, "arch_kwargs": encoder | {"mask_token": False}, "_kw_requires_import": []}
+    return {
+        "network_class_name": network_class,
+        "arch_kwargs": encoder | {"mask_token": False},
+        "_kw_requires_import": [],
+    }
+
+
+def check_patch_of_unet(patch_size: Sequence[int], entry: Mapping[str, Any]) -> None:
+    """Refuse a patch of which the decoder's coarsest stage would see a single place, which no instance norm can treat.
+
+    Raises:
+        UserError: no edge of `patch_size` is longer than that stage's stride.
+    """
+    numbers = entry["arch_kwargs"]
+    stride = numbers.get("patch_size", 2) * 2 ** (len(numbers.get("depths", SwinConfig.depths)) - 1)
+    if max(patch_size) <= stride:
+        raise UserError(
+            f"A patch of {'x'.join(map(str, patch_size))} does not suit decoder=unet: one edge at least must be longer "
+            f"than {stride} voxels."
+        )
 
 
 SWIN = Backbone(
@@ -125,6 +152,16 @@ SWIN = Backbone(
     plans_entry=swin_fpn,
     network_class=SWIN_FPN,
     deep_supervision=False,
+    decoder="fpn",
+    others=(
+        SegmentationNetwork(
+            plans_entry=swin_unet,
+            network_class=SWIN_UNET,
+            deep_supervision=True,
+            decoder="unet",
+            check_patch=check_patch_of_unet,
+        ),
+    ),
     citation="He et al. SwinUNETR-V2: stronger Swin transformers with stagewise convolutions for 3D medical image "
     "segmentation. MICCAI 2023.",
 )

@@ -15,6 +15,7 @@ import torch
 
 from nnunet_ssl.architectures.backbones import backbone_of
 from nnunet_ssl.architectures.backbones import known as known_backbones
+from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
@@ -195,4 +196,11 @@ def write_final(folder: Path, learner: Learner, corpus: Corpus, *, step: int) ->
         step=step,
         preprocessing=corpus.preprocessing,
         metadata=description(corpus, config),
+        decoder=_decoder(learner),
     )
+
+
+def _decoder(learner: Learner) -> dict[str, torch.Tensor]:
+    """The head that rebuilds volumes from the encoder's maps, with which a fine-tuning may go on; empty without one."""
+    heads = [learner.query.get_submodule(objective.head_name) for objective in learner.config.objectives]
+    return next((head.state_dict() for head in heads if isinstance(head, FPNDecoder)), {})
