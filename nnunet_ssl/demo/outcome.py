@@ -75,20 +75,29 @@ def _draw_case(axes: np.ndarray, work: Path, case: dict[str, Any]) -> None:
 
 
 def _draw_pretraining(axes: Axes, path: Path) -> None:
+    """Three figures over what guessing would give, so that all read alike: what is below 1 has been learnt.
+
+    The contrastive loss itself rises while its queue fills, for there are more keys to tell apart.
+    """
     table = pd.read_csv(path)
+    table["apart"] = table["validation/cross_modality_distance"] / table["validation/cross_subject_distance"]
+    axes.axhline(1, color="black", linewidth=0.8, alpha=0.5)
     for name, label, colour in (
-        ("loss/contrastive", "contrastive", PALETTE[0]),
-        ("loss/masked", "masked", PALETTE[1]),
+        ("masked/error_over_mean", "masked loss", PALETTE[1]),
+        ("contrastive/loss_over_guessing", "contrastive loss", PALETTE[0]),
+        ("apart", "held out: distance of a subject's modalities\n/ distance of subjects", PALETTE[2]),
     ):
         curve = table[["step", name]].dropna()
-        axes.plot(curve["step"], curve[name], label=label, color=colour)
-    axes.set(title="Pre-training", xlabel="step", ylabel="loss")
-    axes.legend()
+        axes.plot(curve["step"], curve[name], label=label, color=colour, marker=".")
+    axes.set(title="Pre-training: below 1 is learnt", xlabel="step", ylabel="share of what guessing gives")
+    axes.set_ylim(0, None)
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.42))
 
 
 def _draw_finetuning(axes: Axes, results: Path) -> None:
-    """nnU-Net's losses, read from its newest log."""
-    logs = sorted(results.rglob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+    """nnU-Net's losses, read from the logs of the newest training, which may have been interrupted."""
+    newest = max(results.rglob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+    logs = sorted(newest.parent.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
     losses: dict[str, list[float]] = {"train_loss": [], "val_loss": []}
     for log in logs:
         for name, value in _LOSS.findall(log.read_text()):

@@ -26,7 +26,7 @@ SMALL_PRETRAINING = (
     "workers=1",
     "log_every=25",
     "gradients_every=5",
-    "validation.every=150",
+    "validation.every=50",
     "validation.fraction=0.15",
 )
 """At 3 mm, 32 voxels are the paper's 96 mm; three stages in place of four leave eight cells to hide."""

@@ -70,6 +70,7 @@ class Contrastive(Objective):
     in_the_log = {"loss/contrastive": "contrastive {:.4f}", "contrastive/accuracy": "accuracy {:.2f}"}  # noqa: RUF012
     panels = (
         Panel("Contrastive loss (InfoNCE)", both("loss/contrastive", BLUE)),
+        Panel("Contrastive loss / loss of guessing", both("contrastive/loss_over_guessing", BLUE), reference=1.0),
         Panel("Own key found before all negatives, share", both("contrastive/accuracy", BLUE), limits=(0, 1)),
         Panel(
             "Directions in use (effective rank)",
@@ -124,6 +125,7 @@ class Contrastive(Objective):
             "loss/contrastive": result.loss.detach(),
             "contrastive/accuracy": result.accuracy,
             "contrastive/negatives": result.negatives,
+            "contrastive/loss_over_guessing": result.over_guessing,
         }
         return Branch(loss=given.schedule.get("contrastive_weight", 1.0) * result.loss, figures=figures)
 
@@ -166,6 +168,7 @@ class InfoNCE:
     loss: Tensor
     accuracy: Tensor  # share of queries whose own key scores above every negative
     negatives: Tensor  # mean number of negatives of a query
+    over_guessing: Tensor  # the loss over that of scores that are all equal, log(1 + negatives); 1 without negatives
 
 
 def info_nce(
@@ -192,8 +195,10 @@ def info_nce(
     loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
     with torch.no_grad():
         accuracy = (positive[:, 0] > negative.max(dim=1).values).float().mean()
-        negatives = (~excluded).sum(dim=1).float().mean()
-    return InfoNCE(loss, accuracy, negatives)
+        negatives = (~excluded).sum(dim=1).float()
+        guessing = negatives.log1p().mean()
+        over_guessing = torch.where(guessing > 0, loss / guessing, torch.ones_like(loss))
+    return InfoNCE(loss, accuracy, negatives.mean(), over_guessing)
 
 
 def symmetric_info_nce(

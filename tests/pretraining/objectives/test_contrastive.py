@@ -32,6 +32,23 @@ def problem():
     return sphere(4, 6), sphere(4, 6, seed=1), subjects, sphere(8, 6, seed=2), queue_subjects
 
 
+@pytest.mark.parametrize("filled", [0, 1, 5, 8])
+def test_guessing_is_one_however_full_the_queue_is(filled):
+    """Keys that are all alike cannot be told apart; each query is left the negatives of other subjects."""
+    alike = torch.ones(8, 4) / 2
+    subjects = torch.tensor([0, 1, 0, 2, 3, 4, 5, 6]).masked_fill(torch.arange(8) >= filled, EMPTY)
+    result = info_nce(alike[:3], alike[:3], torch.tensor([0, 1, 9]), alike, subjects, 0.2)
+    assert float(result.over_guessing) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_beats_guessing_is_below_one_and_what_loses_to_it_above():
+    keys = torch.eye(4)
+    subjects = torch.arange(4) + 10
+    for queries, below in ((keys, True), (keys.roll(1, dims=0), False)):
+        result = info_nce(queries, keys, torch.arange(4), keys.roll(1, dims=0), subjects, 0.2)
+        assert (float(result.over_guessing) < 1) == below
+
+
 def test_info_nce_equals_the_sum_over_other_subjects(problem):
     assert float(info_nce(*problem, 0.2).loss) == pytest.approx(naive(*problem, 0.2), abs=1e-12)
 
