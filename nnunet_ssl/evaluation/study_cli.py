@@ -30,7 +30,7 @@ examples:
   nnssl_study run paper                           do what is missing, one run after another
   CUDA_VISIBLE_DEVICES=1 nnssl_study run paper    a second runner shares the work
   nnssl_study run paper --executor slurm          one job per run, with the YAML's slurm options
-  nnssl_study run my_study.yaml --dry_run         only print the commands
+  nnssl_study run recipes --dry_run               settings of fine-tuning against each other: only print the commands
   nnssl_study collect paper                       tables beside the published ones, tests, figures
 
 It may be interrupted at any time; the same call goes on where it stopped, and tries failed runs again.
@@ -50,7 +50,7 @@ def study() -> None:
     )
     parser.add_argument("action", choices=("run", "status", "collect"))
     parser.add_argument(
-        "study", metavar="STUDY", help="a YAML file, or one that comes with the package: paper, published"
+        "study", metavar="STUDY", help="a YAML file, or one that comes with the package: paper, published, recipes"
     )
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")

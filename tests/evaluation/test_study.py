@@ -1,13 +1,16 @@
 from collections import Counter
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
 
 from nnunet_ssl.conversion.fcd_bonn import INFO as BONN
 from nnunet_ssl.conversion.isles2022 import INFO as ISLES
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Run, read_study, shipped, study_from
 from nnunet_ssl.trainers.checkpoints import named_checkpoint
+from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.zoo import entries
 
 MINIMAL = """
@@ -54,6 +57,21 @@ def test_the_shipped_study_quotes_the_paper():
     assert dict(zip(fractions.columns, fractions.published.values["mcl"]))["atlas_t1", 50] == 0.4892
     assert dict(zip(modalities.columns, modalities.published.values["cl_mim"]))["fcd_t1", 100] == 0.1701
     assert experiments["alignment"].published.values == {"cl": [0.5995, 0.1576], "mcl": [0.0066, 0.0104]}
+
+
+def test_the_shipped_recipes_change_one_setting_each_and_all_take_nnunets_steps():
+    study = read_study("recipes")
+    lengths = {"steps": 250, "epoch_steps": 50}
+    own = {name: Settings().updated(arm.settings) for name, arm in study.arms.items() if name != "nnunet"}
+    assert all({key: getattr(one, key) for key in lengths} == lengths for one in own.values())
+    assert study.arms["nnunet"].settings == "" and nnUNetTrainer_1epoch.__name__ == study.arms["nnunet"].trainer
+    alone = [one for one in own.values() if one.recipe == "paper"]
+    for key in ("schedule", "decoder", "loss", "optimizer"):
+        choices = get_args(get_type_hints(Settings)[key])
+        others = Counter(value for one in alone if (value := getattr(one, key)) != getattr(Settings(), key))
+        assert others == dict.fromkeys(set(choices) - {getattr(Settings(), key)}, 1)
+    assert sum(one.average_share > 0 for one in alone) == 1 and own["long"].averaged_epochs == 1
+    assert {run.seed for run in study.runs()} == {0}, "plain nnU-Net has none"
 
 
 def test_the_shipped_datasets_are_those_that_the_conversion_scripts_write():
