@@ -242,7 +242,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
 
         DistributedDataParallel would wait for them.
         """
-        network = nnUNetTrainer.build_network_architecture(
+        network = AugmentsOnDevice.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
         if not enable_deep_supervision and hasattr(network.decoder, "seg_layers"):

@@ -38,8 +38,8 @@ def run_as_one_of_two(rank: int, rendezvous: str, plans: dict, dataset_json: dic
 
 SETTINGS = {
     "paper": "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01",
-    "sawtooth, SGD, TopK, averaged, augmented on the device": "steps=6,epoch_steps=2,schedule=sawtooth,freeze_share=0.34,optimizer=sgd,"
-    "loss=dice_topk,average_share=0.6,lr=0.01,augmentation=gpu",
+    "sawtooth, SGD, TopK, averaged, augmented on the device": "steps=6,epoch_steps=2,schedule=sawtooth,"
+    "freeze_share=0.34,optimizer=sgd,loss=dice_topk,average_share=0.6,lr=0.01,augmentation=gpu",
     "U-Net": "steps=4,epoch_steps=2,freeze_share=0.5,lr=0.01,decoder=unet",
 }
 
