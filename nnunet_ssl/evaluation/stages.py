@@ -29,6 +29,7 @@ from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import VARIABLE, Settings
+from nnunet_ssl.weights.zoo import named_checkpoint
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
@@ -225,7 +226,7 @@ def _checkpoint(arm: Arm, *, residual: bool) -> Path:
 
 def _named(checkpoint: str, arm: Arm) -> Path:
     """The file that the study's YAML names for an arm."""
-    path = checkpoints.named_checkpoint(os.path.expandvars(checkpoint))
+    path = named_checkpoint(os.path.expandvars(checkpoint))
     if not path.is_file():
         raise UserError(f"The arm {arm.label} names the checkpoint {checkpoint}, which is not there.")
     return path

@@ -18,7 +18,8 @@ from nnunet_ssl.corpus.store import padded_patch
 from nnunet_ssl.devices import default_device
 from nnunet_ssl.interface.scans import Scan, read_scan
 from nnunet_ssl.weights import encoders
-from nnunet_ssl.weights.pretrained import PretrainedEncoder, encoder_file
+from nnunet_ssl.weights.pretrained import PretrainedEncoder
+from nnunet_ssl.weights.zoo import named_checkpoint
 
 DEFAULT_PATCH = (96, 96, 96)
 """Voxels of a patch where a checkpoint does not tell: arXiv 2511.11311's."""
@@ -65,13 +66,14 @@ def load_encoder(path: Path | str, device: torch.device | str | None = None) -> 
     """Load a pre-trained encoder for one channel.
 
     Args:
-        path: a checkpoint that ``nnssl_weights`` reads, or the folder of a finished pre-training.
+        path: a checkpoint that ``nnssl_weights`` reads, the folder of a finished pre-training, or the name of published
+            weights that were fetched (``nnssl_weights list``).
         device: where to put it; None for a GPU where PyTorch sees one.
 
     Raises:
         UserError: it cannot be read, or its weights do not fill the encoder.
     """
-    pretrained = encoders.read_checkpoint(encoder_file(Path(path)))
+    pretrained = encoders.read_checkpoint(named_checkpoint(str(path)))
     for key, why in pretrained.assumed.items():
         logger.warning("Assumed of the checkpoint: %s %s (%s).", key, pretrained.architecture[key], why)
     network = build_encoder({**pretrained.architecture, "in_channels": 1})  # scans are encoded one by one

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
-from nnunet_ssl.weights.pretrained import ENCODER, encoder_file
-from nnunet_ssl.weights.zoo import entries, fetched
+from nnunet_ssl.weights.pretrained import ENCODER
+from nnunet_ssl.weights.zoo import named_checkpoint
 
 VARIABLE = "nnssl_checkpoint"
 
@@ -31,16 +31,6 @@ def explicit_checkpoint() -> Path | None:
             f"(nnssl_weights list). Correct it, or unset {VARIABLE}."
         )
     return path
-
-
-def named_checkpoint(name: str) -> Path:
-    """Return the file that a path, a folder of a finished pre-training or a name of published weights stands for.
-
-    Raises:
-        UserError: published weights have that name, and were not fetched.
-    """
-    path = encoder_file(Path(name).expanduser())
-    return fetched(name) if not path.exists() and name in entries() else path
 
 
 def find_checkpoint(recipe: str | None, trainer: str, *, residual: bool = False) -> Path:

@@ -12,7 +12,7 @@ import yaml
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
-from nnunet_ssl.weights.pretrained import ENCODER
+from nnunet_ssl.weights.pretrained import ENCODER, encoder_file
 
 TABLE = Path(__file__).with_name("zoo.yaml")
 
@@ -120,6 +120,16 @@ def fetched(name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{name} was not fetched yet, there is no {path}. Fetch it: nnssl_weights fetch {name}")
     return path
+
+
+def named_checkpoint(name: str) -> Path:
+    """Return the file that a path, a folder of a finished pre-training or a name of published weights stands for.
+
+    Raises:
+        UserError: published weights have that name, and were not fetched.
+    """
+    path = encoder_file(Path(name).expanduser())
+    return fetched(name) if not path.exists() and name in entries() else path
 
 
 def describe_licence(entry: ZooEntry) -> str:

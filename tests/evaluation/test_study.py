@@ -9,9 +9,8 @@ from nnunet_ssl.conversion.fcd_bonn import INFO as BONN
 from nnunet_ssl.conversion.isles2022 import INFO as ISLES
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import AlignmentRun, Run, read_study, shipped, study_from
-from nnunet_ssl.trainers.checkpoints import named_checkpoint
 from nnunet_ssl.trainers.settings import Settings
-from nnunet_ssl.weights.zoo import entries
+from nnunet_ssl.weights.zoo import entries, named_checkpoint
 
 MINIMAL = """
 name: small

@@ -99,6 +99,16 @@ def test_an_encoder_tells_what_it_is_in_a_line(encoder):
     assert not encoder.network.training
 
 
+def test_published_weights_are_loaded_by_name_once_they_were_fetched(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    with pytest.raises(UserError, match="nnssl_weights fetch openmind-mae"):
+        nnunet_ssl.load_encoder("openmind-mae")
+    place = tmp_path / "results" / "zoo" / "openmind-mae"
+    place.mkdir(parents=True)
+    checkpoint.rename(place / checkpoint.name)
+    assert nnunet_ssl.load_encoder("openmind-mae", "cpu").pretrained.step == 3
+
+
 def test_what_cannot_be_used_is_an_exception_that_names_the_file(tmp_path, write_scan):
     write_scan(tmp_path / "good.nii.gz")
     (tmp_path / "bad.nii.gz").write_bytes(b"no image")
