@@ -184,7 +184,7 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[
     fixed = arguments[-1] is not Ellipsis
     items = value
     if isinstance(value, str):
-        items = [_number(item) for item in re.split("[x,]" if int in arguments else ",", value)]
+        items = [_number(item) for item in re.split("," if str in arguments else "[x,]", value)]
         items = items[0] if len(items) == 1 and fixed else items
     if fixed and isinstance(items, (int, float)) and not isinstance(items, bool):
         items = [items] * len(arguments)

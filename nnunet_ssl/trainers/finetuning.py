@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from nnunet_ssl.architectures.backbones import backbone_of
+from nnunet_ssl.architectures.channels import with_any_channels
 from nnunet_ssl.architectures.compiling import Divisible, compile_parts, forget_compiled
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.console import exit_on_user_error
@@ -23,6 +24,7 @@ from nnunet_ssl.learning import check_gradients
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.requirements import check_requirements
 from nnunet_ssl.trainers.averaging import add_average, saved_average, with_weights_of
+from nnunet_ssl.trainers.channels import ChannelSubsets, check_channels, way_of
 from nnunet_ssl.trainers.checkpoints import explicit_checkpoint, find_checkpoint
 from nnunet_ssl.trainers.fractions import nested_subset
 from nnunet_ssl.trainers.freezing import encoder_of, unwrapped, with_own_buffers, with_trainable_encoder
@@ -68,6 +70,8 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             self.augments_on_device = self.settings.augmentation == "gpu"
             if self.augments_on_device:
                 check_augmentation(type(self), plans, configuration, device)
+            schemes = PlansManager(plans).get_configuration(configuration).normalization_schemes
+            check_channels(self.settings, list(dataset_json["channel_names"].values()), schemes)
             check_loss(self.settings.loss, PlansManager(plans).get_label_manager(dataset_json))
             folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
@@ -87,6 +91,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         self.encoder_checked = False
         self.step_in_epoch = 0
         self.average: AveragedModel | None = None
+        self.subsets: ChannelSubsets | None = None
         if self.settings.suffix():
             self.print_to_log_file(
                 f"Settings are in the plans, so nnU-Net's other commands need -p {plans['plans_name']}, "
@@ -108,7 +113,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             path = self._find_checkpoint(self.plans_manager.plans)
             pretrained = self._read_checkpoint(path) if path else None
             source = source_of(path) if path and not self.from_scratch else {}
-            entry = self._choose_network(pretrained)
+            entry = with_any_channels(self._choose_network(pretrained), way_of(self.settings))
             refuse_to_mix(Path(self.output_folder_base), self.fold, self.configuration_name, entry, source)
             self._build(entry)
             if pretrained and source:
@@ -280,8 +285,10 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._prepare_step()
         self.step_in_epoch += 1
-        batch = self.augmented(batch)
+        cases, batch = batch.get("keys", []), self.augmented(batch)
         data = batch["data"].to(self.device, non_blocking=True)
+        if self.subsets is not None:
+            data = self.subsets.keep_some(data, cases)
         target = _on_device(batch["target"], self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
@@ -345,6 +352,15 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             kept = nested_subset(train, self.settings.fraction, self.settings.seed)
             self.print_to_log_file(f"Training on {len(kept)} of {len(train)} cases ({self.settings.fraction} %)")
             train = kept
+        return train, validation
+
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
+        train, validation = super().get_tr_and_val_datasets()
+        if self.settings.channels != "all":
+            with exit_on_user_error():
+                names = list(self.dataset_json["channel_names"].values())
+                self.subsets = ChannelSubsets(train, names, self.settings.channel_drop)
+            self.print_to_log_file(f"{self.subsets}. In each sample some of a case's channels are left out.")
         return train, validation
 
     def save_checkpoint(self, filename: str) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_ssl.architectures.channels import Pooled
 from nnunet_ssl.architectures.compiling import forget_compiled
 
 
@@ -17,8 +18,9 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def encoder_of(network: nn.Module) -> nn.Module:
-    """Return the encoder inside a network that may be wrapped."""
-    return unwrapped(network).get_submodule("encoder")
+    """Return the encoder inside a network that may be wrapped, and that may use it on one channel at a time."""
+    encoder = unwrapped(network).get_submodule("encoder")
+    return encoder.module if isinstance(encoder, Pooled) else encoder
 
 
 def with_trainable_encoder(network: nn.Module, trainable: bool) -> nn.Module:

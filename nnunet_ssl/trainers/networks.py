@@ -13,6 +13,7 @@ from torch import Tensor
 from nnunet_ssl.architectures.backbones import backbone_of, known
 from nnunet_ssl.architectures.backbones.base import Backbone, SegmentationNetwork
 from nnunet_ssl.architectures.backbones.resenc import is_residual_unet
+from nnunet_ssl.architectures.channels import plain
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.weights.decoders import kind_of, stages_of, width_of
 from nnunet_ssl.weights.encoders import check_decoder
@@ -77,7 +78,7 @@ def _unet_of(backbone: Backbone) -> SegmentationNetwork:
 
 def network_of(backbone: Backbone, entry: Mapping[str, Any]) -> SegmentationNetwork:
     """Return which of a backbone's networks an entry names."""
-    return next((one for one in backbone.networks if one.network_class == entry["network_class_name"]), backbone)
+    return next((one for one in backbone.networks if one.network_class == plain(entry)["network_class_name"]), backbone)
 
 
 def has_deep_supervision(entry: Mapping[str, Any], asked: bool | None = None) -> bool:
@@ -87,7 +88,8 @@ def has_deep_supervision(entry: Mapping[str, Any], asked: bool | None = None) ->
         UserError: it is asked of a network with one output.
     """
     networks = [network for backbone in known().values() for network in backbone.networks]
-    possible = {one.network_class: one.deep_supervision for one in networks}.get(entry["network_class_name"], True)
+    of_class = {one.network_class: one.deep_supervision for one in networks}
+    possible = of_class.get(plain(entry)["network_class_name"], True)
     if asked and not possible:
         raise UserError(
             "deep_supervision=true, and the FPN decoder has one output, at full resolution: leave it out, or take "

@@ -10,6 +10,7 @@ from torch import distributed, nn
 
 from nnunet_ssl.decay import decay_groups
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers.freezing import encoder_of
 from nnunet_ssl.trainers.schedules import Schedule
 
 # arXiv 2511.11311, fine-tuning recipe
@@ -35,7 +36,7 @@ def build_optimizer(network: nn.Module, lr: float, encoder_lr: float, name: str 
         name: ``adamw``; ``sgd``: nnU-Net's, with Nesterov's momentum; ``adamw_primus``: that of Primus' own trainers.
             The last two have one weight decay on everything.
     """
-    encoder = {id(parameter) for parameter in network.get_submodule("encoder").parameters()}
+    encoder = {id(parameter) for parameter in encoder_of(network).parameters()}
     named = list(network.named_parameters())
     groups = []
     for part, peak, decay in (("decoder", lr, DECODER_DECAY), ("encoder", encoder_lr, ENCODER_DECAY)):

@@ -27,7 +27,8 @@ def plans_with_settings(plans: Mapping[str, Any], settings: Settings) -> dict[st
     changed = copy.deepcopy(dict(plans))
     base = changed.get(SECTION, {}).get("base", changed["plans_name"])
     changed["plans_name"] = base + settings.suffix()
-    changed[SECTION] = {"base": base, "settings": dataclasses.asdict(settings)}
+    as_json = {key: list(one) if isinstance(one, tuple) else one for key, one in dataclasses.asdict(settings).items()}
+    changed[SECTION] = {"base": base, "settings": as_json}
     for name, configuration in changed["configurations"].items():
         if name.startswith("2d"):
             continue

@@ -48,6 +48,10 @@ class Settings:
         patch_size: patch in voxels, in the plans' axis order. ``None``: the plans'.
         batch_size: patches per step. ``None``: the plans'.
         fraction: per cent of the fold's training subjects to train on; smaller fractions are subsets of larger ones.
+        channels: ``all``: every case has all of the data set's channels; ``any``: cases may lack some, in training and
+            in prediction, in the way that `channels.ANY` names; ``zeros``, ``scaled`` or ``pooled``: that way, see
+            `architectures.channels.any_channels`.
+        channel_drop: the probability with which a channel is left out of a training sample, for all or for each.
         merging: of a Swin checkpoint whose file does not tell it, a key of :data:`architectures.swin.MERGINGS`.
         seed: draws the order of subjects for `fraction`, and the initial weights of what is not pre-trained.
         name: keeps apart what no other setting does, such as models that start from different checkpoints.
@@ -71,6 +75,8 @@ class Settings:
     patch_size: tuple[int, int, int] | None = ranged(None, "at least 1")
     batch_size: int | None = ranged(None, "at least 1")
     fraction: int = ranged(100, "1 to 100")
+    channels: Literal["all", "any", "zeros", "scaled", "pooled"] = "all"
+    channel_drop: tuple[float, ...] = ranged((0.5,), "at least 0 and below 1")
     merging: Merging | None = None
     seed: int = ranged(0, "0 or more")
     name: str = ""
@@ -84,6 +90,10 @@ class Settings:
         require(
             re.fullmatch("[A-Za-z0-9]*", self.name) is not None,
             f"name is '{self.name}'; it may hold letters and digits",
+        )
+        require(
+            self.channels != "all" or self.channel_drop == (0.5,),
+            "channel_drop leaves channels out of training samples, which takes a network for it: add channels=any",
         )
         self._check_schedule()
 
@@ -174,6 +184,8 @@ _SHORT = {
     "average_share": "average",
     "patch_size": "patch",
     "batch_size": "batch",
+    "channels": "channels-",
+    "channel_drop": "channeldrop",
     "merging": "merging-",
     "name": "name-",
 }

@@ -28,8 +28,11 @@ def settings_of_all_kinds(draw):
         key: draw(st.sampled_from(CHOICES[key]))
         for key in ("recipe", "decay", "optimizer", "loss", "augmentation", "decoder")
     }
+    channels, each = draw(st.sampled_from(CHOICES["channels"])), st.lists(st.floats(0, 0.99), min_size=1, max_size=4)
     return Settings(
         **choices,
+        channels=channels,
+        channel_drop=(0.5,) if channels == "all" else draw(each.map(tuple)),
         schedule=schedule,
         freeze_share=freeze_share,
         warmup_share=warmup_share,
@@ -53,7 +56,7 @@ all_settings = settings_of_all_kinds()
 def as_text(given_settings):
     """Write settings as a user would, the defaults that are None left out."""
     values = {key: value for key, value in dataclasses.asdict(given_settings).items() if value is not None}
-    written = {key: "x".join(map(str, value)) if key == "patch_size" else value for key, value in values.items()}
+    written = {key: "x".join(map(str, one)) if isinstance(one, tuple) else one for key, one in values.items()}
     return ", ".join(f"{key} = {value}" for key, value in written.items())
 
 
