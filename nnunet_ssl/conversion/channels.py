@@ -3,6 +3,7 @@ registration; voxel by voxel where one of two images of the same shape says noth
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,30 @@ from nnunet_ssl.imaging.registration import register_rigid
 
 Facts = dict[str, Any]
 """What was done to a case, for the report: column -> value; "notes" is a list of sentences."""
+
+
+def usable_channels(
+    there: Collection[str], channels: Sequence[str], references: Sequence[str], *, allow_missing: bool
+) -> tuple[str, ...] | str:
+    """Return which images of a case to read, the first of them giving the grid, or why it cannot be used.
+
+    Args:
+        there: the images that it has.
+        channels: of the data set.
+        references: images on whose grid the case can be put together, the best first.
+        allow_missing: whether channels may be missing; if not, the first reference must be there, too.
+    """
+    if not allow_missing:
+        needed = tuple(dict.fromkeys((references[0], *channels)))
+        missing = [name for name in needed if name not in there]
+        return f"no {' and no '.join(missing)} image" if missing else needed
+    wanted = [name for name in channels if name in there]
+    reference = next((name for name in references if name in there), None)
+    if not wanted:
+        return f"no {' and no '.join(channels)} image"
+    if reference is None:
+        return f"no {' and no '.join(references)} image, on whose grid its mask lies"
+    return tuple(dict.fromkeys((reference, *wanted)))
 
 
 def read_image(path: Path, facts: Facts, *, clip_negative: bool = False) -> Volume:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,8 @@ class Case:
     Attributes:
         id: its name in the data set.
         subject: sessions of one subject never part in different folds.
-        images: channel name -> file, and what else `prepare` needs (the grid's reference).
+        images: channel name -> file, and what else `prepare` needs (the grid's reference). Channels of the data set may
+            be missing.
         masks: lesion masks, united; none and `labelled` means a subject known to have no lesion.
         labelled: False for a test case of unknown truth.
         part: training or test.
@@ -79,7 +80,7 @@ class Case:
 
 @dataclass
 class Prepared:
-    """What a data set's own code makes of a case: the channels on one grid, and facts for the report."""
+    """What a data set's own code makes of a case: the channels that there are on one grid, and facts for the report."""
 
     channels: dict[str, Volume]
     facts: dict[str, Any]
@@ -179,8 +180,22 @@ def convert(
     return converted, rows
 
 
-def write_dataset_json(folder: Path, n_training: int, channel_names: Sequence[str], **description: str) -> None:
-    """Write nnU-Net's dataset.json; reading reorients to RAS, so that stored orientation doesn't matter."""
+def write_dataset_json(
+    folder: Path,
+    n_training: int,
+    channel_names: Sequence[str],
+    missing: Mapping[str, Sequence[str]],
+    **description: str,
+) -> None:
+    """Write nnU-Net's dataset.json; reading reorients to RAS, so that stored orientation doesn't matter.
+
+    Args:
+        folder: of the data set.
+        n_training: how many training cases it has.
+        channel_names: in order.
+        missing: case -> the names of channels that are placeholders; nnU-Net does not read this.
+        description: further entries.
+    """
     content = {
         "channel_names": {str(number): name for number, name in enumerate(channel_names)},
         "labels": {"background": 0, "lesion": 1},
@@ -188,6 +203,7 @@ def write_dataset_json(folder: Path, n_training: int, channel_names: Sequence[st
         "file_ending": ".nii.gz",
         "overwrite_image_reader_writer": "NibabelIOWithReorient",
         "name": folder.name,
+        **({"missing_channels": missing} if missing else {}),
         **description,
         "converted_by": "nnunet_ssl",
     }
@@ -235,10 +251,11 @@ def _convert_one(case: SomeCase, target: Target, prepare: Prepare[SomeCase]) -> 
     """
     _write_record(case.id, target, made_from=None, row={})
     prepared = prepare(case)
-    channels = [prepared.channels[name] for name in target.channels]
-    label, facts = _label(case, channels[0], target)
+    present = {name: prepared.channels[name] for name in target.channels if name in prepared.channels}
+    label, facts = _label(case, next(iter(present.values())), target)
     facts = prepared.facts | facts
-    channels = _finish_channels(channels, label, facts, target)
+    present = _finish_channels(present, label, facts, target)
+    channels = _with_placeholders(present, facts, target)
     outputs = [*channels, *([] if label is None else [channels[0].with_array(label)])]
     for path, output in zip(target.outputs(case), outputs, strict=True):
         write_volume(path, output)
@@ -308,31 +325,39 @@ def _measure(mask: Volume, reference: Volume, aligned: np.ndarray, how: Alignmen
 
 
 def _finish_channels(
-    channels: list[Volume], label: np.ndarray | None, facts: dict[str, Any], target: Target
-) -> list[Volume]:
+    channels: Mapping[str, Volume], label: np.ndarray | None, facts: dict[str, Any], target: Target
+) -> dict[str, Volume]:
     """Check that the channels share one grid, skull-strip them if asked, and give all the same header.
 
     Raises:
-        UserError: HD-BET finds no brain.
+        UserError: HD-BET finds no brain, or there is no channel that it knows.
     """
-    first = channels[0]
-    assert all(same_grid(channel, first) for channel in channels), "prepare() must bring the channels onto one grid"
+    first = next(iter(channels.values()))
+    assert all(same_grid(one, first) for one in channels.values()), "prepare() must bring the channels onto one grid"
     if target.strip:
-        seen = _strip_on(target.channels)
+        seen = _strip_on(tuple(channels))
         brain = brain_mask(nib.Nifti1Image(channels[seen].array, first.affine), target.device)
         if not brain.any():
-            raise UserError(f"HD-BET found no brain in {target.channels[seen]}; look at that image.")
+            raise UserError(f"HD-BET found no brain in {seen}; look at that image.")
         facts["brain_ml"] = float(brain.sum() * first.voxel_ml)
         if label is not None:
             facts["label_voxels_outside_brain"] = int((label & ~brain).sum())
-        channels = [channel.with_array(channel.array * brain) for channel in channels]
+        channels = {name: one.with_array(one.array * brain) for name, one in channels.items()}
     facts["stripped"] = target.strip or bool(looks_stripped(first.array, first.voxel_ml * 1000))
-    return [Volume(channel.array, first.affine) for channel in channels]
+    return {name: Volume(one.array, first.affine) for name, one in channels.items()}
 
 
-def _strip_on(channels: Sequence[str]) -> int:
+def _with_placeholders(present: Mapping[str, Volume], facts: dict[str, Any], target: Target) -> list[Volume]:
+    """Return all of the data set's channels: images of zeros, which nnU-Net needs, for those that a case lacks."""
+    first = next(iter(present.values()))
+    if missing := [name for name in target.channels if name not in present]:
+        facts["missing_channels"] = ", ".join(missing)
+    return [present.get(name, first.with_array(np.zeros_like(first.array))) for name in target.channels]
+
+
+def _strip_on(channels: Sequence[str]) -> str:
     """Return which channel HD-BET looks at: the contrasts it was trained on, T1 first."""
-    known = [channels.index(name) for name in ("t1", "flair") if name in channels]
+    known = [name for name in ("t1", "flair") if name in channels]
     if not known:
         raise UserError(f"HD-BET knows T1, T2 and FLAIR, not {' or '.join(channels)}: add the channel flair.")
     return known[0]
@@ -343,6 +368,8 @@ def _row(case: Case, first: Volume, facts: dict[str, Any]) -> dict[str, Any]:
     notes = [*case.notes, *facts.pop("notes", []), *facts.pop("mask_notes", []), *_label_notes(facts)]
     if "brain_ml" in facts and not BRAIN_ML[0] <= facts["brain_ml"] <= BRAIN_ML[1]:
         notes.append(f"CHECK: HD-BET's brain mask of {facts['brain_ml']:.0f} ml is none of a whole brain")
+    if "missing_channels" in facts:
+        notes.append(f"without {facts['missing_channels']}: zeros in its place")
     if facts.get("nonfinite_voxels"):
         notes.append(f"{facts['nonfinite_voxels']} NaN or infinite voxels set to 0")
     return {

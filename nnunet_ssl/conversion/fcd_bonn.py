@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_ssl.console import command
-from nnunet_ssl.conversion.channels import Facts, read_image, registered_onto, with_places
+from nnunet_ssl.conversion.channels import Facts, read_image, registered_onto, usable_channels, with_places
 from nnunet_ssl.conversion.dataset import Case, Part, Prepared
 from nnunet_ssl.conversion.discovery import (
     ImageFile,
@@ -50,9 +50,12 @@ logger = logging.getLogger(__name__)
 
 
 def find_cases(
-    root: Path, channels: tuple[str, ...], images_only: bool, controls: bool
+    root: Path, channels: tuple[str, ...], images_only: bool, controls: bool, allow_missing: bool = False
 ) -> tuple[list[Case], list[Skipped]]:
     """Find the subjects below `root` that have the wanted channels and FLAIR, which gives the grid.
+
+    With `allow_missing` some of the channels are enough. Without FLAIR the grid is T1's, but not for patients, whose
+    masks are drawn on FLAIR.
 
     Raises:
         UserError: it isn't the Bonn data set, or two folders hold images of one name.
@@ -67,19 +70,21 @@ def find_cases(
             skipped.append(Skipped(image.relative, "neither FLAIR, T1 nor an ROI by its name"))
     subjects = {_person(files, scan_id) for scan_id, files in scans.items()}
     people = {} if images_only else _read_participants(root, images, subjects)
-    needed = tuple(dict.fromkeys(("flair", *channels)))
     found = []
     without = people.keys() - subjects
     for scan_id in sorted({*scans, *without}):
-        files = scans[scan_id]
+        files, person = scans[scan_id], people.get(_person(scans[scan_id], scan_id))
+        grids = ("flair",) if person and person["group"] == "fcd" else ("flair", "t1")
+        there = [kind for kind, of_kind in files.items() if of_kind]
+        needed = usable_channels(there, channels, grids, allow_missing=allow_missing)
         if images_only:
             found.append(_case(scan_id, files, needed, skipped))
-        elif _person(files, scan_id) not in people:
+        elif person is None:
             found.append(Skipped(scan_id, "not in participants.tsv"))
-        elif not controls and people[_person(files, scan_id)]["group"] != "fcd":
+        elif not controls and person["group"] != "fcd":
             found.append(Skipped(scan_id, "healthy control (--no_controls)"))
         else:
-            found.append(_case(scan_id, files, needed, skipped, people[_person(files, scan_id)]))
+            found.append(_case(scan_id, files, needed, skipped, person))
     cases = [case for case in found if isinstance(case, Case)]
     skipped_cases = [case for case in found if isinstance(case, Skipped)]
     if not any(images_only or case.part == "Tr" for case in cases):
@@ -130,15 +135,17 @@ def _person(files: dict[str, list[ImageFile]], scan_id: str) -> str:
 def _case(
     scan_id: str,
     files: dict[str, list[ImageFile]],
-    needed: tuple[str, ...],
+    needed: tuple[str, ...] | str,
     skipped: list[Skipped],
     person: dict[str, str] | None = None,
 ) -> Case | Skipped:
-    """Put one subject together; `person` is its row of participants.tsv, None for new images."""
+    """Put one subject together from the images that are `needed`, or say why it cannot be.
+
+    `person` is its row of participants.tsv, None for new images.
+    """
     rois = lesion_masks(files["mask"]) if person else []
-    missing = [kind for kind in needed if not files[kind]]
-    if missing:
-        return Skipped(scan_id, f"no readable {' and no '.join(missing)} image")
+    if isinstance(needed, str):
+        return Skipped(scan_id, needed.replace("no ", "no readable ", 1))
     if person and person["group"] == "fcd" and not rois:
         return Skipped(scan_id, "a patient (group fcd) without readable ROI")
     refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
@@ -148,7 +155,7 @@ def _case(
         images[kind] = image
         skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
     notes = []
-    if rois and not rois[0].stem.startswith(images["flair"].stem):
+    if rois and "flair" in images and not rois[0].stem.startswith(images["flair"].stem):
         notes.append(f"ROI named after another scan: {rois[0].path.name}")
     if person and person["group"] != "fcd" and rois:
         notes.append("a control with an ROI, which is used")
@@ -156,7 +163,7 @@ def _case(
         notes.append(f"split '{person['split']}' in participants.tsv: used for training")
     return Case(
         id=scan_id,
-        subject=images["flair"].entity("sub") or scan_id,
+        subject=images[needed[0]].entity("sub") or scan_id,
         images={kind: image.path for kind, image in images.items()},
         masks=tuple(roi.path for roi in rois),
         labelled=person is not None,
@@ -170,7 +177,7 @@ def prepare(case: Case) -> Prepared:
     """Bring T1 onto FLAIR's grid by registration."""
     facts: Facts = {}
     images = with_places({name: read_image(path, facts) for name, path in case.images.items()}, facts)
-    if "t1" in images:
+    if "t1" in images and "flair" in images:
         images["t1"] = registered_onto(images["t1"], images["flair"], "t1", facts)
     return Prepared(images, facts)
 
@@ -181,7 +188,9 @@ def main() -> None:
     parser.add_argument("--no_controls", action="store_true", help="leave out the healthy controls")
     arguments = parse(parser)
     channels = chosen_channels(arguments, INFO)
-    cases, skipped = find_cases(arguments.i, channels, arguments.images_only, not arguments.no_controls)
+    cases, skipped = find_cases(
+        arguments.i, channels, arguments.images_only, not arguments.no_controls, arguments.allow_missing
+    )
     run(arguments, INFO, cases, skipped, prepare, folds="stratified")
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_ssl.console import command
-from nnunet_ssl.conversion.channels import Facts, note, onto_grid, read_image, registered_onto, with_places
+from nnunet_ssl.conversion.channels import (
+    Facts,
+    note,
+    onto_grid,
+    read_image,
+    registered_onto,
+    usable_channels,
+    with_places,
+)
 from nnunet_ssl.conversion.dataset import Case, Prepared
 from nnunet_ssl.conversion.discovery import (
     ImageFile,
@@ -44,6 +52,7 @@ EXAMPLE = """\
 examples:
   python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022
   python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022 --channels dwi     (one modality: Dataset510)
+  python dataset_conversion/Dataset502_ISLES2022.py -i /data/ISLES-2022 --allow_missing   (with sessions that lack some)
   python dataset_conversion/Dataset502_ISLES2022.py -i /data/new_patients --images_only -o /data/prepared
 
 FLAIR is registered to DWI, ADC is brought to 1e-6 mm2/s. Found by looking: the published BIDS layout, the older one
@@ -58,8 +67,13 @@ EXPECTED = (
 )
 
 
-def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tuple[list[Case], list[Skipped]]:
+def find_cases(
+    root: Path, channels: tuple[str, ...], images_only: bool, allow_missing: bool = False
+) -> tuple[list[Case], list[Skipped]]:
     """Find the sessions below `root` that have the wanted channels, DWI (it gives the grid) and a mask.
+
+    With `allow_missing` some of the channels are enough. The grid is then DWI's or ADC's, on which masks are drawn; for
+    new images FLAIR's, too.
 
     Raises:
         UserError: it isn't ISLES 2022, or two folders hold images of one name.
@@ -72,8 +86,12 @@ def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tupl
             sessions[image.scan_id(KINDS)][kind].append(image)
         else:
             skipped.append(Skipped(image.relative, "neither DWI, ADC, FLAIR nor a mask by its name"))
-    needed = tuple(dict.fromkeys(("dwi", *channels)))
-    found = [_case(scan_id, files, needed, images_only, skipped) for scan_id, files in sorted(sessions.items())]
+    grids = ("dwi", "adc", "flair") if images_only else ("dwi", "adc")
+    found = []
+    for scan_id, files in sorted(sessions.items()):
+        there = [kind for kind, of_kind in files.items() if of_kind]
+        needed = usable_channels(there, channels, grids, allow_missing=allow_missing)
+        found.append(_case(scan_id, files, needed, images_only, skipped))
     cases = [case for case in found if isinstance(case, Case)]
     skipped_cases = [case for case in found if isinstance(case, Skipped)]
     if not cases:
@@ -84,15 +102,14 @@ def find_cases(root: Path, channels: tuple[str, ...], images_only: bool) -> tupl
 def _case(
     scan_id: str,
     files: dict[str, list[ImageFile]],
-    needed: tuple[str, ...],
+    needed: tuple[str, ...] | str,
     images_only: bool,
     skipped: list[Skipped],
 ) -> Case | Skipped:
-    """Put one session together."""
+    """Put one session together from the images that are `needed`, or say why it cannot be."""
     masks = [] if images_only else lesion_masks(files["mask"])
-    missing = [kind for kind in needed if not files[kind]]
-    if missing:
-        return Skipped(scan_id, f"no {' and no '.join(missing)} image")
+    if isinstance(needed, str):
+        return Skipped(scan_id, needed)
     if not masks and not images_only:
         return Skipped(scan_id, "no lesion mask; images without one are prepared with --images_only")
     refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
@@ -103,7 +120,7 @@ def _case(
         skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
     return Case(
         id=scan_id,
-        subject=images["dwi"].entity("sub") or scan_id,
+        subject=images[needed[0]].entity("sub") or scan_id,
         images={kind: image.path for kind, image in images.items()},
         masks=tuple(mask.path for mask in masks),
         labelled=not images_only,
@@ -111,20 +128,24 @@ def _case(
 
 
 def prepare(case: Case) -> Prepared:
-    """Bring the channels onto DWI's grid: ADC by its header and to one unit, FLAIR by registration."""
+    """Bring the channels onto the grid of the first, DWI's: ADC by its header and to one unit, FLAIR by registration.
+
+    Where DWI is missing, the first is ADC or FLAIR.
+    """
     facts: Facts = {}
     images = {name: read_image(path, facts, clip_negative=True) for name, path in case.images.items()}
     images = with_places(images, facts)
-    dwi = images["dwi"]
+    first = next(iter(images))
+    reference = images[first]
     if "adc" in images:
-        images["adc"] = onto_grid(images["adc"], dwi, "adc", facts)
-        images["adc"] = _in_one_unit(images["adc"], dwi, case.images["adc"], facts)
-    if "flair" in images:
-        images["flair"] = registered_onto(images["flair"], dwi, "flair", facts)
+        images["adc"] = onto_grid(images["adc"], reference, "adc", facts)
+        images["adc"] = _in_one_unit(images["adc"], reference, case.images["adc"], facts)
+    if "flair" in images and first != "flair":
+        images["flair"] = registered_onto(images["flair"], reference, "flair", facts)
     return Prepared(images, facts)
 
 
-def _in_one_unit(adc: Volume, dwi: Volume, path: Path, facts: Facts) -> Volume:
+def _in_one_unit(adc: Volume, reference: Volume, path: Path, facts: Facts) -> Volume:
     """Bring an ADC map to 1e-6 mm2/s.
 
     The unit is read off the brain's median, about 800 in that unit: published maps come in it, in 1e-3 mm2/s and in
@@ -133,7 +154,7 @@ def _in_one_unit(adc: Volume, dwi: Volume, path: Path, facts: Facts) -> Volume:
     Raises:
         UserError: there is nothing in the map.
     """
-    values = adc.array[foreground(dwi.array) & (adc.array > 0)]
+    values = adc.array[foreground(reference.array) & (adc.array > 0)]
     if values.size == 0:
         raise UserError(f"{path} has no positive value within the brain.")
     median = float(np.median(values))
@@ -149,7 +170,7 @@ def main() -> None:
     parser = make_parser(INFO, __doc__, EXAMPLE)
     arguments = parse(parser)
     channels = chosen_channels(arguments, INFO)
-    cases, skipped = find_cases(arguments.i, channels, arguments.images_only)
+    cases, skipped = find_cases(arguments.i, channels, arguments.images_only, arguments.allow_missing)
     run(arguments, INFO, cases, skipped, prepare)
 
 

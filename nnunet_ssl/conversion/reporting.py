@@ -87,9 +87,10 @@ def write_tile(path: Path, channels: Sequence[Volume], label: np.ndarray | None)
     mask = None if label is None else nib.apply_orientation(label, to_ras)
     images = [nib.apply_orientation(channel.array, to_ras) for channel in channels]
     spacing = nib.affines.voxel_sizes(first.affine @ nib.orientations.inv_ornt_aff(to_ras, first.array.shape))
-    weight = (mask if mask is not None and mask.any() else images[0] > images[0].mean()).sum(axis=(0, 1))
+    scan = next((image for image in images if image.any()), images[0])  # those before it may be placeholders
+    weight = (mask if mask is not None and mask.any() else scan > scan.mean()).sum(axis=(0, 1))
     z = int(np.argmax(weight))
-    head = _head(images[0])
+    head = _head(scan)
     panels = [
         _panel(image[head][:, :, z], None if mask is None else mask[head][:, :, z], spacing[:2]) for image in images
     ]

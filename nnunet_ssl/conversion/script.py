@@ -53,6 +53,11 @@ def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.A
     if len(info.channel_names) > 1:
         names = list(info.channel_names)
         parser.add_argument("--channels", nargs="+", choices=names, default=names, help="default: all")
+        parser.add_argument(
+            "--allow_missing",
+            action="store_true",
+            help="keep cases that lack some of the channels, for nnssl_settings=channels=any",
+        )
     return parser
 
 
@@ -115,14 +120,22 @@ def run(
     else:
         training = [case for case in converted if case.part == "Tr"]
         names = [info.channel_names[channel] for channel in channels]
-        write_dataset_json(target.folder, len(training), names, reference=info.reference, licence=info.licence)
+        write_dataset_json(
+            target.folder,
+            len(training),
+            names,
+            _missing(rows, info),
+            reference=info.reference,
+            licence=info.licence,
+        )
         strata = strata_of([row for row in rows if row["part"] == "train"]) if strata_of else None
         store_splits(make_splits(training, folds, strata), target.folder)
         logger.info(
             "%d training and %d test cases in %s. Next:", len(training), len(rows) - len(training), target.folder
         )
         logger.info("  nnUNetv2_plan_and_preprocess -d %d --verify_dataset_integrity", number)
-        logger.info("  nnUNetv2_train %d 3d_fullres 0 -tr nnUNetTrainerMCLMIM", number)
+        settings = "nnssl_settings=channels=any " if _missing(rows, info) else ""
+        logger.info("  %snnUNetv2_train %d 3d_fullres 0 -tr nnUNetTrainerMCLMIM", settings, number)
     logger.info("%s", _skull_hint([row["stripped"] for row in rows], target))
 
 
@@ -150,9 +163,18 @@ def _describe(cases: Sequence[Case], skipped: Sequence[Skipped], target: Target)
     for what, chosen in groups.items():
         if chosen:
             logger.info("  %d %s, %s ... %s", len(chosen), what, chosen[0].id, chosen[-1].id)
-    for path, made in zip((cases[0].images[name] for name in target.channels), target.image_paths(cases[0])):
-        logger.info("  for instance %s -> %s", path, made.name)
+    for name, made in zip(target.channels, target.image_paths(cases[0])):
+        logger.info("  for instance %s -> %s", cases[0].images.get(name, "zeros"), made.name)
     log_skipped(skipped, None)
+
+
+def _missing(rows: Sequence[Mapping[str, Any]], info: DatasetInfo) -> dict[str, list[str]]:
+    """The channels that cases lack, by the names that dataset.json has for them."""
+    return {
+        row["case"]: [info.channel_names[name] for name in row["missing_channels"].split(", ")]
+        for row in rows
+        if row.get("missing_channels")
+    }
 
 
 def _skull_hint(stripped: Sequence[bool], target: Target) -> str:

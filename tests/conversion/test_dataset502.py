@@ -331,3 +331,47 @@ def test_a_header_in_microns_costs_its_case_alone(tools, env, isles, tmp_path):
     assert tools.check_geometry(folder, 3) == {f"{name(4)}_ses-0001"}
     assert "is no brain scan's" in tools.skipped_in(folder)[f"{name(2)}_ses-0001"]
     assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 1
+
+
+@pytest.fixture
+def lacking(tools, isles, tmp_path):
+    """Three sessions: without FLAIR, without DWI, and with nothing but FLAIR."""
+    root = tmp_path / "lacking"
+    for number, gone in {1: (2,), 2: (0,), 3: (0, 1)}.items():
+        for place, (source, copy) in enumerate(zip(published(isles, number), published(root, number))):
+            if place not in gone:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, copy)
+    return root
+
+
+def test_sessions_that_lack_channels_are_left_out_unless_they_are_asked_for(lacking):
+    with pytest.raises(UserError, match="no flair image"):
+        find_cases(lacking, ("dwi", "adc", "flair"), images_only=False)
+    cases, skipped = find_cases(lacking, ("dwi", "adc", "flair"), images_only=False, allow_missing=True)
+    assert [list(case.images) for case in cases] == [["dwi", "adc"], ["adc", "flair"]], "the first gives the grid"
+    assert [(item.what, item.reason) for item in skipped] == [
+        (f"{name(3)}_ses-0001", "no dwi and no adc image, on whose grid its mask lies")
+    ]
+    cases, _ = find_cases(lacking, ("dwi", "adc", "flair"), images_only=True, allow_missing=True)
+    assert [list(case.images) for case in cases] == [["dwi", "adc"], ["adc", "flair"], ["flair"]]
+    cases, skipped = find_cases(lacking, ("dwi", "flair"), images_only=False, allow_missing=True)
+    assert [list(case.images) for case in cases] == [["dwi"], ["adc", "flair"]], "ADC places the mask"
+
+
+@pytest.mark.slow
+def test_nnunet_checks_plans_and_preprocesses_cases_that_lack_channels(lacking, isles, tools, tmp_path):
+    env = tools.environment(tmp_path / "out")
+    done = tools.run_script(502, "-i", lacking, "--allow_missing", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "nnssl_settings=channels=any nnUNetv2_train 502" in done.stdout
+    folder = tmp_path / "out" / "nnUNet_raw" / "Dataset502_ISLES2022"
+    first, second = (f"{name(number)}_ses-0001" for number in (1, 2))
+    assert tools.check_geometry(folder, 3) == {first, second}
+    assert json.loads((folder / "dataset.json").read_text())["missing_channels"] == {first: ["FLAIR"], second: ["DWI"]}
+    assert [row["missing_channels"] for row in tools.report_of(folder).values()] == ["flair", "dwi"]
+    for number, place in ((1, 2), (2, 0)):
+        assert not channel(folder, number, place).any()
+        label = nib.load(folder / "labelsTr" / f"{name(number)}_ses-0001.nii.gz").get_fdata()
+        np.testing.assert_array_equal(label, stroke(number))
+    assert tools.plan_and_preprocess(502, env) == {first, second}
