@@ -1,4 +1,4 @@
-"""The console command ``nnssl_evaluate``: alignment, lesions, ranking, calibration, probe, gradients."""
+"""The console command ``nnssl_evaluate``: alignment, lesions, ranking, missing, calibration, probe, gradients."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ examples:
   nnssl_evaluate ranking lesions_resenc lesions_swin lesions_ensemble
   nnssl_evaluate ranking fold_0/validation other/fold_0/validation --metrics dice lesion_f1 -o ranking
 """,
+    "missing": """\
+examples:
+  nnssl_evaluate missing -i imagesTs -ref labelsTs -m MCL+MIM=MODEL scratch=MODEL -o missing
+  nnssl_evaluate missing -i imagesTs -ref labelsTs -m pooled=SEED_0 pooled=SEED_1 --specialists MODEL MODEL -o missing
+""",
     "calibration": """\
 example:
   nnssl_evaluate calibration $nnUNet_results/Dataset504_ATLASv3/nnUNetTrainerMCLMIM__nnUNetPlans__3d_fullres -np 8
@@ -56,11 +61,12 @@ def evaluate() -> None:
         description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
     )
     commands = parser.add_subparsers(
-        required=True, metavar="alignment | lesions | ranking | calibration | probe | gradients"
+        required=True, metavar="alignment | lesions | ranking | missing | calibration | probe | gradients"
     )
     _add_alignment(commands)
     _add_lesions(commands)
     _add_ranking(commands)
+    _add_missing(commands)
     _add_calibration(commands)
     _add_probe(commands)
     _add_gradients(commands)
@@ -269,6 +275,75 @@ def _ranking(arguments: argparse.Namespace) -> None:
     if arguments.o:
         write_json(result, arguments.o / "ranking.json")
         logger.info("written to %s", arguments.o)
+
+
+def _add_missing(commands: Subcommands) -> None:
+    parser = add_subcommand(
+        commands,
+        "missing",
+        _missing,
+        "What models lose when channels are missing: every subset of the channels, beside its specialist.",
+        _EXAMPLES["missing"],
+    )
+    parser.add_argument("-i", type=Path, required=True, metavar="FOLDER", help="images, CASE_0000.nii.gz, ...")
+    parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
+    parser.add_argument(
+        "-m",
+        nargs="+",
+        required=True,
+        metavar="ARM=FOLDER",
+        help="models of channels=any; those of one arm, such as seeds, are averaged",
+    )
+    parser.add_argument(
+        "--specialists", type=Path, nargs="+", default=[], metavar="FOLDER", help="models of some of the channels"
+    )
+    parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to average (default: those that are finished)")
+    parser.add_argument(
+        "--preset", choices=("isles", "isles26", "atlas", "fcd"), default="isles", help="(default: isles)"
+    )
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="predictions, missing.json, .tsv, .png")
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring")
+    parser.add_argument("-npp", type=int, default=0, metavar="N", help="processes for preprocessing (default: 0)")
+    parser.add_argument("-nps", type=int, default=0, metavar="N", help="processes for export (default: 0)")
+    parser.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
+    _add_json(parser)
+
+
+def _missing(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.devices import find_device
+    from nnunet_ssl.evaluation.figures.missing import draw_missing
+    from nnunet_ssl.evaluation.missing import (
+        SPECIALIST,
+        Model,
+        describe_missing,
+        measure_missing,
+        predict_subsets,
+        summarize_missing,
+    )
+    from nnunet_ssl.evaluation.results import write_json, write_tsv
+    from nnunet_ssl.evaluation.segmentations import LesionConfig
+
+    named = [text.partition("=") for text in arguments.m]
+    if wrong := [arm for arm, _, folder in named if not folder or arm in ("", SPECIALIST) or "/" in arm]:
+        raise UserError(f"-m {wrong[0]}: name each model ARM=FOLDER, with an arm other than '{SPECIALIST}'.")
+    config = LesionConfig(preset=arguments.preset)
+    predictions = predict_subsets(
+        [Model(arm, Path(folder)) for arm, _, folder in named],
+        arguments.specialists,
+        arguments.i,
+        arguments.o / "predictions",
+        device=find_device(arguments.device),
+        folds=arguments.f,
+        processes=(arguments.npp, arguments.nps),
+        use_mirroring=not arguments.disable_tta,
+    )
+    cases = measure_missing(predictions, arguments.ref, config)
+    result = summarize_missing(cases, config)
+    _show(result, describe_missing(result), arguments)
+    write_json(result, arguments.o / "missing.json")
+    write_tsv(cases, arguments.o / "missing.tsv")
+    draw_missing(result, arguments.o / "missing.png")
+    logger.info("written to %s", arguments.o)
 
 
 def _add_calibration(commands: Subcommands) -> None:

@@ -158,7 +158,7 @@ def test_mistakes_in_a_study_are_named(changes, message):
 
 
 def test_files_that_hold_no_study_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"There is no file nowhere, and no study of that name .*: paper"):
+    with pytest.raises(UserError, match=r"There is no file nowhere, and no study of that name .*: .*paper"):
         read_study("nowhere")
     path = tmp_path / "study.yaml"
     for text, message in (("[1", "is not YAML"), ("- 1", "holds no keys"), ("name: x", "'arms' must name")):

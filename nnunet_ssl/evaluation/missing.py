@@ -1,0 +1,215 @@
+"""What a model loses when channels are missing: every subset of channels on held-out cases, beside its specialist."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.segmentations import NAMES, LesionConfig, compare_folders, scored
+from nnunet_ssl.evaluation.statistics import mean_interval
+from nnunet_ssl.interface.placeholders import Channels, PartialCase, find_cases
+from nnunet_ssl.interface.segmentation import channels_of_model, load_predictor, predict_cases, refuse_missing
+
+logger = logging.getLogger(__name__)
+
+METRICS = {"dice": 1, "lesion_f1": 1, "volume_difference_ml": -1}
+"""What is measured, and whether more of it is better (1) or worse (-1)."""
+
+SPECIALIST = "specialist"
+"""The arm of the models that were trained on just the channels of a subset."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model that is measured.
+
+    Attributes:
+        arm: its name in tables; models of one arm (seeds) are averaged case by case.
+        folder: of nnU-Net's model.
+    """
+
+    arm: str
+    folder: Path
+
+
+def subsets_of(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every non-empty subset of the channels, in their order, the small ones first."""
+    return [subset for size in range(1, len(names) + 1) for subset in itertools.combinations(names, size)]
+
+
+def predict_subsets(
+    models: Sequence[Model],
+    specialists: Sequence[Path],
+    images: Path,
+    output: Path,
+    *,
+    device: torch.device,
+    folds: Sequence[str] | None = None,
+    processes: tuple[int, int] = (0, 0),
+    **options: Any,
+) -> list[tuple[str, tuple[str, ...], Path]]:
+    """Predict cases by each model from each subset of the channels, and by each specialist from its own.
+
+    A case takes part in a subset if it has all of its channels. Predictions of the same weights that are there already
+    are kept.
+
+    Args:
+        models: all of the same channels.
+        specialists: folders of models for some of these channels, which may come in another order.
+        images: ``CASE_0000.nii.gz`` and so on, in the order of the models' channels.
+        output: gets a folder for each model and subset.
+        device: where to predict.
+        folds: to average; None for those that are finished.
+        processes: for preprocessing and for export; both 0: none but this one.
+        options: of nnU-Net's predictor.
+
+    Returns:
+        (arm, subset, folder of predictions).
+
+    Raises:
+        UserError: models differ in their channels or want all of them, or a specialist has other channels.
+    """
+    channels = _common_channels(models)
+    cases = find_cases(images, channels)
+    subsets = subsets_of(channels.names)
+    done = []
+    for model in models:
+        predictor = load_predictor(model.folder, folds, device, **options)
+        for subset in subsets:
+            folder = output / f"{model.arm}_{_digest(model.folder, images, folds, options)}" / "+".join(subset)
+            chosen = _cases_of(cases, channels, subset)
+            refuse_missing(predictor, chosen, channels)
+            _predict(predictor, chosen, channels, folder, processes)
+            done.append((model.arm, subset, folder))
+    for place in specialists:
+        own = channels_of_model(place)
+        subset = tuple(name for name in channels.names if name in own.names)
+        if len(subset) != len(own.names):
+            raise UserError(
+                f"{place} is a model of the channels {', '.join(own.names)}, which are not all among those of the "
+                f"others ({', '.join(channels.names)})."
+            )
+        folder = output / f"{SPECIALIST}_{_digest(place, images, folds, options)}" / "+".join(subset)
+        order = [channels.names.index(name) for name in own.names]
+        chosen = [
+            PartialCase(case.id, tuple(case.files[channel] for channel in order))
+            for case in _cases_of(cases, channels, subset)
+        ]
+        _predict(load_predictor(place, folds, device, **options), chosen, own, folder, processes)
+        done.append((SPECIALIST, subset, folder))
+    return done
+
+
+def measure_missing(
+    predictions: Sequence[tuple[str, tuple[str, ...], Path]], reference: Path, config: LesionConfig, processes: int = 1
+) -> pd.DataFrame:
+    """Compare predictions with their references.
+
+    Returns:
+        one row for each arm, subset and case, seeds averaged: ``arm``, ``subset`` (``DWI+ADC``), ``case``, and what
+        :func:`segmentations.compare_folders` measures.
+    """
+    tables = []
+    for arm, subset, folder in predictions:
+        table = compare_folders(reference, folder, config, subset=True, processes=processes)
+        tables.append(table.assign(arm=arm, subset="+".join(subset)))
+    return pd.concat(tables).groupby(["arm", "subset", "case"], sort=False, as_index=False).mean()
+
+
+def summarize_missing(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]:
+    """Summarise a table of :func:`measure_missing`.
+
+    Returns:
+        JSON-able: ``arms``, ``subsets``, and for each arm and subset of each metric the mean with its 95 % interval
+        over cases (bootstrap) and their number; beside a specialist also the ``loss``, by how much the specialist is
+        better on the same cases, with its interval: positive where the arm is worse, for volume differences as well.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for (arm, subset), rows in cases.groupby(["arm", "subset"], sort=False):
+        rival = cases[(cases["arm"] == SPECIALIST) & (cases["subset"] == subset)]
+        cell = {name: _summary_of(rows, rival if arm != SPECIALIST else rival[:0], name, config) for name in METRICS}
+        table.setdefault(arm, {})[subset] = cell
+    return {
+        "arms": list(table),
+        "subsets": list(dict.fromkeys(cases["subset"])),
+        "preset": config.preset,
+        "results": table,
+    }
+
+
+def describe_missing(result: Mapping[str, Any]) -> str:
+    """Write a summary as the lines that the command prints."""
+    lines = []
+    for metric in METRICS:
+        lines.append(f"{NAMES[metric]}: mean [95 % interval]; loss against the specialist [95 % interval]; cases")
+        for subset in result["subsets"]:
+            for arm in result["arms"]:
+                cell = result["results"][arm].get(subset, {}).get(metric)
+                if not cell or not cell["n"]:
+                    continue
+                low, high = cell["interval"]
+                line = f"  {subset:<20} {arm:<16} {cell['mean']:8.4f}  [{low:.4f}, {high:.4f}]"
+                if "loss" in cell:
+                    low, high = cell["loss_interval"]
+                    line += f"  {cell['loss']:+8.4f}  [{low:+.4f}, {high:+.4f}]"
+                lines.append(f"{line}  {cell['n']}")
+    return "\n".join(lines)
+
+
+def _summary_of(rows: pd.DataFrame, rival: pd.DataFrame, metric: str, config: LesionConfig) -> dict[str, Any]:
+    values = scored(rows.set_index("case"), metric, config.preset)
+    summary = {"mean": float(values.mean()), "interval": mean_interval(values), "n": len(values)}
+    if len(rival):
+        other = scored(rival.set_index("case"), metric, config.preset)
+        losses = METRICS[metric] * (other - values).dropna()
+        summary |= {"loss": float(losses.mean()), "loss_interval": mean_interval(losses)}
+    return summary
+
+
+def _common_channels(models: Sequence[Model]) -> Channels:
+    channels = [channels_of_model(model.folder) for model in models]
+    for model, own in zip(models, channels):
+        if own.names != channels[0].names:
+            raise UserError(
+                f"{model.folder} is a model of the channels {', '.join(own.names)}, and {models[0].folder} of "
+                f"{', '.join(channels[0].names)}: compare models of one data set."
+            )
+    return channels[0]
+
+
+def _cases_of(cases: Sequence[PartialCase], channels: Channels, subset: Sequence[str]) -> list[PartialCase]:
+    """The cases that have all channels of a subset, with those alone."""
+    there = [name in subset for name in channels.names]
+    kept = [
+        PartialCase(case.id, tuple(file if wanted else None for file, wanted in zip(case.files, there)))
+        for case in cases
+        if not set(subset) & set(case.missing(channels))
+    ]
+    if not kept:
+        raise UserError(f"No case has all of the channels {', '.join(subset)}.")
+    return kept
+
+
+def _digest(model: Path, *what: Any) -> str:
+    """Return a word for a model's weights and what is done with them, so that no other's predictions are taken."""
+    files = [
+        (str(file.resolve()), file.stat().st_mtime_ns) for file in sorted(model.glob("fold_*/checkpoint_final.pth"))
+    ]
+    return hashlib.sha256(repr((files, *what)).encode()).hexdigest()[:8]
+
+
+def _predict(
+    predictor: Any, cases: Sequence[PartialCase], channels: Channels, folder: Path, processes: tuple[int, int]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("%s: %d cases", folder, len(cases))
+    predict_cases(predictor, cases, channels, folder, processes, overwrite=False)

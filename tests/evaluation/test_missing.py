@@ -1,0 +1,88 @@
+"""The summary of missing channels: the loss against a specialist on the same cases, and models that do not compare."""
+
+import json
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.figures.missing import draw_missing
+from nnunet_ssl.evaluation.missing import (
+    Model,
+    describe_missing,
+    measure_missing,
+    predict_subsets,
+    subsets_of,
+    summarize_missing,
+)
+from nnunet_ssl.evaluation.segmentations import LesionConfig
+
+CONFIG = LesionConfig(preset="isles")
+
+
+@given(st.lists(st.sampled_from("ABCDEF"), min_size=1, max_size=5, unique=True))
+def test_every_subset_that_is_not_empty_comes_once_in_the_channels_order(names):
+    subsets = subsets_of(names)
+    assert len(subsets) == len(set(subsets)) == 2 ** len(names) - 1
+    assert all(subset and list(subset) == [name for name in names if name in subset] for subset in subsets)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Reference masks of two cases, predictions that shift by voxels, and a function that makes these."""
+    cube = np.zeros((2, 12, 8, 8), dtype=bool)
+    cube[0, 2:6, 2:6, 2:6] = True
+    cube[1, 2:4, 2:4, 2:4] = True
+
+    def make(name, *shifts):
+        (tmp_path / name).mkdir()
+        for case, (mask, shift) in enumerate(zip(cube, shifts)):
+            shifted = np.roll(mask, shift, axis=0).astype(np.uint8)
+            nibabel.save(nibabel.Nifti1Image(shifted, np.eye(4)), tmp_path / name / f"case_{case}.nii.gz")
+        return tmp_path / name
+
+    return make
+
+
+def test_the_loss_is_the_specialists_lead_on_the_same_cases_and_seeds_are_averaged(folders, tmp_path):
+    reference = folders("reference", 0, 0)
+    predictions = [
+        ("pooled", ("DWI",), folders("seed_0", 2, 0)),  # Dice 0.5, 1
+        ("pooled", ("DWI",), folders("seed_1", 0, 1)),  # Dice 1, 0.5
+        ("pooled", ("DWI", "ADC"), folders("both", 0, 0)),
+        ("specialist", ("DWI",), folders("specialist", 1, 0)),  # Dice 0.75, 1
+    ]
+    cases = measure_missing(predictions, reference, CONFIG)
+    assert len(cases) == 6
+    result = summarize_missing(cases, CONFIG)
+    dice = result["results"]["pooled"]["DWI"]["dice"]
+    assert dice["mean"] == pytest.approx(0.75) and dice["n"] == 2
+    assert dice["loss"] == pytest.approx(0.125) and dice["loss_interval"] == pytest.approx((0.0, 0.25))
+    assert "loss" not in result["results"]["pooled"]["DWI+ADC"]["dice"]
+    assert result["results"]["pooled"]["DWI"]["volume_difference_ml"]["loss"] == 0
+    assert "+0.1250" in describe_missing(result)
+    draw_missing(result, tmp_path / "missing.png")
+    assert (tmp_path / "missing.png").stat().st_size > 5000
+
+
+def test_a_larger_volume_error_is_a_loss():
+    columns = {"dice": 0.5, "lesion_f1": 0.5, "reference_lesions": 1}
+    cases = pd.DataFrame(
+        [{"arm": arm, "subset": "DWI", "case": "a", "volume_difference_ml": volume, **columns}
+         for arm, volume in (("zeros", 3.0), ("specialist", 1.0))]
+    )  # fmt: skip
+    assert summarize_missing(cases, CONFIG)["results"]["zeros"]["DWI"]["volume_difference_ml"]["loss"] == 2.0
+
+
+def test_models_of_other_channels_are_not_compared(tmp_path):
+    for name, channels in {"a": ["DWI", "ADC"], "b": ["ADC", "DWI"]}.items():
+        (tmp_path / name).mkdir()
+        description = {"channel_names": dict(enumerate(channels)), "file_ending": ".nii.gz"}
+        (tmp_path / name / "dataset.json").write_text(json.dumps(description))
+    models = [Model("a", tmp_path / "a"), Model("b", tmp_path / "b")]
+    with pytest.raises(UserError, match=r"b is a model of the channels ADC, DWI, and .*a of DWI, ADC"):
+        predict_subsets(models, [], tmp_path, tmp_path, device=None)
