@@ -118,8 +118,11 @@ class Workplace:
         return cls(plans, configuration, fold, self.dataset_json(), torch.device("cpu"))
 
 
-def write_raw(folder: Path, *, channels: int, labels: dict, regions: list | None) -> None:
-    """Write ellipsoid "brains" with a bright ball, label 1, in each; label 2, where there is one, is its core."""
+def write_raw(folder: Path, *, channels: int, labels: dict, regions: list | None, lacking: dict) -> None:
+    """Write ellipsoid "brains" with a bright ball, label 1, in each; label 2, where there is one, is its core.
+
+    The cases (by number) that lack channels get placeholders for them.
+    """
     dataset = {
         "channel_names": {str(channel): f"MR{channel}" for channel in range(channels)},
         "labels": labels,
@@ -140,6 +143,7 @@ def write_raw(folder: Path, *, channels: int, labels: dict, regions: list | None
             truth[distance < 3] = 2
         for channel in range(channels):
             image = np.where(brain, 100 + generator.normal(0, 5, SHAPE) + 60 * truth, 0)
+            image *= channel not in lacking.get(case, ())
             save(folder / f"images{part}" / f"case_{case}_{channel:04d}.nii.gz", image.astype(np.float32))
         if part == "Tr":
             save(folder / "labelsTr" / f"case_{case}.nii.gz", truth)
@@ -192,7 +196,7 @@ def plan_and_preprocess(place: Workplace) -> None:
         )
 
 
-def make_workplace(root: Path, name: str, *, channels=1, labels=None, regions=None) -> Workplace:
+def make_workplace(root: Path, name: str, *, channels=1, labels=None, regions=None, lacking=None) -> Workplace:
     place = Workplace(root, name)
     with pytest.MonkeyPatch.context() as patch:
         place.enter(patch, nnUNet_n_proc_DA="1")
@@ -201,6 +205,7 @@ def make_workplace(root: Path, name: str, *, channels=1, labels=None, regions=No
             channels=channels,
             labels=labels or {"background": 0, "lesion": 1},
             regions=regions,
+            lacking=lacking or {},
         )
         plan_and_preprocess(place)
     (root / "nnUNet_results").mkdir()
@@ -220,6 +225,13 @@ def region_workplace(tmp_path_factory) -> Workplace:
     return make_workplace(
         tmp_path_factory.mktemp("regions"), "Dataset702_Regions", channels=3, labels=labels, regions=[1, 2]
     )
+
+
+@pytest.fixture(scope="session")
+def incomplete(tmp_path_factory) -> Workplace:
+    """Three channels, of which the first case lacks the first, and the second case the others."""
+    folder = tmp_path_factory.mktemp("incomplete")
+    return make_workplace(folder, "Dataset703_Incomplete", channels=3, lacking={0: (0,), 1: (1, 2)})
 
 
 @pytest.fixture(scope="session")
