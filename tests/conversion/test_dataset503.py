@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from nnunet_ssl.conversion.fcd_bonn import INFO, find_cases
+from nnunet_ssl.conversion.fcd_bonn import INFO, find_cases, prepare
 from nnunet_ssl.errors import UserError
 
 SHAPE, T1_SHAPE = (20, 36, 30), (30, 44, 40)
@@ -192,6 +192,21 @@ def test_a_patient_whose_roi_is_missing_is_left_out_not_taken_for_healthy(tools,
     cases, skipped = find_cases(tmp_path, ("flair", "t1"), images_only=False, controls=True)
     assert "sub-00003" not in {case.id for case in cases}
     assert "without readable ROI" in next(item.reason for item in skipped if item.what == "sub-00003")
+
+
+def test_with_allow_missing_a_patients_flair_or_a_controls_t1_is_enough(tools, tmp_path):
+    listing(tools, tmp_path)
+    for gone in ("00001/*/*T1w", "00101/*/*FLAIR", "00003/*/*_FLAIR"):  # patient, control, patient
+        next(tmp_path.glob(f"sub-{gone}.nii.gz")).unlink()
+    cases, skipped = find_cases(tmp_path, ("flair", "t1"), images_only=False, controls=True, allow_missing=True)
+    images = {case.id: list(case.images) for case in cases}
+    assert images["sub-00001"] == ["flair"] and images["sub-00101"] == ["t1"]
+    reasons = {item.what: item.reason for item in skipped}
+    assert reasons["sub-00003"] == "no readable flair image, on whose grid its mask lies"
+    prepared = prepare(next(case for case in cases if case.id == "sub-00101"))
+    assert list(prepared.channels) == ["t1"]
+    cases, _ = find_cases(tmp_path, ("flair", "t1"), images_only=True, controls=True, allow_missing=True)
+    assert {case.id: list(case.images) for case in cases}["sub-00003"] == ["t1"], "a new patient has no mask"
 
 
 def test_flair_alone_needs_no_t1_and_new_patients_no_table(tools, tmp_path):

@@ -163,18 +163,31 @@ def test_a_pretrained_encoder_rests_and_learns_whatever_the_way(start, request, 
     assert all(parts[id(p)] == "encoder" for p in encoder.parameters())
 
 
-@pytest.mark.parametrize("augmentation", ["cpu", "gpu"])
-def test_a_training_step_sees_some_channels_and_a_validation_step_all(start, augmentation):
-    trainer = start(f"channels=any,channel_drop=0.6,augmentation={augmentation}")
+@pytest.mark.parametrize(
+    ("backbone", "settings"),
+    [
+        ("swin", "channels=any"),
+        ("swin", "channels=scaled,augmentation=gpu"),
+        ("swin", "channels=any,decoder=unet"),
+        ("resenc", "channels=any"),
+    ],
+)
+def test_a_training_step_sees_some_channels_and_a_validation_step_all(start, request, backbone, settings):
+    plans = "nnUNetResEncUNetLPlans" if backbone == "resenc" else "nnUNetPlans"
+    checkpoint = request.getfixturevalue(f"{backbone}_checkpoint")
+    trainer = start(f"channel_drop=0.6,{settings}", nnUNetTrainerSSL, checkpoint, plans)
     trainer.initialize()
     trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
     seen = []
-    trainer.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0].clone()))
+    trainer.network.register_forward_pre_hook(
+        lambda network, inputs: seen.append(inputs[0].clone()),
+        prepend=True,  # before the network hides anything
+    )
     trainer.current_epoch = 1
     trainer.on_train_epoch_start()
     present = trainer.subsets.present
     assert not all(map(all, present.values())), "some of the cases lack channels themselves"
-    for _ in range(8):
+    for _ in range(3):
         batch = next(trainer.dataloader_train)
         trainer.train_step(batch)
         for case, sample in zip(batch["keys"], seen[-1], strict=True):
