@@ -3,7 +3,7 @@
 #
 # Makes a corpus, ISLES-like and FCD-like data, pre-trains cl_mim and mcl_mim at a small size, trains the study
 # `missing` (40 trainings), and measures every subset on held-out cases into WORK/missing_{isles,fcd}. Interrupted, it
-# goes on where it stopped. On two free x86 cores count on about three hours (an estimate; it has not been run in full).
+# goes on where it stopped. On two free x86 cores count on four to five hours (an estimate; it has not been run in full).
 set -euo pipefail
 work=$(realpath -m "$1")
 cases=${2:-20}
