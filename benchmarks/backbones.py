@@ -5,7 +5,7 @@ backward pass. All combinations take turns in one process, round by round; times
 
     python benchmarks/backbones.py -device cuda --batch-size 8 --rounds 20
     MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 python benchmarks/backbones.py --rounds 5
-    python benchmarks/backbones.py --sizes 64 -o swin.embed_dim=12 resenc.features=8,16,32,64,80,80
+    python benchmarks/backbones.py --sizes 64 --set swin.embed_dim=12 resenc.features=8,16,32,64,80,80
 
 FLOPs are those of one patch (multiply and add count as two), activations what one batch's forward pass keeps for its
 backward pass, peak memory what the device held at most, weights and gradients included (GPU only).
@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("-o", nargs="+", default=[], metavar="KEY=VALUE", help="settings for both: checkpointing=true")
+    parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="checkpointing=true")
     arguments = parser.parse_args()
 
     runs = {
-        (backbone, size): load_config("mim", [f"backbone={backbone}", f"patch_size={size}", *arguments.o])
+        (backbone, size): load_config("mim", [f"backbone={backbone}", f"patch_size={size}", *arguments.settings])
         for size in arguments.sizes
         for backbone in arguments.backbones
     }
@@ -55,7 +55,7 @@ def main() -> None:
     print(
         machine(arguments.device),
         f"batch {arguments.batch_size}, {arguments.rounds} rounds",
-        *arguments.o,
+        *arguments.settings,
         sep=", ",
         end="\n\n",
     )

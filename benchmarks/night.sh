@@ -48,8 +48,8 @@ part price_recipes "a step of every other recipe" bash -c \
 
 real="swin.embed_dim=48 swin.depths=2,2,6,2 swin.num_heads=3,6,12,24 swin.window_size=7
 resenc.features=null resenc.blocks=null patch_size=96 batch_size=16 masked.unpaired_batch_size=8 queue_size=4096 workers=12"
-learn="$python benchmarks/recipes.py $options -w $folder/brains --steps 5000 --voxel-mm 1"
-part recipes "what every recipe learns in 5,000 steps on synthetic brains: hours" $learn -o $real
-part recipes_resenc "the same on the other backbone" $learn --backbone resenc -o $real
+learn="$python benchmarks/recipes.py $options -w $folder/brains --steps 5000 --voxel_mm 1"
+part recipes "what every recipe learns in 5,000 steps on synthetic brains: hours" $learn --set $real
+part recipes_resenc "the same on the other backbone" $learn --backbone resenc --set $real
 echo "$(date '+%F %T')  The night is over: $(find "$folder" -name '*.txt' | wc -l) parts done, $(find "$folder" -name '*.failed' | wc -l) failed"
 [ -z "$(find "$folder" -name '*.failed')" ]

@@ -6,7 +6,7 @@ apart (cross-subject distance); masked modelling beats predicting the mean of wh
     python benchmarks/recipes.py                        under half an hour on two CPU cores that do nothing else
     python benchmarks/recipes.py --recipes mcl cl --steps 50
     python benchmarks/recipes.py --backbone resenc      the same on a small version of nnU-Net's residual encoder
-    python benchmarks/recipes.py -device cuda --steps 5000 --voxel-mm 1 -o swin.embed_dim=48 patch_size=96 \\
+    python benchmarks/recipes.py -device cuda --steps 5000 --voxel_mm 1 --set swin.embed_dim=48 patch_size=96 \\
         swin.depths=2,2,6,2 swin.num_heads=3,6,12,24 swin.window_size=7 batch_size=16 queue_size=4096
 
 The corpus and the finished runs stay in the folder of -w; a repeated call trains only what is missing. The last line of
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--subjects", type=int, default=40)
-    parser.add_argument("--voxel-mm", type=float, default=3.0)
+    parser.add_argument("--voxel_mm", type=float, default=3.0)
     parser.add_argument("-device", default="cpu")
-    parser.add_argument("-o", nargs="+", default=[], metavar="KEY=VALUE", help="settings for all recipes")
+    parser.add_argument("--set", dest="settings", nargs="+", default=[], metavar="KEY=VALUE", help="for all recipes")
     arguments = parser.parse_args()
 
     lay_out(arguments.w.resolve(), arguments.subjects, arguments.voxel_mm)
@@ -97,7 +97,7 @@ def main() -> None:
     for name in arguments.recipes:
         recipe, *overrides = RUNS[name]
         run = name if arguments.backbone == "swin" else f"{name}_{arguments.backbone}"
-        config = load_config(recipe, [*SMALL, *every, f"recipe={run}", *overrides, *arguments.o])
+        config = load_config(recipe, [*SMALL, *every, f"recipe={run}", *overrides, *arguments.settings])
         folder = folder_of("nnUNet_results") / CORPUS / run
         if not (folder / "encoder.safetensors").is_file():
             launch(pretrain, (config, CORPUS, True), processes=1, device=arguments.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.corpus.plans import PreparationConfig, make_plans
 from nnunet_ssl.corpus.session import ScanTask, SessionTask, prepare_session
 from nnunet_ssl.corpus.store import read_box
@@ -69,7 +70,7 @@ def read_session(paths: Sequence[Path | str], preprocessing: Mapping[str, Any] |
         raise UserError(f"read_session takes a list of image files, not {paths!r}.")
     plans = make_plans("read_session", _options(preprocessing or {}))
     scans = tuple(
-        ScanTask(scan_id=f"scan_{number}", path=str(path), modality="unknown") for number, path in enumerate(paths)
+        ScanTask(scan_id=f"scan_{number}", path=str(path), modality=UNKNOWN) for number, path in enumerate(paths)
     )
     with tempfile.TemporaryDirectory(prefix="nnunet_ssl_") as folder:
         result = prepare_session(SessionTask(session="", fingerprint="", scans=scans, folder=folder, plans=plans))
