@@ -5,6 +5,7 @@
 # `missing` (40 trainings), and measures every subset on held-out cases into WORK/missing_{isles,fcd}. Interrupted, it
 # goes on where it stopped. On two free x86 cores count on four to five hours (an estimate; it has not been run in full).
 set -euo pipefail
+shopt -s nullglob
 work=$(realpath -m "$1")
 cases=${2:-20}
 subjects=${3:-24}
@@ -59,7 +60,8 @@ nnssl_study run "${study:-missing}" -device "$device"
 
 measure() {  # NAME DATASET HELD_OUT PRESET
     local models=() specialists=() folder
-    for folder in "$nnUNet_results"/Dataset"$2"_*/*channels-*__3d_fullres; do
+    # a study keeps models that start from a checkpoint of their own, as from scratch, in its own folder
+    for folder in "$nnUNet_results"/{,studies/missing/models/*/}Dataset"$2"_*/*channels-*__3d_fullres; do
         case $folder in
             *Scratch__*) models+=("scratch=$folder") ;;
             *CLMIM__*channels-pooled*) [[ $folder == *MCLMIM* ]] && models+=("MCL+MIM=$folder") || models+=("CL+MIM=$folder") ;;
