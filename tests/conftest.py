@@ -16,6 +16,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**34))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_compile", "f")
+os.environ.setdefault("nnUNet_def_n_proc", "2")  # processes that import PyTorch, to write a small file each
 
 
 @pytest.fixture(autouse=True)

@@ -54,9 +54,10 @@ class Step:
 
 
 def variables(work: Path) -> dict[str, str]:
-    """The environment of the steps: nnU-Net's three folders, and the length of the fine-tuning."""
+    """The environment of the steps: nnU-Net's folders and number of processes, and the length of the fine-tuning."""
     folders = {name: str(work / name) for name in FOLDERS}
-    return {**folders, "nnssl_settings": SMALL_FINETUNING}
+    # nnU-Net starts eight processes to write six small files, and each of them imports PyTorch first.
+    return {**folders, "nnssl_settings": SMALL_FINETUNING, "nnUNet_def_n_proc": "2"}
 
 
 def steps(work: Path, device: str) -> list[Step]:
@@ -134,7 +135,10 @@ def steps(work: Path, device: str) -> list[Step]:
         Step(
             name="09_predict",
             title="Predict the held-out cases: stock nnU-Net",
-            command=("nnUNetv2_predict", "-i", str(images), "-o", str(predictions), *model, "--disable_tta"),
+            command=(
+                *("nnUNetv2_predict", "-i", str(images), "-o", str(predictions)),
+                *(*model, "--disable_tta", "-npp", "1", "-nps", "1"),
+            ),
             leftovers=(predictions,),
         ),
         Step(
