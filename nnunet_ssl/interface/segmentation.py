@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import nibabel
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -173,7 +174,9 @@ def load_predictor(
         raise UserError(f"{model_folder} has the finished folds {', '.join(finished) or 'none'}, not {folds or 'one'}.")
     options = {"perform_everything_on_device": device.type == "cuda", "allow_tqdm": False} | options
     predictor = nnUNetPredictor(device=device, **options)
+    backend = matplotlib.get_backend()
     predictor.initialize_from_trained_model_folder(str(model_folder), folds or finished, checkpoint)
+    matplotlib.use(backend)  # nnU-Net's trainers switch to files, and a notebook would show no figure any more
     return predictor
 
 

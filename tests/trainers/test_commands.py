@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import foreign
+import matplotlib
 import nibabel
 import numpy as np
 import pytest
@@ -107,10 +108,12 @@ def test_a_model_folder_predicts_what_its_name_predicts(trained, prediction, tmp
 def test_segmenting_in_python_gives_what_the_command_writes(trained, prediction, tmp_path):
     model, (image,) = trained.results / f"{TRAINER}__{PLANS}__3d_fullres", sorted(trained.test_images.glob("*"))
     written = predict_with_mirroring(trained, tmp_path)
+    matplotlib.use("svg")
     for case in (image, [image]):
         (segmented,) = nnunet_ssl.segment(model, [case], device="cpu")
         np.testing.assert_array_equal(segmented.dataobj, written.dataobj)
         np.testing.assert_array_equal(segmented.affine, nibabel.load(image).affine)
+    assert matplotlib.get_backend() == "svg", "a notebook would show no figure any more"
     with pytest.raises(UserError, match=r"finished folds 0, not \[3\]"):
         nnunet_ssl.segment(model, [image], folds=[3])
     with pytest.raises(UserError, match=r"1 channels \(MR0\).* has 2"):
