@@ -33,6 +33,7 @@ WORK = "first_steps"
 # %%
 import os
 import shlex
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,12 +43,15 @@ import torch
 
 import nnunet_ssl
 
+warnings.filterwarnings("ignore")  # of other packages, about their own future
+
 work = Path(WORK).resolve()
 work.mkdir(parents=True, exist_ok=True)
 for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):  # nnU-Net's own three variables, no other
     (work / folder).mkdir(exist_ok=True)
     os.environ[folder] = str(work / folder)
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+os.environ["nnUNet_def_n_proc"] = "2"  # processes that nnU-Net starts at a time; eight, where nobody says how many
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -107,8 +111,9 @@ for axis in axes:
 # %% [markdown]
 # ## 4. Nearest neighbours across modalities
 #
-# Embed a T1 and a T2 of each subject. A modality-invariant encoder finds a subject's T2 from its T1: the diagonal is
-# dark.
+# Embed a T1 and a T2 of each subject. An encoder that has become modality-invariant finds a subject's T2 from its T1:
+# the diagonal would be dark. After so few steps there is hardly one yet; the line below says how far from guessing it
+# is.
 
 # %%
 subjects = sorted({path.parent for path in work.glob("fomo/**/t1.nii.gz") if path.with_name("t2.nii.gz").is_file()})[:8]
@@ -168,7 +173,7 @@ images = sorted((work / "nnUNet_raw/Dataset501_ATLASv2/imagesTs").glob("*.nii.gz
 predictions = nnunet_ssl.segment(model, images, device=device)
 
 # %%
-figure, axes = plt.subplots(1, len(images), figsize=(2.6 * len(images), 2.8), squeeze=False)
+figure, axes = plt.subplots(1, len(images), figsize=(2.6 * len(images), 3.2), squeeze=False, layout="constrained")
 for axis, path, prediction in zip(axes[0], images, predictions, strict=True):
     image = nibabel.load(path).get_fdata()
     truth = nibabel.load(work / "truth" / path.name.replace("_0000", "")).get_fdata() > 0
@@ -180,7 +185,7 @@ for axis, path, prediction in zip(axes[0], images, predictions, strict=True):
             axis.contour(mask[:, :, middle].T, [0.5], colors=[colour], linewidths=1.2)
     axis.set_title(f"Dice {2 * (truth & predicted).sum() / max(1, truth.sum() + predicted.sum()):.2f}")
     axis.set_axis_off()
-figure.suptitle("Held-out synthetic strokes: truth green, prediction red")
+_ = figure.suptitle("Held-out synthetic strokes: truth green, prediction red")
 
 # %% [markdown]
 # Next: your own scans. `nnunet_ssl.read_scan("sub-1_T1w.nii.gz")` reads any NIfTI file, and the README's three steps
