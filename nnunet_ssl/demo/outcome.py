@@ -80,13 +80,17 @@ def _draw_pretraining(axes: Axes, path: Path) -> None:
     The contrastive loss itself rises while its queue fills, for there are more keys to tell apart.
     """
     table = pd.read_csv(path)
-    table["apart"] = table["validation/cross_modality_distance"] / table["validation/cross_subject_distance"]
+    distances = [f"validation/cross_{between}_distance" for between in ("modality", "subject")]
+    if set(distances) <= set(table):  # a single subject is held out of a very small corpus, and has no distance
+        table["apart"] = table[distances[0]] / table[distances[1]]
     axes.axhline(1, color="black", linewidth=0.8, alpha=0.5)
     for name, label, colour in (
         ("masked/error_over_mean", "masked loss", PALETTE[1]),
         ("contrastive/loss_over_guessing", "contrastive loss", PALETTE[0]),
         ("apart", "held out: distance of a subject's modalities\n/ distance of subjects", PALETTE[2]),
     ):
+        if name not in table:
+            continue
         curve = table[["step", name]].dropna()
         axes.plot(curve["step"], curve[name], label=label, color=colour, marker=".")
     axes.set(title="Pre-training: below 1 is learnt", xlabel="step", ylabel="share of what guessing gives")
