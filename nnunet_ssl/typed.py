@@ -183,8 +183,10 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[
     ones."""
     fixed = arguments[-1] is not Ellipsis
     items = value
-    if isinstance(value, str):
-        items = [_number(item) for item in re.split("," if str in arguments else "[x,]", value)]
+    if isinstance(value, str) and str in arguments:
+        items = [item.strip() or None for item in value.split(",")]  # None is refused as text that is missing
+    elif isinstance(value, str):
+        items = [_number(item) for item in re.split("[x,]", value)]
         items = items[0] if len(items) == 1 and fixed else items
     if fixed and isinstance(items, (int, float)) and not isinstance(items, bool):
         items = [items] * len(arguments)
