@@ -58,6 +58,8 @@ class Records:
         self._sums: dict[str, Any] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._sinks = _open_sinks(folder, step, config) if distributed.is_main() else None
+        if self._sinks is not None and self.rows:
+            self._write_table()
 
     def __enter__(self) -> Records:
         return self
@@ -81,11 +83,14 @@ class Records:
         if self._sinks is None:
             return
         self.rows.append(row)
-        with written_beside(self.folder / CSV) as temporary:
-            self._table().to_csv(temporary, index=False)
+        self._write_table()
         self._sinks.write(step, row)
         shown = ", ".join(form.format(row[name]) for name, form in self.formats.items() if name in row)
         logger.info("%s step %d: %s", time.strftime("%Y-%m-%d %H:%M:%S"), step, shown)
+
+    def _write_table(self) -> None:
+        with written_beside(self.folder / CSV) as temporary:
+            self._table().to_csv(temporary, index=False)
 
     def _table(self) -> pd.DataFrame:
         table = pd.DataFrame(self.rows)

@@ -25,12 +25,14 @@ SHOWN = {
 
 
 def write_summary(folder: Path, config: PretrainingConfig, about: Mapping[str, Any], processes: int) -> None:
-    """Write the report of a run from what it left in `folder`: progress.csv and its pictures.
+    """Write the report of a run from what it left in `folder`: progress.csv, without which there is none, and pictures.
 
     Args:
         about: what :func:`nnunet_ssl.pretraining.run.outputs.description` says.
         processes: that share the work, a GPU each.
     """
+    if not (folder / CSV).is_file():
+        return
     table = pd.read_csv(folder / CSV)
     done = int(table["step"].iat[-1])
     hours = training_hours(table)

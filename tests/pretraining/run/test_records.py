@@ -39,6 +39,15 @@ def test_rows_after_the_checkpoint_are_dropped_on_continuing(tmp_path):
     assert table["loss/masked"].tolist() == [2, 4, 60]
 
 
+def test_the_table_holds_no_dropped_row_from_the_moment_of_continuing(tmp_path):
+    """What is written next may be the report of a run that is stopped again, long before its next row."""
+    with open_records(tmp_path) as records:
+        for step in (2, 4, 6):
+            records.write(step, {"loss/masked": step})
+    with open_records(tmp_path, step=5):
+        assert pd.read_csv(tmp_path / "progress.csv")["step"].tolist() == [2, 4]
+
+
 def test_tensorboard_gets_every_figure(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

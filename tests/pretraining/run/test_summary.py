@@ -13,6 +13,11 @@ def test_hours_are_steps_by_speed_also_over_a_continuation():
     assert training_hours(table[["step"]]) == 0
 
 
+def test_a_run_whose_table_was_removed_goes_on_without_a_report(tmp_path):
+    write_summary(tmp_path, load_config("mcl_mim"), {}, processes=1)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_report_tells_costs_figures_settings_and_whom_to_cite(tmp_path, write_prepared):
     write_prepared()
     config = load_config("mcl_mim", ["steps=400"])
