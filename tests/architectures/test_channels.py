@@ -10,24 +10,10 @@ from hypothesis import strategies as st
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_ssl.architectures.channels import BLOCK, WAYS, Pooled, channels_in_view, scaled_by_presence, without_absent
+from nnunet_ssl.weights.nnssl import unet_arguments
 
 SWIN = {"embed_dim": 6, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2, "mask_token": False}
-RESENC = {
-    "n_stages": 3,
-    "features_per_stage": [4, 6, 8],
-    "conv_op": "torch.nn.modules.conv.Conv3d",
-    "kernel_sizes": [[3, 3, 3]] * 3,
-    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
-    "n_blocks_per_stage": [1, 1, 1],
-    "n_conv_per_stage_decoder": [1, 1],
-    "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
-}
+RESENC = unet_arguments({"features": [4, 6, 8], "blocks": [1, 1, 1]})
 NETWORKS = {
     "swin": ("nnunet_ssl.architectures.networks.SwinFPN", SWIN, []),
     "swin_unet": ("nnunet_ssl.architectures.networks.SwinUNet", SWIN, []),
