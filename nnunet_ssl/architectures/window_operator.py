@@ -119,17 +119,13 @@ def window_attention_backward(
     qkv: Tensor,
     padding: Tensor,
     bias: Tensor,
-    tokens: Tensor,
-    kind_of: Tensor,
-    kinds: Tensor,
-    layouts: Tensor,
-    groups: Tensor,
+    *tables: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `qkv`, `padding` and `bias`, given that of the attended values."""
     from nnunet_ssl.architectures import window_kernels as kernels
 
+    tokens, kind_of, kinds, layouts, groups = plan = CompactPlan(*tables)
     size = _check(qkv, padding, bias, layouts)
-    plan = CompactPlan(tokens, kind_of, kinds, layouts, groups)
     d_out, out, log_sums, qkv, padding, bias = (one.contiguous() for one in (d_out, out, log_sums, qkv, padding, bias))
     heads, tiles, width = len(bias), tiles_for(qkv, size), len(bias) * size
     n_rows, scale = tokens.shape[1], size**-0.5 * LOG2_E
