@@ -9,10 +9,13 @@ traced code depends on, what was compiled for the old one is dropped, by us.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,13 @@ def compiler_serves(device: torch.device) -> bool:
         logger.warning("torch.compile does not work here (%s: %s): going on without.", type(error).__name__, first)
         return False
     return True
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """For what is kept: made first in inference, or while somebody traces with fake tensors, it must serve training."""
+    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+        yield
 
 
 def forget_compiled() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nnunet_ssl.architectures.compiling import real_tensors
 from nnunet_ssl.architectures.masking import check_mask
 from nnunet_ssl.errors import UserError
 
@@ -153,8 +154,9 @@ def resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int])
     return F.interpolate(volume, size=tuple(new), mode="trilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
+@torch.compiler.disable  # a constant of the graph's caller, as the plans of windows are
 @functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # or what a prediction caches could not be used in a training
+@real_tensors()
 def _rotation(dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
     """The rotary embedding of a grid, (tokens, 2 * channels that rotate), of Primus' own kind."""
     from dynamic_network_architectures.architectures.primus import RotaryEmbeddingCat

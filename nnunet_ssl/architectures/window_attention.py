@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nnunet_ssl.architectures.attention import attention
+from nnunet_ssl.architectures.compiling import real_tensors
 from nnunet_ssl.architectures.window_operator import HEAD_SIZES, TYPES
 from nnunet_ssl.architectures.window_operator import window_attention as operator
 from nnunet_ssl.architectures.windows import WindowPlan, from_windows, plan_windows, to_windows
@@ -74,10 +75,10 @@ def kernels_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> b
 @functools.cache
 def _decide(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     subject = f"Window attention of {str(dtype).removeprefix('torch.')} heads of {head_size} on {device}"
-    if reason := unsuitable(device, dtype, head_size):
-        logger.info("%s: PyTorch's, for %s.", subject, reason)
-        return False
     try:
+        if reason := unsuitable(device, dtype, head_size):
+            logger.info("%s: PyTorch's, for %s.", subject, reason)
+            return False
         deviation = self_check(device, dtype, head_size)
     except Exception as error:  # of a compiler or a driver: the training can do without
         first = str(error).strip().partition("\n")[0]
@@ -120,7 +121,7 @@ def self_check(device: torch.device, dtype: torch.dtype, head_size: int) -> floa
         The largest relative difference, by norm, of the attended values and of each gradient.
     """
     grid, window, heads = (8, 5, 3), 5, 2
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with real_tensors(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         plan = plan_windows(grid, window, shifted=True, batch=1, device=device)
         shapes = [(math.prod(grid), 3 * heads * head_size), (3 * heads * head_size,), (heads, *[plan.length] * 2)]
         qkv, padding = (_waves(shape, device).to(dtype) for shape in shapes[:2])

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from nnunet_ssl.architectures.compiling import real_tensors
 
 Grid = tuple[int, int, int]
 
@@ -71,8 +72,7 @@ def plan_windows(grid: Grid, window: int, *, shifted: bool, batch: int, device: 
 
     Plans are cached per shape and device.
     """
-    # A plan first needed in inference, or while somebody traces with fake tensors, must still serve training.
-    with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+    with real_tensors():
         return _build_plan(grid, window, shifted, batch, device)
 
 

@@ -85,6 +85,16 @@ def test_a_prediction_does_not_keep_a_training_from_the_same_grid():
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_an_export_does_not_keep_a_training_from_the_same_grid():
+    """What is cached while fake tensors are traced would make fake tensors of all maps after it."""
+    encoder = PrimusEncoder(1, **SIZES, grid=[2, 2, 2])
+    x = torch.randn(1, 1, 8, 40, 24)  # of no other test
+    exported = torch.export.export(encoder, (x,), strict=False)
+    own = encoder(x)[0]
+    assert type(own) is torch.Tensor
+    torch.testing.assert_close(exported.module()(x)[0], own)
+
+
 @pytest.mark.parametrize("heads", [None, 5, 8])
 def test_heads_that_the_rotary_embedding_cannot_have_are_refused(heads):
     with pytest.raises(UserError, match="heads"):

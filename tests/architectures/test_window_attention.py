@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import types
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_ssl.architectures import window_attention as module
 from nnunet_ssl.architectures.swin import SwinEncoder
-from nnunet_ssl.architectures.window_attention import unsuitable, window_attention
+from nnunet_ssl.architectures.window_attention import kernels_serve, unsuitable, window_attention
 from nnunet_ssl.architectures.window_operator import window_attention as operator
 from nnunet_ssl.architectures.windows import SEPARATION, plan_windows
 
@@ -151,6 +152,16 @@ def test_amds_gpus_are_left_to_pytorch(gpu, monkeypatch):
     gpu(9, 0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "NVIDIA" in unsuitable(CUDA, torch.float32, 16)
+
+
+def test_a_triton_that_cannot_be_used_is_named_in_a_warning(monkeypatch, caplog):
+    """Such as the folder that is left of a removed one, which can be imported and is empty."""
+    monkeypatch.delitem(sys.modules, "nnunet_ssl.architectures.window_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "triton.language", types.ModuleType("triton.language"))
+    assert not kernels_serve(CPU, torch.float32, 16)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "AttributeError" in record.message
 
 
 def test_a_variable_switches_the_kernels_off(gpu, monkeypatch):

@@ -248,6 +248,15 @@ def test_a_compiled_block_is_one_graph_with_one_attention():
     assert sum("window_attention" in str(node.target) for node in graph.graph.nodes) == 1
 
 
+@interpreted
+def test_kernels_prove_themselves_also_while_fake_tensors_are_traced():
+    """Which have no numbers to compare; the answer is kept, and must serve the training after it."""
+    module._decide.cache_clear()
+    exported = torch.export.export(small_encoder(depths=(1, 1)), (torch.randn(1, 1, 8, 6, 4),), strict=False)
+    assert sum("window_attention" in str(node.target) for node in exported.graph.nodes) == 2
+    assert kernels_serve(CPU, torch.float32, 16)
+
+
 # ---- compilers of GPUs -----------------------------------------------------------------------------------------------
 
 
