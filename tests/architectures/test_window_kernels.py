@@ -42,20 +42,29 @@ def test_in_the_interpreter(which):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bfloat16_products():
-    """Mend Triton's interpreter, which multiplies matrices of bfloat16 as if their bits were whole numbers."""
+def mended_interpreter():
+    """Mend Triton's interpreter, which multiplies matrices of bfloat16 as if their bits were whole numbers.
+
+    And which up to 3.6 takes the bounds of loops from arrays of one number, as NumPy from 2.5 on does not let it.
+    """
     if not INTERPRETING:
         yield
         return
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder
+
+    def patch_tensor(tensor, *scope):
+        plain_patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
 
     def create_dot(self, a, b, *rest):
         a, b = (self.cast_impl(one, tl.float32) if one.dtype.scalar == tl.bfloat16 else one for one in (a, b))
         return plain(self, a, b, *rest)
 
-    plain = InterpreterBuilder.create_dot
+    plain, plain_patch = InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
 
