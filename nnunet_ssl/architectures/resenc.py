@@ -19,6 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from nnunet_ssl.architectures.masking import check_mask, expand_mask
 from nnunet_ssl.errors import UserError
 
+LAYERS = {
+    "conv_op": nn.Conv3d,
+    "conv_bias": True,
+    "norm_op": nn.InstanceNorm3d,
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": nn.LeakyReLU,
+    "nonlin_kwargs": {"inplace": True},
+}
+"""nnU-Net's, as its planners have them for 3-D."""
+
 PRESETS = {
     "resenc_m": {"features": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6)},
     "resenc_l": {"features": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6)},
@@ -71,15 +83,10 @@ class ResEncEncoder(ResidualEncoder):
             input_channels=in_channels,
             n_stages=len(features),
             features_per_stage=list(features),
-            conv_op=nn.Conv3d,
             kernel_sizes=3,
             strides=[1] + [2] * (len(features) - 1),
             n_blocks_per_stage=list(blocks),
-            conv_bias=True,
-            norm_op=nn.InstanceNorm3d,
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
+            **LAYERS,
         )
         self.channels = tuple(features[1:])
         self.strides = tuple(2**level for level in range(1, len(features)))

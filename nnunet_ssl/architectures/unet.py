@@ -9,22 +9,12 @@ import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
-from torch import Tensor, nn
+from torch import Tensor
+
+from nnunet_ssl.architectures.resenc import LAYERS
 
 WIDTH = 32
 """Channels at full resolution: those of nnU-Net's first stage."""
-
-LAYERS = {
-    "conv_op": nn.Conv3d,
-    "conv_bias": True,
-    "norm_op": nn.InstanceNorm3d,
-    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": nn.LeakyReLU,
-    "nonlin_kwargs": {"inplace": True},
-}
-"""nnU-Net's, as its planners have them for 3-D."""
 
 
 class PyramidDecoder(UNetDecoder):
