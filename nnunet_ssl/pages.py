@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from html import escape
 from pathlib import Path
 
 from nnunet_ssl.files import written_beside
@@ -29,8 +30,9 @@ def write_page(path: Path, markdown: str, title: str) -> None:
     body = re.sub(r'src="([^":]+\.png)"', lambda found: f'src="{_embedded(path.parent / found[1])}"', body)
     with written_beside(path) as temporary:
         temporary.write_text(
-            f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
-            f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+            f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+            f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n",
+            encoding="utf-8",
         )
 
 

@@ -1,7 +1,9 @@
 import io
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +29,17 @@ def test_a_page_needs_nothing_beside_itself(page):
     html = page.read_text()
     assert "<td>0.5</td>" in html and "steps: 4" in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
+
+
+def test_a_page_is_what_it_says_whatever_the_locale_and_the_title(tmp_path):
+    """In a locale of another encoding the report would not be UTF-8, or end the training that writes it."""
+    code = "import sys; from pathlib import Path; from nnunet_ssl.pages import write_page; "
+    code += r"write_page(Path(sys.argv[1]), 'R\u00f6ntgen \u2212 \u0160', 'A <b> & C \u2212 D')"
+    elsewhere = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code, tmp_path / "report.html"], env=elsewhere, check=True)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<p>R\u00f6ntgen \u2212 \u0160</p>" in html
+    assert "<title>A &lt;b&gt; &amp; C \u2212 D</title>" in html
 
 
 def test_a_picture_that_is_not_there_is_an_error_and_leaves_no_page(tmp_path):
