@@ -9,3 +9,8 @@ def require(condition: bool, message: str) -> None:
     """Raise a :class:`UserError` with `message`, a sentence without its full stop, unless `condition` holds."""
     if not condition:
         raise UserError(f"{message}.")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in one line; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ import pandas as pd
 from nnunet_ssl.audit.comparison import LEAKS, Pair, as_table, pairs_by_content, pairs_by_name, shared_origins
 from nnunet_ssl.audit.scans import labelled_cases
 from nnunet_ssl.audit.store import Prints, fingerprints_of
-from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_index, standing_exclusions, without
+from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_exclusions, read_index, standing_exclusions, without
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import dataset_folder
 
@@ -30,10 +30,11 @@ class Audit:
 
     Attributes:
         folder: with pairs.tsv, verdict.json and, where files could not be compared, not_compared.tsv.
-        exclusions: the file that `nnssl_prepare` reads.
+        exclusions: the file that `nnssl_prepare` reads; what an earlier audit has named there stays, unless this one
+            has compared everything.
         origins: shared public data sets, with why of the corpus and why of the labelled data set.
         pairs: of labelled images and scans of the corpus.
-        still_in: subjects found that nothing excludes yet, or that a prepared store still holds.
+        still_in: subjects to exclude that nothing excludes yet, or that a prepared store still holds.
         verdict: the same in a few numbers, as model cards take it.
     """
 
@@ -68,9 +69,13 @@ def audit(corpus: int | str, labelled: int | str, *, content: bool = True, proce
         theirs = fingerprints_of(map(Path, scans["path"]), prints / raw.name, processes)
         ours = fingerprints_of((path for case in cases for path in case.images), prints / target.name, processes)
         pairs += pairs_by_content(scans, cases, theirs.found, ours.found, processes)
-    found = sorted({pair.subject for pair in pairs if pair.verdict in LEAKS})
+    failed = {**theirs.failed, **ours.failed}
+    found = {pair.subject for pair in pairs if pair.verdict in LEAKS}
     exclusions = raw / EXCLUSIONS / f"{target.name}.txt"
-    still_in = _still_in(raw, scans, found, already)
+    if not content or failed or any(pair.reason for pair in pairs):
+        found |= _named_before(exclusions, scans)
+    excluded = sorted(found)
+    still_in = _still_in(raw, scans, excluded, already)
     verdict = {
         "corpus": raw.name,
         "labelled": target.name,
@@ -82,14 +87,20 @@ def audit(corpus: int | str, labelled: int | str, *, content: bool = True, proce
         "pairs": {name: sum(pair.verdict == name for pair in pairs) for name in (*LEAKS, "alike")},
         "cases_met": len({pair.case for pair in pairs if pair.verdict in LEAKS}),
         "cases": len(cases),
-        "subjects_to_exclude": len(found),
+        "subjects_to_exclude": len(excluded),
     }
     folder = raw / AUDITS / target.name
-    _write(folder, exclusions, pairs, found, target.name, {**theirs.failed, **ours.failed}, verdict)
+    _write(folder, exclusions, pairs, excluded, target.name, failed, verdict)
     return Audit(folder=folder, exclusions=exclusions, origins=origins, pairs=pairs, still_in=still_in, verdict=verdict)
 
 
-def _still_in(raw: Path, scans: pd.DataFrame, found: list[str], already: set[str]) -> list[str]:
+def _named_before(exclusions: Path, scans: pd.DataFrame) -> set[str]:
+    """Return the subjects that an earlier audit has written into its file: one that saw less takes nothing back."""
+    names = set(read_exclusions(exclusions)) if exclusions.is_file() else set()
+    return {subject for subject in scans["subject"].unique() if glob.escape(subject) in names}
+
+
+def _still_in(raw: Path, scans: pd.DataFrame, excluded: list[str], already: set[str]) -> list[str]:
     """Return the subjects that a pre-training would see, or that the prepared store holds."""
     left = set(without(scans, sorted(already))["subject"]) if already else set(scans["subject"])
     try:
@@ -98,14 +109,14 @@ def _still_in(raw: Path, scans: pd.DataFrame, found: list[str], already: set[str
             left |= set(pd.read_csv(store, sep="\t", dtype=str, keep_default_na=False)["subject"])
     except ValueError:  # no such variable or folder: nothing is prepared here
         pass
-    return [subject for subject in found if subject in left]
+    return [subject for subject in excluded if subject in left]
 
 
 def _write(
     folder: Path,
     exclusions: Path,
     pairs: list[Pair],
-    found: list[str],
+    excluded: list[str],
     target: str,
     failed: dict[str, str],
     verdict: dict[str, Any],
@@ -118,5 +129,5 @@ def _write(
         pd.DataFrame(failed.items(), columns=["path", "reason"]).to_csv(path, sep="\t", index=False)
     with written_beside(exclusions) as path:
         about = f"# Subjects met in {target}, found by nnssl_audit; nnssl_prepare leaves them out."
-        lines = [about, *map(glob.escape, found)]
+        lines = [about, *map(glob.escape, excluded)]
         path.write_text("".join(f"{line}\n" for line in lines))

@@ -87,8 +87,12 @@ def describe(result: Audit) -> str:
     leaks = [pair for pair in result.pairs if pair.verdict in LEAKS]
     lines += [f"    {pair.verdict}: {pair.case} is {pair.scan_id}" for pair in leaks[:SHOWN]]
     lines += [f"    and {len(leaks) - SHOWN} more"] if len(leaks) > SHOWN else []
+    if unseen := sum(bool(pair.reason) for pair in result.pairs):
+        lines.append(f"  {unseen} pairs are alike and could not be looked at closely: see their reason in the list")
     lines.append(f"The whole list: {result.folder / 'pairs.tsv'}")
-    if leaks:
+    if before := verdict["subjects_to_exclude"] - len({pair.subject for pair in leaks}):
+        lines.append(f"{before} more subjects were found by an earlier audit that compared more, and stay excluded.")
+    if verdict["subjects_to_exclude"]:
         lines.append(
             f"{verdict['cases_met']} of {verdict['cases']} cases are met. {result.exclusions} names the "
             f"{verdict['subjects_to_exclude']} subjects; nnssl_prepare leaves them out."

@@ -14,6 +14,7 @@ from nnunet_ssl.audit.fingerprints import Fingerprint, detail_in_common, similar
 from nnunet_ssl.audit.origins import known_origins, origins_in
 from nnunet_ssl.audit.scans import LabelledCase, numbered_alike, same_names
 from nnunet_ssl.corpus.workers import run_locally
+from nnunet_ssl.errors import one_line
 from nnunet_ssl.imaging.geometry import read_scan
 
 ALIKE = 0.78
@@ -34,7 +35,11 @@ LEAKS: tuple[Verdict, ...] = ("same scan", "same head", "same name")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A labelled image and a scan of a corpus that belong together, and how that is known."""
+    """A labelled image and a scan of a corpus that belong together, and how that is known.
+
+    Attributes:
+        reason: why the images of a pair that is alike could not be looked at closely; else empty.
+    """
 
     case: str
     verdict: Verdict
@@ -44,6 +49,7 @@ class Pair:
     detail: float = float("nan")
     image: str = ""
     path: str = ""
+    reason: str = ""
 
 
 def shared_origins(scans: pd.DataFrame, raw: Path, cases: Sequence[LabelledCase]) -> dict[str, tuple[str, str]]:
@@ -123,9 +129,9 @@ def _detail_of(candidate: _Candidate) -> float:
 
 
 def _judged(pair: Pair, detail: float | BaseException) -> Pair:
-    """Give a pair its verdict; one whose images could not be compared stays alike."""
+    """Give a pair its verdict; one whose images could not be compared stays alike, with the reason."""
     if isinstance(detail, BaseException):
-        return pair
+        return replace(pair, reason=one_line(detail))
     verdict: Verdict = "same scan" if detail >= SAME_SCAN else "same head" if detail >= SAME_HEAD else "alike"
     return replace(pair, verdict=verdict, detail=detail)
 

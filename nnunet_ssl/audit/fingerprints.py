@@ -47,9 +47,11 @@ def fingerprint(scan: Volume) -> Fingerprint:
     """Return a scan's fingerprint.
 
     Raises:
-        RuntimeError: no brain can be placed in it.
+        RuntimeError: no brain can be placed in it, or it is constant.
     """
     scan = _clean(scan)
+    if np.ptp(scan.array) == 0:
+        raise RuntimeError("the image is constant")
     matrix = locate_brain(scan)
     grid, inside = _grid()
     detail = _less_surroundings(

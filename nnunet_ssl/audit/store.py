@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.audit.fingerprints import Fingerprint, fingerprint
 from nnunet_ssl.corpus.workers import run_locally
+from nnunet_ssl.errors import one_line
 from nnunet_ssl.files import remove_leftovers, written_beside
 from nnunet_ssl.imaging.geometry import read_scan
 
@@ -41,7 +42,7 @@ def fingerprints_of(paths: Iterable[Path], folder: Path, processes: int) -> Prin
     outcomes = run_locally(_fingerprint_of, waiting, processes)
     for path, outcome in tqdm(outcomes, total=len(waiting), desc="Fingerprints", unit="scan", disable=not waiting):
         if isinstance(outcome, BaseException):
-            failed[path] = " ".join(f"{outcome}".split()) or type(outcome).__name__
+            failed[path] = one_line(outcome)
             continue
         fresh[path] = outcome
         if len(fresh) == _AT_A_TIME:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UserError, one_line
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.weights.pretrained import ENCODER
 from nnunet_ssl.weights.zoo import ZooEntry, folder_for
@@ -106,9 +106,9 @@ def _hub_errors(repository: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # huggingface_hub passes on those of the package that it speaks HTTP with
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{repository} is no local path, and {what} cannot be downloaded from huggingface.co/{repository}: {reason}"
+            f"{repository} is no local path, and {what} cannot be downloaded from huggingface.co/{repository}: "
+            f"{one_line(error)}"
         ) from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UserError, one_line
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import Variable
 from nnunet_ssl.weights.pretrained import ENCODER, PretrainedEncoder
@@ -172,6 +172,5 @@ def upload(folder: Path, repository: str) -> str | None:
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload an encoder of nnunet_ssl")
     except Exception as error:  # huggingface_hub passes on those of the package that it speaks HTTP with
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder} cannot be uploaded to huggingface.co/{repository}: {reason}") from error
+        raise UserError(f"{folder} cannot be uploaded to huggingface.co/{repository}: {one_line(error)}") from error
     return f"https://huggingface.co/{repository}"

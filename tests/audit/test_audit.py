@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 
 from nnunet_ssl.audit.audit import audit
-from nnunet_ssl.audit.cli import main
+from nnunet_ssl.audit.cli import describe, main
+from nnunet_ssl.audit.comparison import pairs_by_content
+from nnunet_ssl.audit.fingerprints import Fingerprint
+from nnunet_ssl.audit.scans import LabelledCase
 from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_exclusions, read_index, standing_exclusions, without
 from nnunet_ssl.corpus.prepare import PreparationConfig, prepare_corpus
 from nnunet_ssl.imaging.geometry import Volume, canonical, resample_onto, write_volume
@@ -196,6 +199,56 @@ def test_what_cannot_be_compared_is_told_and_spoils_nothing(folders):
     assert len(table) == 2
     assert found.pairs == []
     assert found.verdict["corpus_scans_compared"] == 0
+
+
+@pytest.mark.parametrize("content", [False, True], ids=["names only", "files are gone"])
+def test_an_audit_that_sees_less_takes_no_exclusion_back(folders, content):
+    raw = index(folders, dict.fromkeys(["sub_1", "sub_2"], folders / "absent.nii.gz"))
+    label(folders, {"a": None})
+    file = raw / EXCLUSIONS / "Dataset501_Labelled.txt"
+    file.parent.mkdir()
+    file.write_text("# an earlier audit compared the images\nDS/sub_1\nDS/gone\n")
+
+    found = audit(500, 501, content=content)
+
+    assert found.pairs == []
+    assert read_exclusions(file) == ["DS/sub_1"]
+    assert found.verdict["subjects_to_exclude"] == 1
+    assert found.still_in == []
+    assert "1 more subjects were found by an earlier audit" in describe(found)
+
+    store = folders / "nnUNet_preprocessed" / raw.name
+    store.mkdir()
+    (store / "manifest.tsv").write_text((raw / "manifest.tsv").read_text())
+    assert audit(500, 501, content=content).still_in == ["DS/sub_1"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pair_that_could_not_be_looked_at_says_why(folders, processes):
+    scans = read_index(index(folders, {"sub_1": folders / "absent.nii.gz"}))
+    image = folders / "broken.nii.gz"
+    image.write_bytes(b"no image")
+    alike = Fingerprint(np.random.default_rng(0).integers(-99, 99, 13548).astype(np.int8), np.eye(4))
+    case = LabelledCase(name="a", images=(image,), sources=())
+
+    (pair,) = pairs_by_content(scans, [case], {scans["path"][0]: alike}, {str(image): alike}, processes)
+
+    assert (pair.verdict, pair.subject) == ("alike", "DS/sub_1")
+    assert "broken.nii.gz" in pair.reason
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, np.nan])
+def test_an_image_that_shows_nothing_is_told_and_not_compared(folders, value):
+    grid = Volume.empty((40, 48, 40), np.diag([4.0, 4.0, 4.0, 1.0]))
+    index(folders, {"sub_1": folders / "absent.nii.gz"})
+    label(folders, {"empty": grid.with_array(np.full((40, 48, 40), value, np.float32))})
+
+    found = audit(500, 501)
+
+    assert found.verdict["labelled_images_compared"] == 0
+    reasons = pd.read_csv(found.folder / "not_compared.tsv", sep="\t").set_index("path")["reason"]
+    (reason,) = (text for path, text in reasons.items() if "empty" in path)
+    assert reason == "the image is constant"
 
 
 @pytest.mark.parametrize(
