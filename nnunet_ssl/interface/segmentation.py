@@ -175,8 +175,10 @@ def load_predictor(
     options = {"perform_everything_on_device": device.type == "cuda", "allow_tqdm": False} | options
     predictor = nnUNetPredictor(device=device, **options)
     backend = matplotlib.get_backend()
-    predictor.initialize_from_trained_model_folder(str(model_folder), folds or finished, checkpoint)
-    matplotlib.use(backend)  # nnU-Net's trainers switch to files, and a notebook would show no figure any more
+    try:
+        predictor.initialize_from_trained_model_folder(str(model_folder), folds or finished, checkpoint)
+    finally:
+        matplotlib.use(backend)  # nnU-Net's trainers switch to files, and a notebook would show no figure any more
     return predictor
 
 

@@ -2,15 +2,19 @@ import subprocess
 import sys
 
 import blosc2
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from tiny_models import write_model
 
 import nnunet_ssl
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus
+from nnunet_ssl.interface.segmentation import load_predictor
 from nnunet_ssl.weights.encoders import write_encoder
 
 PATCH = [32, 32, 32]
@@ -124,3 +128,21 @@ def test_what_cannot_be_used_is_an_exception_that_names_the_file(tmp_path, write
         nnunet_ssl.load_encoder(tmp_path / "gone.safetensors")
     with pytest.raises(UserError, match=r"no folder of an nnU-Net model"):
         nnunet_ssl.segment(tmp_path, [tmp_path / "good.nii.gz"])
+
+
+def test_figures_stay_where_they_were_when_a_model_cannot_be_loaded(tmp_path, monkeypatch):
+    model = write_model(tmp_path / "model")
+
+    def fails(*_):
+        matplotlib.use("agg")
+        raise RuntimeError("no such trainer")
+
+    monkeypatch.setattr(nnUNetPredictor, "initialize_from_trained_model_folder", fails)
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    try:
+        with pytest.raises(RuntimeError, match="no such trainer"):
+            load_predictor(model, None, torch.device("cpu"))
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)
