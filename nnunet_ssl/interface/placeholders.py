@@ -64,7 +64,8 @@ def find_cases(folder: Path, channels: Channels) -> list[PartialCase]:
     """Find nnU-Net's cases in a folder, whose files may be there in part; a constant image counts as missing.
 
     Raises:
-        UserError: there is no case, a file has the number of no channel, or all files of a case are constant.
+        UserError: there is no case, a file has the number of no channel, or numbers that are not finite, or all files
+            of a case are constant.
     """
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(channels.file_ending)}")
     matches = [(path, match) for path in sorted(folder.glob("[!.]*")) if (match := pattern.fullmatch(path.name))]
@@ -86,7 +87,7 @@ def partial_case(name: str, files: Sequence[Path | None], channels: Channels) ->
     """Return a case without the files whose images are constant.
 
     Raises:
-        UserError: no file is left.
+        UserError: no file is left, or one has numbers that are not finite, of which nnU-Net makes an empty prediction.
     """
     case = PartialCase(name, tuple(file if file and _varies(file, channels) else None for file in files))
     if not any(case.files):
@@ -112,4 +113,6 @@ def completed(case: PartialCase, folder: Path, channels: Channels) -> list[Path]
 
 def _varies(file: Path, channels: Channels) -> bool:
     image, _ = channels.reader(file).read_images([str(file)])
+    if bad := image.size - np.count_nonzero(np.isfinite(image)):
+        raise UserError(f"{bad} voxels of {file} are NaN or infinite: give them numbers, such as 0 in the background.")
     return bool(np.ptp(image) > 0)

@@ -310,6 +310,18 @@ def test_a_case_without_any_channel_is_named(partial_images):
         find_cases(partial_images, CHANNELS)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_image_with_numbers_that_are_not_finite_is_named_and_not_called_missing(partial_images, bad):
+    path = partial_images / "whole_0001.nii.gz"
+    image = nibabel.load(path)
+    values = image.get_fdata(dtype=np.float32)
+    values[0, 0, :3] = bad
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), path)
+    by_nibabel = Channels.of({**CHANNELS.dataset, "overwrite_image_reader_writer": "NibabelIO"})  # ITK reads 0 there
+    with pytest.raises(UserError, match=r"^3 voxels of .*whole_0001.nii.gz are NaN or infinite"):
+        find_cases(partial_images, by_nibabel)
+
+
 def test_the_commands_write_placeholders_and_end_a_mistake_with_one_line(model, partial_images, tmp_path, monkeypatch):
     def run(command, *arguments):
         monkeypatch.setattr("sys.argv", ["nnssl", *map(str, arguments)])
