@@ -4,42 +4,9 @@ import blosc2
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from held_out import write_models
 
-from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.evaluation.operate_cli import operate
-from nnunet_ssl.weights.encoders import write_encoder
-
-TINY_ENCODER = {
-    "backbone": "swin",
-    "in_channels": 1,
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [1, 2, 2, 2],
-    "window_size": 4,
-}
-
-
-@pytest.fixture
-def write_tiny_encoder():
-    """A function that writes a checkpoint of a tiny, randomly initialised Swin encoder and returns the encoder."""
-
-    def write(path, config=None):
-        torch.manual_seed(0)
-        encoder = build_encoder(TINY_ENCODER).eval()
-        write_encoder(
-            path,
-            encoder.state_dict(),
-            architecture=TINY_ENCODER,
-            method="mcl_mim",
-            step=1,
-            preprocessing=None,
-            metadata={"config": config or {}},
-        )
-        return encoder
-
-    return write
 
 
 @pytest.fixture

@@ -10,38 +10,21 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tiny_models import write_model
 
 import nnunet_ssl
-from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus
 from nnunet_ssl.interface.segmentation import load_predictor
-from nnunet_ssl.weights.encoders import write_encoder
 
 PATCH = [32, 32, 32]
-ARCHITECTURE = {
-    "backbone": "swin",
-    "in_channels": 1,
-    "embed_dim": 8,
-    "depths": [1, 1, 1, 1],
-    "num_heads": [1, 2, 2, 2],
-    "window_size": 4,
-}
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, write_tiny_encoder):
     """A small encoder that learned from scans of 2 mm."""
-    torch.manual_seed(0)
-    write_encoder(
-        tmp_path / "encoder.safetensors",
-        build_encoder(ARCHITECTURE).state_dict(),
-        architecture=ARCHITECTURE,
-        method="mcl_mim",
-        step=3,
-        preprocessing={"spacing": [2.0, 2.0, 2.0], "dtype": "float16", "skull_strip": None},
-        metadata={"config": {"patch_size": PATCH}},
-    )
-    return tmp_path / "encoder.safetensors"
+    preprocessing = {"spacing": [2.0, 2.0, 2.0], "dtype": "float16", "skull_strip": None}
+    path = tmp_path / "encoder.safetensors"
+    write_tiny_encoder(path, {"patch_size": PATCH}, step=3, preprocessing=preprocessing)
+    return path
 
 
 @pytest.fixture

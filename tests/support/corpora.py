@@ -1,4 +1,4 @@
-"""Fixtures of small corpora, on disk and prepared, and settings for small pre-trainings on them."""
+"""Fixtures of small corpora, on disk and prepared, settings for small pre-trainings on them, and a tiny encoder."""
 
 import json
 
@@ -107,6 +107,40 @@ def tiny():
         "validation.every=4",
         "validation.batches=1",
     ]
+
+
+@pytest.fixture
+def write_tiny_encoder():
+    """A function that writes a checkpoint of a tiny, randomly initialised Swin encoder and returns the encoder."""
+    import torch
+
+    from nnunet_ssl.architectures.networks import build_encoder
+    from nnunet_ssl.weights.encoders import write_encoder
+
+    architecture = {
+        "backbone": "swin",
+        "in_channels": 1,
+        "embed_dim": 8,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 2, 2],
+        "window_size": 4,
+    }
+
+    def write(path, config=None, *, step=1, preprocessing=None):
+        torch.manual_seed(0)
+        encoder = build_encoder(architecture).eval()
+        write_encoder(
+            path,
+            encoder.state_dict(),
+            architecture=architecture,
+            method="mcl_mim",
+            step=step,
+            preprocessing=preprocessing,
+            metadata={"config": config or {}},
+        )
+        return encoder
+
+    return write
 
 
 @pytest.fixture
