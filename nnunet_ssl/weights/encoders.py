@@ -22,7 +22,7 @@ from nnunet_ssl.architectures.swin import check_merging
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.weights.decoders import DECODER, HEADS
-from nnunet_ssl.weights.origins import READERS, check_finite, recognise
+from nnunet_ssl.weights.origins import READERS, check_finite, recognise, unwrapped_name
 from nnunet_ssl.weights.pretrained import DESCRIBED, FORMAT, PretrainedEncoder
 from nnunet_ssl.weights.safe_files import read_file
 
@@ -204,7 +204,8 @@ def load_decoder(decoder: nn.Module, pretrained: PretrainedEncoder, *, minimum_f
         UserError: less than that was loaded, or not all numbers are finite. The decoder is then unchanged.
     """
     check_decoder(pretrained.decoder)
-    own = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("encoder.")}
+    state = {unwrapped_name(name): tensor for name, tensor in decoder.state_dict().items()}
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
     heads = tuple(name for name in own if HEADS.match(name))
     body = {name: tensor for name, tensor in own.items() if name not in heads}
     fitted, report = _fit(body, {name: one for name, one in pretrained.decoder.items() if not HEADS.match(name)})

@@ -341,14 +341,14 @@ DESCRIPTIONS = {
 
 
 def state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors by name, without the prefixes that DDP and torch.compile insert.
+    """Return a checkpoint's tensors by their names without wrappers, see :func:`unwrapped_name`.
 
     Raises:
         UserError: there are none.
     """
     for holder in (*(content.get(key) for key in STATE_DICTS), content):
         if isinstance(holder, Mapping):
-            tensors = {_unwrapped(name): value for name, value in holder.items() if isinstance(value, Tensor)}
+            tensors = {unwrapped_name(name): value for name, value in holder.items() if isinstance(value, Tensor)}
             if tensors:
                 return tensors
     raise UserError(f"it has no tensors; it has: {', '.join(map(str, list(content)[:8])) or 'nothing'}.")
@@ -368,7 +368,8 @@ def _section(content: Mapping[str, Any], *keys: Any) -> Mapping[str, Any]:
     return found
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped_name(name: str) -> str:
+    """Return a tensor's name without the wrappers around modules: DDP's, torch.compile's and `channels.Pooled`'s."""
     return ".".join(part for part in str(name).split(".") if part not in ("module", "_orig_mod"))
 
 

@@ -4,6 +4,7 @@ import foreign
 import pytest
 import torch
 
+from nnunet_ssl.architectures.channels import WAYS, any_channels
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.architectures.networks import SwinFPN, SwinUNet, build_encoder
 from nnunet_ssl.errors import UserError
@@ -129,6 +130,21 @@ def test_a_fine_tuned_networks_decoder_is_found_and_loaded_for_other_classes(sto
     for name, tensor in target.decoder.state_dict().items():
         is_head = name.startswith(("head.", "seg_layers."))
         assert is_head or torch.equal(tensor, source.decoder.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_decoder_of_a_network_for_any_channels_is_loaded_whole_into_another(stored, way):
+    """Its skip at full resolution, too, which a network may use on one channel at a time."""
+    sizes = {key: value for key, value in SWIN.items() if key not in ("backbone", "in_channels")}
+    kwargs = sizes | {"channels": way, "network": "nnunet_ssl.architectures.networks.SwinUNet"}
+    source, target = any_channels(2, 2, **kwargs), any_channels(2, 5, **kwargs)
+    configuration = {"spacing": [1.0] * 3, "architecture": {"arch_kwargs": kwargs}}
+    content = {"network_weights": source.state_dict(), "trainer_name": "nnUNetTrainerMIM"}
+    content["init_args"] = {"configuration": "3d", "plans": {"configurations": {"3d": configuration}}}
+    report = load_decoder(target.decoder, read_checkpoint(stored(content)))
+    assert report.fraction == 1 and not report.unexpected
+    for name, tensor in target.decoder.state_dict().items():
+        assert name.startswith("seg_layers.") or torch.equal(tensor, source.decoder.state_dict()[name]), name
 
 
 def test_monais_decoder_is_none_of_ours(stored):
