@@ -31,8 +31,9 @@ FROM_UMBRA = (
 
 
 def kind_of(decoder: Mapping[str, Tensor]) -> str | None:
-    """Return the kind of a decoder's tensors, a key of :data:`KINDS`; None where there are none."""
-    return next((kind for kind, names in KINDS.items() if any(map(names.match, decoder))), None)
+    """Return the kind of a decoder's tensors, a key of :data:`KINDS`; None where there are none but heads."""
+    body = [name for name in decoder if not HEADS.match(name)]
+    return next((kind for kind, names in KINDS.items() if any(map(names.match, body))), None)
 
 
 def width_of(decoder: Mapping[str, Tensor]) -> int:

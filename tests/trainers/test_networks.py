@@ -175,6 +175,8 @@ def test_a_decoder_of_other_depth_is_refused_for_its_stages_work_at_other_scales
     [
         (SWIN, "pretrained", {}, "holds no decoder that could be loaded"),
         (RESENC, "pretrained", {"projection.weight": torch.ones(1)}, "holds no decoder that could be loaded"),
+        (SWIN, "pretrained", {"head.weight": torch.ones(1)}, "holds no decoder that could be loaded"),
+        (RESENC, "pretrained", {"seg_layers.0.weight": torch.ones(1)}, "holds no decoder that could be loaded"),
         (RESENC, "unet", {}, "backbone resenc has nnU-Net's U-Net decoder in any case"),
         (SWIN, "pretrained", fpn_of(SWIN) | {"laterals.1.weight": torch.tensor([float("nan")])}, "are not finite"),
     ],
