@@ -55,7 +55,13 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Options are spelled as nnU-Net spells its own, ``--with_underscores``; hyphens, as in 0.1.0, do as well."""
+    """Options are spelled as nnU-Net spells its own, ``--with_underscores``; hyphens, as in 0.1.0, do as well.
+
+    The lines of a description and of examples stay as they are written.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **keywords})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # of several overloads
         given = sys.argv[1:] if args is None else args
@@ -71,9 +77,7 @@ def add_subcommand(
     commands: Subcommands, name: str, run: Callable[[argparse.Namespace], None], help: str, epilog: str
 ) -> argparse.ArgumentParser:
     """Add a parser whose arguments are for `run`."""
-    parser = commands.add_parser(
-        name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser(name, help=help, description=help, epilog=epilog)
     parser.set_defaults(run=run)
     return parser
 

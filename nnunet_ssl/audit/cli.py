@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from typing import TYPE_CHECKING
@@ -38,12 +37,7 @@ honours. Exit status: 0 nothing shared was found; {EXIT_WITH_LEAKS} something wa
 
 @command
 def main() -> None:
-    parser = OptionParser(
-        prog="nnssl_audit",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionParser(prog="nnssl_audit", description=_DESCRIPTION, epilog=_EXAMPLES)
     side = parser.add_mutually_exclusive_group(required=True)
     side.add_argument("-d", metavar="CORPUS", help="number or name of an indexed corpus")
     side.add_argument("--weights", metavar="NAME", help="published weights (nnssl_weights list): what is told of them")

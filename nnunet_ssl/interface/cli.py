@@ -41,7 +41,7 @@ examples:
 
 @command
 def predict() -> None:
-    parser = _parser("nnssl_predict", _PREDICT, _PREDICT_EXAMPLE)
+    parser = OptionParser(prog="nnssl_predict", description=_PREDICT, epilog=_PREDICT_EXAMPLE)
     parser.add_argument("-i", type=Path, required=True, metavar="IN", help="folder of images, CASE_0000.nii.gz, ...")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder of predictions")
     which = parser.add_argument_group("the model: its folder, or its parts")
@@ -93,7 +93,7 @@ def predict() -> None:
 
 @command
 def placeholders() -> None:
-    parser = _parser("nnssl_placeholders", _PLACEHOLDERS, _PLACEHOLDERS_EXAMPLE)
+    parser = OptionParser(prog="nnssl_placeholders", description=_PLACEHOLDERS, epilog=_PLACEHOLDERS_EXAMPLE)
     parser.add_argument("-i", type=Path, required=True, metavar="FOLDER", help="of images, CASE_0000.nii.gz, ...")
     parser.add_argument("-d", metavar="DATASET", help="number or name, in nnUNet_raw")
     parser.add_argument("-m", type=Path, metavar="FOLDER", help="or of a model, DATASET/TRAINER__PLANS__CONFIGURATION")
@@ -115,12 +115,6 @@ def placeholders() -> None:
             completed(case, arguments.i, channels)
             logger.info("%s: placeholders for %s", case.id, ", ".join(missing[case.id]))
     logger.info("%d cases in %s, %d of them with placeholders", len(cases), arguments.i, _incomplete(missing))
-
-
-def _parser(name: str, description: str, example: str) -> OptionParser:
-    return OptionParser(
-        prog=name, description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
 
 
 def _incomplete(missing: dict[str, list[str]]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from nnunet_ssl.console import OptionParser, command
+from nnunet_ssl.console import OptionParser, command, positive
 
 _DESCRIPTION = """\
 Plan and preprocess a data set as pre-training saw its scans: RAS, 1 mm, patches of 96^3, z-score where not zero.
@@ -22,17 +20,10 @@ example:
 
 @command
 def plan() -> None:
-    parser = OptionParser(
-        prog="nnssl_plan",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionParser(prog="nnssl_plan", description=_DESCRIPTION, epilog=_EXAMPLE)
     parser.add_argument("-d", required=True, metavar="DATASET", help="the data set's number or name, in nnUNet_raw")
-    parser.add_argument("-np", type=int, default=4, metavar="N", help="cases at a time (default: 4)")
+    parser.add_argument("-np", type=positive, default=4, metavar="N", help="cases at a time (default: 4)")
     arguments = parser.parse_args()
-    if arguments.np < 1:
-        parser.error("-np must be at least 1")
 
     from nnunet_ssl.trainers.planning import plan_and_preprocess
 
