@@ -17,6 +17,7 @@ from nnunet_ssl.corpus.prepare import PreparationConfig, prepare_corpus
 from nnunet_ssl.imaging.geometry import Volume, canonical, resample_onto, write_volume
 from nnunet_ssl.phantom.acquisition import Quality, acquire
 from nnunet_ssl.phantom.anatomy import build_anatomy, draw_person, mni_grid
+from nnunet_ssl.weights.sharing import verdicts_of
 
 
 @pytest.fixture
@@ -212,6 +213,7 @@ def test_an_audit_that_sees_less_takes_no_exclusion_back(folders, content):
     found = audit(500, 501, content=content)
 
     assert found.pairs == []
+    assert verdicts_of(folders / "encoder.safetensors", raw.name) == [found.verdict], "model cards quote it"
     assert read_exclusions(file) == ["DS/sub_1"]
     assert found.verdict["subjects_to_exclude"] == 1
     assert found.still_in == []

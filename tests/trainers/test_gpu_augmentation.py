@@ -94,6 +94,18 @@ def test_a_whole_training_of_nnunets_network_goes_on_and_is_found_again(workplac
     assert found.build_network_architecture is nnUNetTrainer.build_network_architecture
 
 
+def test_the_seed_of_the_weights_is_not_the_augmentations(workplace, enter):
+    """Every rank of a training has the weights of one seed; each is to draw patches and parameters of its own."""
+    enter(workplace)
+    drawn, weights = [], []
+    for _ in range(2):
+        trainer = with_loaders(workplace.trainer(nnUNetTrainerMCLMIM))
+        drawn.append((torch.rand(4).tolist(), str(trainer.batch_augmentation.draw(2, 1, (32, 32, 32)))))
+        weights.append(trainer.network.decoder.head.weight)
+    assert torch.equal(*weights)
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]
+
+
 def test_the_setting_is_in_the_plans_and_their_name(workplace, enter):
     enter(workplace)
     trainer = workplace.trainer(nnUNetTrainerMCLMIM)
