@@ -141,8 +141,17 @@ def score_cases(
 
     Args:
         held_out: the same cases with mirroring (True) and, where that is to be chosen, without.
+
+    Raises:
+        UserError: they are not the same.
     """
-    cases = [dict(zip(held_out, pair)) for pair in zip(*held_out.values())]
+    names = [{case.case for case in cases} for cases in held_out.values()]
+    if odd := sorted(set().union(*names) - set.intersection(*names)):
+        raise UserError(
+            f"{len(odd)} cases, such as {odd[0]}, were held out with or without mirroring, but not both: validate the "
+            "folds again (nnUNetv2_train ... --val --npz), and remove what lies in their validation_unmirrored."
+        )
+    cases = [dict(zip(held_out, pair)) for pair in zip(*held_out.values(), strict=True)]
     work = partial(_score_case, points=points, goal=goal)
     return np.stack(map_cases(work, cases, processes, "scoring operating points"))
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.matching import Connectivity, components, peaks_of
-from nnunet_ssl.evaluation.probabilities import read_lesion_channel
+from nnunet_ssl.evaluation.probabilities import belongs_to, read_lesion_channel
 from nnunet_ssl.files import written_beside
 
 ARGMAX = 0.5
@@ -89,8 +89,8 @@ def postprocess(segmentation: np.ndarray, *, label: int, **point: float | bool |
         point: the fields of an :class:`OperatingPoint`.
 
     Raises:
-        UserError: the map that it needs does not lie beside the label map, or nnU-Net calls this in another way than
-            2.8 does.
+        UserError: the map that it needs does not lie beside the label map or is another's, or nnU-Net calls this in
+            another way than 2.8 does.
     """
     chosen = OperatingPoint(**point)  # type: ignore[arg-type]
     file, spacing = _what_nnunet_reads()
@@ -109,6 +109,10 @@ def postprocess(segmentation: np.ndarray, *, label: int, **point: float | bool |
             raise UserError(
                 f"{map_file} and {file} do not belong together: {probabilities.shape} voxels and "
                 f"{segmentation.shape}. Predict both again."
+            )
+        if not belongs_to(probabilities, segmentation == label):
+            raise UserError(
+                f"{map_file} and {file} do not belong together: their lesions lie elsewhere. Predict both again."
             )
         mask = chosen.segment(probabilities, voxel_mm3)
     return np.where(mask, label, 0).astype(segmentation.dtype)

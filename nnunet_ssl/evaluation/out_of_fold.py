@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.probabilities import read_map
+from nnunet_ssl.evaluation.probabilities import belongs_to, read_map
 from nnunet_ssl.evaluation.results import read_table
 from nnunet_ssl.evaluation.segmentations import match_cases
 from nnunet_ssl.imaging.geometry import Volume, read_volume, same_grid
@@ -127,7 +127,7 @@ def read_case(held_out: HeldOutCase) -> tuple[Volume, np.ndarray]:
     """Return the true mask (bool), and the lesion's probability on its grid, float32, averaged over the models.
 
     Raises:
-        UserError: a map can't be read, or does not lie on the grid of the true mask.
+        UserError: a map can't be read, is not the predicted mask's, or does not lie on the grid of the true mask.
     """
     reference = read_volume(held_out.reference)
     maps = []
@@ -135,7 +135,13 @@ def read_case(held_out: HeldOutCase) -> tuple[Volume, np.ndarray]:
         mask = read_volume(folder / held_out.reference.name)
         if not same_grid(mask, reference):
             raise UserError(f"{folder / held_out.reference.name} does not lie on the grid of {held_out.reference}.")
-        maps.append(read_map(folder / f"{held_out.case}.npz", mask, None))
+        values = read_map(folder / f"{held_out.case}.npz", mask, None)
+        if not belongs_to(values, mask.array > 0):
+            raise UserError(
+                f"{folder / held_out.case}.npz and {held_out.reference.name} beside it are not of one prediction: "
+                "nnUNetv2_train ... --val --npz writes both again."
+            )
+        maps.append(values)
     mean = maps[0] if len(maps) == 1 else np.asarray(np.mean(maps, axis=0, dtype=np.float32))
     return reference.with_array(reference.array > 0), mean
 

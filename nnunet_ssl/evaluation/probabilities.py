@@ -23,6 +23,9 @@ TURNED_TO_RAS = {
 The segmentation is turned back when it is written; the probabilities are not.
 """
 
+UNSURE = 1e-3
+"""So near to 0.5, rounding decides on which side nnU-Net puts a voxel."""
+
 LEVELS = 4
 """How far up plans.json may lie: in a fold's ``validation`` folder, it is two folders up."""
 
@@ -120,6 +123,19 @@ def lesion_channel(classes: np.ndarray, label: int | None = None) -> np.ndarray:
     if len(classes) <= 2:  # taken as it is: one minus the background would round small probabilities to one value
         return classes[-1 if label is None or len(classes) == 1 else label]
     return classes[1:].sum(axis=0) if label is None else classes[label]
+
+
+def belongs_to(probabilities: np.ndarray, mask: np.ndarray) -> bool:
+    """Tell whether a lesion's map is that of which nnU-Net made a mask: the mask is where the lesion is likelier.
+
+    Nothing else tells a map from that of another case, or of an earlier prediction, on the same grid.
+
+    Args:
+        probabilities: float, of two classes.
+        mask: bool, the same shape.
+    """
+    differs = (probabilities > 0.5) != mask
+    return not (np.abs(probabilities[differs] - 0.5) > UNSURE).any()
 
 
 def _turned_to_ras(path: Path) -> bool:

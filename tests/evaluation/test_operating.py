@@ -264,6 +264,25 @@ def test_another_cases_map_is_refused(case):
         apply(threshold=0.4)
 
 
+def test_a_map_of_other_lesions_is_refused_though_its_grid_is_the_same(case):
+    folder, apply = case
+    with np.load(folder / "case.v2.npz") as file:
+        classes = file["probabilities"]
+    for moved in (np.roll(classes, 1, axis=2), classes[::-1], np.where(classes > 0.8, 0.2, classes)):
+        np.savez_compressed(folder / "case.v2.npz", probabilities=moved)
+        with pytest.raises(UserError, match="do not belong together"):
+            apply(threshold=0.4)
+
+
+def test_a_voxel_that_rounding_put_on_either_side_is_no_other_map(case):
+    folder, apply = case
+    with np.load(folder / "case.v2.npz") as file:
+        classes = file["probabilities"]
+    classes[:, 0, 0, :2] = [[0.50001, 0.49999], [0.49999, 0.50001]]
+    np.savez_compressed(folder / "case.v2.npz", probabilities=classes)
+    assert apply(threshold=0.4).sum() == 15
+
+
 def test_another_caller_is_refused():
     with pytest.raises(UserError, match="another version, or another caller"):
         postprocess(np.zeros((3, 3, 3), np.uint8), label=1, **asdict(OperatingPoint()))
@@ -318,6 +337,25 @@ def test_what_is_not_out_of_fold_is_refused(tmp_path, spoil, message):
     spoil(model)
     with pytest.raises(UserError, match=message):
         find_held_out([model], tmp_path / "labelsTr")
+
+
+def test_maps_of_an_earlier_training_are_refused(tmp_path):
+    """A fold that was trained again without --npz has new masks beside old maps."""
+    (model,) = write_models(tmp_path, "A__nnUNetPlans__3d_fullres")
+    held_out = find_held_out([model], tmp_path / "labelsTr")[0]
+    mask = held_out.folders[0] / held_out.reference.name
+    image = nib.load(mask)
+    nib.save(nib.Nifti1Image(np.roll(np.asarray(image.dataobj), 2, axis=1), image.affine), mask)
+    with pytest.raises(UserError, match="not of one prediction"):
+        read_case(held_out)
+
+
+def test_cases_with_and_without_mirroring_are_the_same_ones(held_out_models):
+    root, models = held_out_models
+    cases = find_held_out(models[:1], root / "labelsTr")
+    for mirrored, unmirrored in ((cases[1:], cases), (cases[1:], cases[:-1]), (cases, cases[:-1])):
+        with pytest.raises(UserError, match="with or without mirroring, but not both"):
+            operating.score_cases({True: mirrored, False: unmirrored}, candidates("isles26"), ISLES26)
 
 
 def test_models_that_held_out_different_cases_are_refused(tmp_path):
