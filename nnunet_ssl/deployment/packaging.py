@@ -57,12 +57,23 @@ def package(
         for key in ("labels", "channels", "turn_to_ras"):
             if other[key] != described[0][key]:
                 raise UserError(f"{models[0]} and {model} differ in {key}: {described[0][key]} and {other[key]}.")
+    files = _find_learned(models, learned)
+    try:
+        _write(models, described, files, target)
+    except BaseException:
+        for path in target.glob("*"):  # half a package would be in the way of the next attempt
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _write(models: Sequence[Path], described: Sequence[dict[str, Any]], learned: Sequence[Path], target: Path) -> None:
     weights = target / FOLDER
     for number, (model, about) in enumerate(zip(models, described)):
         _copy_model(model, about["folds"], weights / f"model_{number}")
     content = {f"model_{number}": about["folds"] for number, about in enumerate(described)}
     (weights / MODEL).write_text(json.dumps({"models": content, "turn_to_ras": described[0]["turn_to_ras"]}) + "\n")
-    _copy_learned(models, learned, weights)
+    for file in learned:
+        shutil.copy(file, weights / file.name)
     write_digests(target)
     _copy_program(target / "app", {about["trainer"] for about in described})
     (target / "requirements.txt").write_text("\n".join(_requirements({about["package"] for about in described})) + "\n")
@@ -119,19 +130,28 @@ def _copy_model(model: Path, folds: Sequence[int | str], target: Path) -> None:
         shutil.copy(model / name, target / name)
 
 
-def _copy_learned(models: Sequence[Path], learned: Path | None, target: Path) -> None:
-    """Copy what nnssl_operate and nnssl_evaluate calibration left: the operating point and the calibration."""
+def _find_learned(models: Sequence[Path], learned: Path | None) -> list[Path]:
+    """Find what nnssl_operate and nnssl_evaluate calibration left: the operating point and the calibration.
+
+    Raises:
+        UserError: the named folder has neither, or the calibration was measured at another operating point.
+    """
     names = (operating_point.FILE, calibration.FILE)
     folders = models if learned is None and len(models) == 1 else [learned] if learned else []
-    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    found = {name: folder / name for folder in folders for name in names if (folder / name).is_file()}
     if learned is not None and not found:
         raise UserError(f"{learned} holds neither {' nor '.join(names)}: nnssl_operate writes the first.")
-    for file in found:
-        shutil.copy(file, target / file.name)
-    if (target / operating_point.FILE).is_file():
-        logger.info("operating point: %s", operating_point.load(target / operating_point.FILE))
+    point = operating_point.OperatingPoint()
+    if operating_point.FILE in found:
+        point = operating_point.load(found[operating_point.FILE])
+        logger.info("operating point: %s", point)
     else:
         logger.info("No operating point: masks will be nnU-Net's own. nnssl_operate chooses one.")
+    if calibration.FILE in found and not calibration.is_of(found[calibration.FILE], point):
+        raise UserError(
+            f"{found[calibration.FILE]} holds volumes of another operating point: run nnssl_evaluate calibration again."
+        )
+    return list(found.values())
 
 
 def _copy_program(app: Path, trainers: set[str]) -> None:

@@ -15,10 +15,12 @@ like those of the folds. (A mean of all folds is a little better than each; its 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,6 @@ OFFSET_ML = 0.1
 """Where the logarithmic scale of volumes starts: differences below are of the size of a few voxels."""
 
 TEMPERATURES = (0.05, 20.0)
-
 
 FILE = "calibration.json"
 
@@ -199,6 +200,19 @@ def calibrate(counts: Sequence[CaseCounts], units: Sequence[str], coverage: floa
             "offset_ml": OFFSET_ML,
         },
     }
+
+
+def is_of(path: Path, point: OperatingPoint) -> bool:
+    """Whether a stored calibration's volumes are those of an operating point; one that does not tell passes.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        told = json.loads(path.read_text()).get("point")
+        return told is None or OperatingPoint(**told) == point
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not what nnssl_evaluate calibration writes ({error}): run it again.") from error
 
 
 def describe(result: Mapping[str, Any]) -> str:

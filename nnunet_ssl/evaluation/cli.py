@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -381,7 +382,7 @@ def _share(text: str) -> float:
 
 def _calibration(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.evaluation import operating_point, out_of_fold
-    from nnunet_ssl.evaluation.calibration import calibrate, count_cases, describe
+    from nnunet_ssl.evaluation.calibration import FILE, calibrate, count_cases, describe
     from nnunet_ssl.evaluation.figures.calibration import draw_calibration
     from nnunet_ssl.evaluation.results import write_json
 
@@ -400,7 +401,7 @@ def _calibration(arguments: argparse.Namespace) -> None:
     counts = count_cases(held_out, point, arguments.np)
     result = calibrate(counts, [case.unit for case in held_out], arguments.coverage)
     _show(result, describe(result), arguments)
-    write_json(result, folder / "calibration.json")
+    write_json(result | {"point": asdict(point)}, folder / FILE)
     draw_calibration(counts, result, folder / "calibration.png", title=" + ".join(model.name for model in models))
     logger.info("written to %s", folder)
 

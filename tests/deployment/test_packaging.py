@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from nnunet_ssl.deployment.cli import package as command
 from nnunet_ssl.deployment.packaging import _distributions_of, _requirements, package
 from nnunet_ssl.deployment.weights import find_weights
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.operating_point import FILE
+from nnunet_ssl.evaluation.operating_point import FILE, OperatingPoint
 
 OURS = Path(nnunet_ssl.__file__).parent / "trainers" / "discovery"
 FOREIGN = """
@@ -79,6 +80,46 @@ def test_the_models_operating_point_goes_along(model, tmp_path):
     package([model, write_model(tmp_path / "other")], tmp_path / "two")
     assert (tmp_path / "one" / "model" / FILE).is_file()
     assert not (tmp_path / "two" / "model" / FILE).exists(), "one model's point is not an ensemble's"
+
+
+def test_a_calibration_goes_along_with_the_point_that_it_was_measured_at(model, tmp_path):
+    point = OperatingPoint(threshold=0.4)
+    calibration = model / "calibration.json"
+    calibration.write_text(json.dumps({"temperature": 1.5, "volume": {}, "point": asdict(point)}))
+    with pytest.raises(UserError, match="of another operating point"):
+        package([model], tmp_path / "none")
+    (model / FILE).write_text(json.dumps({"point": {"threshold": 0.3}}))
+    with pytest.raises(UserError, match="of another operating point"):
+        package([model], tmp_path / "other")
+    (model / FILE).write_text(json.dumps({"point": {"threshold": 0.4}}))
+    package([model], tmp_path / "same")
+    assert (tmp_path / "same" / "model" / "calibration.json").is_file()
+    calibration.write_text("[]")
+    with pytest.raises(UserError, match="not what nnssl_evaluate calibration writes"):
+        package([model], tmp_path / "broken")
+
+
+def nothing_learned(model):
+    return {"learned": model}
+
+
+def no_trainer(model):
+    write_model(model, trainer="nnUNetTrainerForeign")
+    return {}
+
+
+def a_second_fold_that_is_cut_off(model):
+    path = model / "fold_1" / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:2000])
+    return {}
+
+
+@pytest.mark.parametrize("spoil", [nothing_learned, no_trainer, a_second_fold_that_is_cut_off])
+def test_a_package_that_fails_leaves_nothing_in_the_way_of_the_next(model, tmp_path, spoil):
+    with pytest.raises(UserError):
+        package([model], tmp_path / "package", **spoil(model))
+    assert not list(tmp_path.glob("package/*"))
+    package([write_model(tmp_path / "sound")], tmp_path / "package")
 
 
 def forget_a_fold(model):

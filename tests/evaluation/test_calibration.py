@@ -20,11 +20,13 @@ from nnunet_ssl.evaluation.calibration import (
     count,
     describe,
     distance,
+    is_of,
     log_loss,
     reliability,
     temperature,
     volume_interval,
 )
+from nnunet_ssl.evaluation.operating_point import OperatingPoint
 
 
 def voxels(too_sure, n=200_000, seed=0):
@@ -149,4 +151,6 @@ def test_the_command_writes_numbers_and_a_figure(operated, monkeypatch, tmp_path
     result = json.loads((tmp_path / "calibration.json").read_text())
     assert result["n_cases"] == 12 and result["volume"]["reach"] > 0
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
+    assert is_of(tmp_path / "calibration.json", OperatingPoint())
+    assert not is_of(tmp_path / "calibration.json", OperatingPoint(threshold=0.4))
     assert "80% promised" in capsys.readouterr().out
