@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,7 @@ def evaluate() -> None:
         prog="nnssl_evaluate",
         description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
     )
-    commands = parser.add_subparsers(
-        required=True, metavar="alignment | lesions | ranking | missing | calibration | probe | gradients"
-    )
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(_EXAMPLES))
     _add_alignment(commands)
     _add_lesions(commands)
     _add_ranking(commands)
@@ -75,6 +74,12 @@ def evaluate() -> None:
     if getattr(arguments, "json", None) == "-":
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     arguments.run(arguments)
+
+
+def _subcommand(commands: Subcommands, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    """Add the subcommand that has the name of the function it runs."""
+    name = run.__name__.removeprefix("_")
+    return add_subcommand(commands, name, run, help, _EXAMPLES[name])
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -161,12 +166,8 @@ def _show(result: dict[str, Any], text: str, arguments: argparse.Namespace) -> N
 
 
 def _add_alignment(commands: Subcommands) -> None:
-    parser = add_subcommand(
-        commands,
-        "alignment",
-        _alignment,
-        "How close a subject's modalities lie in a representation, and subjects apart.",
-        _EXAMPLES["alignment"],
+    parser = _subcommand(
+        commands, _alignment, "How close a subject's modalities lie in a representation, and subjects apart."
     )
     _add_embedding_source(parser, max_subjects=500)
     parser.add_argument(
@@ -195,13 +196,7 @@ def _alignment(arguments: argparse.Namespace) -> None:
 
 
 def _add_lesions(commands: Subcommands) -> None:
-    parser = add_subcommand(
-        commands,
-        "lesions",
-        _lesions,
-        "How well predicted lesion masks agree with their references.",
-        _EXAMPLES["lesions"],
-    )
+    parser = _subcommand(commands, _lesions, "How well predicted lesion masks agree with their references.")
     parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
     parser.add_argument("-pred", type=Path, required=True, metavar="FOLDER", help="predicted masks of the same names")
     parser.add_argument(
@@ -249,12 +244,10 @@ def _lesions(arguments: argparse.Namespace) -> None:
 
 
 def _add_ranking(commands: Subcommands) -> None:
-    parser = add_subcommand(
+    parser = _subcommand(
         commands,
-        "ranking",
         _ranking,
         "Which of several predictions a challenge would put first: ranks per case and metric, averaged.",
-        _EXAMPLES["ranking"],
     )
     parser.add_argument(
         "predictions", type=Path, nargs="+", metavar="FOLDER", help="with the lesions.json of nnssl_evaluate lesions"
@@ -279,12 +272,10 @@ def _ranking(arguments: argparse.Namespace) -> None:
 
 
 def _add_missing(commands: Subcommands) -> None:
-    parser = add_subcommand(
+    parser = _subcommand(
         commands,
-        "missing",
         _missing,
         "What models lose when channels are missing: every subset of the channels, beside its specialist.",
-        _EXAMPLES["missing"],
     )
     parser.add_argument("-i", type=Path, required=True, metavar="FOLDER", help="images, CASE_0000.nii.gz, ...")
     parser.add_argument("-ref", type=Path, required=True, metavar="FOLDER", help="reference masks, CASE.nii.gz")
@@ -348,12 +339,10 @@ def _missing(arguments: argparse.Namespace) -> None:
 
 
 def _add_calibration(commands: Subcommands) -> None:
-    parser = add_subcommand(
+    parser = _subcommand(
         commands,
-        "calibration",
         _calibration,
         "What a model's probabilities and volumes are worth, by the cases that its folds held out.",
-        _EXAMPLES["calibration"],
     )
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="folder of a model; several are averaged")
     parser.add_argument(
@@ -407,12 +396,8 @@ def _calibration(arguments: argparse.Namespace) -> None:
 
 
 def _add_probe(commands: Subcommands) -> None:
-    parser = add_subcommand(
-        commands,
-        "probe",
-        _probe,
-        "What a frozen representation knows of a scan: linear probes, split by subject.",
-        _EXAMPLES["probe"],
+    parser = _subcommand(
+        commands, _probe, "What a frozen representation knows of a scan: linear probes, split by subject."
     )
     _add_embedding_source(parser, max_subjects=10_000)
     parser.add_argument(
@@ -451,13 +436,7 @@ def _probe(arguments: argparse.Namespace) -> None:
 
 
 def _add_gradients(commands: Subcommands) -> None:
-    parser = add_subcommand(
-        commands,
-        "gradients",
-        _gradients,
-        "Which branch of a pre-training moves the encoder, over its steps.",
-        _EXAMPLES["gradients"],
-    )
+    parser = _subcommand(commands, _gradients, "Which branch of a pre-training moves the encoder, over its steps.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a pre-training, or a progress.csv")
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="write gradients.json and gradients.png here")
     _add_json(parser)
