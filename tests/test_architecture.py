@@ -1,6 +1,7 @@
 """The house as docs/architecture.md draws it: every room named, dependencies pointing down, no circles."""
 
 import ast
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_the_map_names_every_module_and_no_other():
     existing |= {path.name for path in (PACKAGE.parent / "dataset_conversion").glob("*.py")}
     assert existing - named == set(), "not in docs/architecture.md"
     assert named - existing == set(), "no longer there"
+
+
+def test_the_drawing_of_dependencies_names_every_room():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    drawing = text.split("## Which way dependencies point")[1].split("```")[1]
+    assert MAY_USE.keys() <= set(re.findall(r"\w+", drawing))
 
 
 def test_no_two_classes_have_one_name():

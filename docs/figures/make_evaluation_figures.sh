@@ -4,8 +4,7 @@
 set -e
 work=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
-export nnUNet_raw=$work/raw nnUNet_preprocessed=$work/preprocessed nnUNet_results=$work/results
-mkdir -p "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
+. "$root/docs/figures/synthetic.sh"
 
 python -m nnunet_ssl.phantom fomo "$work/fomo" -n 24 --voxel_mm 4
 python "$root/dataset_conversion/Dataset500_FOMO60K.py" -i "$work/fomo"

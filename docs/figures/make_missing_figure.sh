@@ -9,9 +9,7 @@ shopt -s nullglob
 work=$(realpath -m "$1")
 cases=${2:-20}
 subjects=${3:-24}
-device=${device:-cpu}
-export nnUNet_raw=$work/nnUNet_raw nnUNet_preprocessed=$work/nnUNet_preprocessed nnUNet_results=$work/nnUNet_results
-mkdir -p "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
+. "$(dirname "$0")/synthetic.sh"
 
 once() {  # NAME COMMAND...: run a command unless it has succeeded before
     local mark=$work/done_$1
@@ -26,17 +24,13 @@ convert() {  # MODULE FOLDER NUMBER CHANNELS...
     shift 3
     once "convert_$number" python -m "nnunet_ssl.conversion.$module" -i "$work/$folder" -d "$number" --channels "$@"
 }
-pretrain() {  # RECIPE: the sizes of nnssl_demo
-    once "pretrain_$1" nnssl_pretrain -c "$1" -device "$device" --set swin.embed_dim=16 swin.depths=1,1,1 \
-        swin.num_heads=1,2,4 swin.window_size=4 patch_size=32,32,32 batch_size=4 masked.unpaired_batch_size=1 \
-        queue_size=256 "steps=${steps:-300}" learning_rate=5e-4 workers=1 log_every=25 validation.fraction=0.15
-}
 
 phantom fomo fomo "$subjects" 0
 once index python -m nnunet_ssl.conversion.fomo60k -i "$work/fomo"
 once prepare nnssl_prepare -d 500 -np 2 --spacing 3 3 3
-pretrain cl_mim
-pretrain mcl_mim
+for recipe in cl_mim mcl_mim; do
+    once "pretrain_$recipe" pretrain "$recipe" "steps=${steps:-300}" validation.fraction=0.15
+done
 
 phantom isles isles "$cases" 1
 phantom isles isles_held_out "$cases" 2
