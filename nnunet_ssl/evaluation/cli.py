@@ -318,6 +318,8 @@ def _missing(arguments: argparse.Namespace) -> None:
     named = [text.partition("=") for text in arguments.m]
     if wrong := [arm for arm, _, folder in named if not folder or arm in ("", SPECIALIST) or "/" in arm]:
         raise UserError(f"-m {wrong[0]}: name each model ARM=FOLDER, with an arm other than '{SPECIALIST}'.")
+    if not arguments.ref.is_dir():
+        raise UserError(f"There is no folder {arguments.ref}.")  # which predicting would only tell at its end
     config = LesionConfig(preset=arguments.preset)
     predictions = predict_subsets(
         [Model(arm, Path(folder)) for arm, _, folder in named],
@@ -363,10 +365,12 @@ def _add_calibration(commands: Subcommands) -> None:
 
 def _share(text: str) -> float:
     """Read a number between 0 and 1, both excluded."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+    try:
+        if 0 < (value := float(text)) < 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
 
 
 def _calibration(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,13 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.segmentations import NAMES, LesionConfig, compare_folders, scored
 from nnunet_ssl.evaluation.statistics import mean_interval
 from nnunet_ssl.interface.placeholders import Channels, PartialCase, find_cases
-from nnunet_ssl.interface.segmentation import channels_of_model, load_predictor, predict_cases, refuse_missing
+from nnunet_ssl.interface.segmentation import (
+    channels_of_model,
+    check_processes,
+    load_predictor,
+    predict_cases,
+    refuse_missing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +84,7 @@ def predict_subsets(
     Raises:
         UserError: models differ in their channels or want all of them, or a specialist has other channels.
     """
+    check_processes(*processes)
     channels = _common_channels(models)
     cases = find_cases(images, channels)
     subsets = subsets_of(channels.names)

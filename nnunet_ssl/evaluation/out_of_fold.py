@@ -114,9 +114,16 @@ def only_label(models: Sequence[Path]) -> int:
     """Return the label of the lesion, the only one of the models' data set.
 
     Raises:
-        UserError: there are others, so that a threshold of one does not say what the others are.
+        UserError: it is no model's folder; or there are others, so that a threshold of one does not say what the
+            others are.
     """
-    labels = json.loads((models[0] / "dataset.json").read_text())["labels"]
+    description = models[0] / "dataset.json"
+    if not description.is_file():
+        raise UserError(
+            f"{models[0]} is no folder of a model that nnU-Net trained: it has no {description.name}. Give "
+            "$nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION."
+        )
+    labels = json.loads(description.read_text())["labels"]
     others = [value for value in labels.values() if value not in (0, [0])]
     if len(others) != 1:
         raise UserError(f"{models[0]} has the labels {', '.join(labels)}; needed is the background and one lesion.")

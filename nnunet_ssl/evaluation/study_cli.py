@@ -50,7 +50,9 @@ def study() -> None:
     )
     parser.add_argument("action", choices=("run", "status", "collect"))
     parser.add_argument(
-        "study", metavar="STUDY", help="a YAML file, or one that comes with the package: paper, published, recipes"
+        "study",
+        metavar="STUDY",
+        help="a YAML file, or one that comes with the package: missing, paper, published, recipes",
     )
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")

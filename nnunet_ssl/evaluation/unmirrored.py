@@ -20,14 +20,18 @@ def predict_unmirrored(model: Path, device: torch.device) -> None:
     The trainer validates as it did at the end of the training: the same preprocessed images, the same windows.
 
     Raises:
-        UserError: the data set is not preprocessed on this machine, or a fold is not trained to its end.
+        UserError: the data set is not preprocessed on this machine, a fold is not trained to its end, or the folder
+            has another name than nnU-Net gave it.
     """
+    named = model.absolute().name.split("__")
+    if len(named) != 3:
+        raise UserError(f"{model} is not called TRAINER__PLANS__CONFIGURATION, which tells how to predict by it.")
+    trainer_name, plans, configuration = named
     from nnunetv2.run.run_training import get_trainer_from_args
 
     for fold in sorted(model.glob("fold_*")):
         if fold.name == "fold_all" or _is_complete(fold):
             continue
-        trainer_name, plans, configuration = model.name.split("__")
         checkpoint = fold / "checkpoint_final.pth"
         if not checkpoint.is_file():
             raise UserError(f"{fold} has no {checkpoint.name}: train it to the end.")

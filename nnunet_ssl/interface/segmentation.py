@@ -103,8 +103,10 @@ def predict(
         for each case the names of the channels that it lacked.
 
     Raises:
-        UserError: there is no such model, a case has no channel, or cases lack channels and the model wants all.
+        UserError: there is no such model, a case has no channel, cases lack channels and the model wants all, or
+            there are processes for half of the work.
     """
+    check_processes(*processes)
     channels = channels_of_model(model_folder)
     cases = find_cases(images, channels)
     predictor = load_predictor(model_folder, folds, device, checkpoint, **options)
@@ -180,6 +182,19 @@ def load_predictor(
     finally:
         matplotlib.use(backend)  # nnU-Net's trainers switch to files, and a notebook would show no figure any more
     return predictor
+
+
+def check_processes(preprocessing: int, export: int) -> None:
+    """See that there are processes for both, or for none of them.
+
+    Raises:
+        UserError: there are not.
+    """
+    if (preprocessing, export) != (0, 0) and min(preprocessing, export) < 1:
+        raise UserError(
+            f"{preprocessing} processes for preprocessing (-npp) and {export} for export (-nps): give each at least "
+            "one, or both 0 for none but this one."
+        )
 
 
 def refuse_missing(predictor: nnUNetPredictor, cases: Sequence[PartialCase], channels: Channels) -> None:

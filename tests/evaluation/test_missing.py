@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.figures.missing import draw_missing
 from nnunet_ssl.evaluation.missing import (
     Model,
@@ -20,6 +21,7 @@ from nnunet_ssl.evaluation.missing import (
     summarize_missing,
 )
 from nnunet_ssl.evaluation.segmentations import LesionConfig
+from nnunet_ssl.interface.segmentation import predict
 
 CONFIG = LesionConfig(preset="isles")
 
@@ -86,3 +88,22 @@ def test_models_of_other_channels_are_not_compared(tmp_path):
     models = [Model("a", tmp_path / "a"), Model("b", tmp_path / "b")]
     with pytest.raises(UserError, match=r"b is a model of the channels ADC, DWI, and .*a of DWI, ADC"):
         predict_subsets(models, [], tmp_path, tmp_path, device=None)
+
+
+@pytest.mark.parametrize("processes", [(0, 3), (3, 0), (-1, -1)])
+def test_processes_for_half_of_the_work_are_refused_before_anything_is_written(tmp_path, processes):
+    with pytest.raises(UserError, match=rf"{processes[0]} processes for preprocessing \(-npp\) and {processes[1]} for"):
+        predict_subsets([Model("a", tmp_path)], [], tmp_path, tmp_path / "out", device=None, processes=processes)
+    with pytest.raises(UserError, match="give each at least one"):
+        predict(
+            tmp_path, tmp_path, tmp_path / "out", folds=None, checkpoint="checkpoint_final.pth", device=None,
+            processes=processes, save_probabilities=False, overwrite=True,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_reference_is_told_before_hours_of_predicting(tmp_path, monkeypatch):
+    call = ["nnssl_evaluate", "missing", "-i", "images", "-ref", tmp_path / "labelTs", "-m", "a=model", "-o", "out"]
+    monkeypatch.setattr("sys.argv", [*map(str, call), "-device", "cpu"])
+    with pytest.raises(SystemExit, match=r"There is no folder .*labelTs"):
+        evaluate()

@@ -3,11 +3,13 @@
 import json
 import pickle
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from held_out import CASES, READER, SPACING, lesion_map, save_case, write_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from nnunet_ssl.evaluation.operating import Goal, candidates, choose, score
 from nnunet_ssl.evaluation.operating_point import FILE, OperatingPoint, load, postprocess
 from nnunet_ssl.evaluation.out_of_fold import find_held_out, only_label, read_case
 from nnunet_ssl.evaluation.ranking import rank_cases
+from nnunet_ssl.evaluation.unmirrored import predict_unmirrored
 
 ISLES26 = Goal(preset="isles26", metrics=PRESETS["isles26"].official)
 EVERYTHING = tuple(name for name in operating.METRICS)
@@ -364,6 +367,20 @@ def test_models_that_held_out_different_cases_are_refused(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"B__.* did not hold out 1 cases"):
         find_held_out(models, tmp_path / "labelsTr")
+
+
+def test_what_is_no_models_folder_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"nowhere is no folder of a model"):
+        run(monkeypatch, tmp_path / "nowhere")
+    (tmp_path / "fold_0").mkdir()
+    with pytest.raises(UserError, match="is not called TRAINER__PLANS__CONFIGURATION"):
+        predict_unmirrored(tmp_path, torch.device("cpu"))
+    fold = tmp_path / "A__nnUNetPlans__3d_fullres" / "fold_0"
+    (fold / "validation").mkdir(parents=True)
+    (fold / "validation" / "case.npz").touch()
+    monkeypatch.chdir(fold.parent)
+    with pytest.raises(UserError, match=r"has no checkpoint_final\.pth"):
+        predict_unmirrored(Path(), torch.device("cpu"))
 
 
 def test_several_labels_and_unknown_metrics_are_refused(tmp_path):
