@@ -64,7 +64,8 @@ def _read_meta(path: Path) -> Volume:
     try:
         image = sitk.ReadImage(str(path), imageIO="MetaImageIO")
     except RuntimeError as error:
-        raise UserError(f"{path} can't be read as MetaImage: {str(error).strip().splitlines()[-1]}") from error
+        said = [line for line in str(error).strip().splitlines() if not line.startswith("Reason: ")]  # errno
+        raise UserError(f"{path} can't be read as MetaImage: {said[-1]}") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise UserError(
             f"{path} has {image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} values a voxel; "
