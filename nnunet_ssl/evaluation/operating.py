@@ -146,7 +146,7 @@ def score_cases(
         UserError: they are not the same.
     """
     names = [{case.case for case in cases} for cases in held_out.values()]
-    if odd := sorted(set().union(*names) - set.intersection(*names)):
+    if odd := sorted(names[0].union(*names) - names[0].intersection(*names)):
         raise UserError(
             f"{len(odd)} cases, such as {odd[0]}, were held out with or without mirroring, but not both: validate the "
             "folds again (nnUNetv2_train ... --val --npz), and remove what lies in their validation_unmirrored."
