@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -26,7 +25,6 @@ def main() -> None:
     parser = OptionParser(
         description="Index a corpus of brain MRI into $nnUNet_raw. The images stay where they are, and are not opened.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-i", type=Path, required=True, help="the corpus' folder, or nnssl's pretrain_data.json")
     parser.add_argument("-d", type=int, default=500, help="the data set's number (default: 500)")

@@ -41,7 +41,7 @@ class DatasetInfo:
 
 def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all conversion scripts have."""
-    parser = OptionParser(description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=description, epilog=example)
     parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="the folder with the data")
     parser.add_argument("-d", type=int, metavar="ID", help=f"the data set's number (default: {_default_numbers(info)})")
     parser.add_argument("-np", type=int, default=4, metavar="N", help="cases at a time (default: 4)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 
@@ -30,7 +29,6 @@ def prepare() -> None:
         prog="nnssl_prepare",
         description="Preprocess an indexed corpus of brain MRI for pre-training.",
         epilog=_PREPARE_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-d", required=True, metavar="DATASET", help="the corpus' number or name, as indexed")
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")

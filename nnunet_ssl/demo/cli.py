@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import os
@@ -40,7 +39,6 @@ def main() -> None:
         prog="nnssl_demo",
         description=_DESCRIPTION,
         epilog="example:\n  nnssl_demo -w /tmp/demo -device cpu",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-w", type=Path, default=Path("demo_work"), metavar="FOLDER", help="(default: demo_work)")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is a GPU, else cpu")

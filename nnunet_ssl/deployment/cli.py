@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -24,7 +23,6 @@ def package() -> None:
         description="Write a folder that builds into a container (Docker, Apptainer): the models, this package, and a "
         "program for Grand Challenge, FOMO26 and BIDS data sets.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="folder of a model that nnU-Net trained")
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="the package, a new folder")

@@ -27,7 +27,6 @@ def operate() -> None:
         description="Choose threshold and minimum lesion size by the cases that the folds held out, measure what that "
         "gains, and store it for nnUNetv2_apply_postprocessing. docs/isles26.md shows the way.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "models", type=Path, nargs="+", metavar="MODEL", help="folder of a trained model; several are averaged"

@@ -46,7 +46,6 @@ def study() -> None:
         prog="nnssl_study",
         description="Run a study: arms x data sets x fractions x folds x seeds, named in a YAML file.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("run", "status", "collect"))
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from typing import TYPE_CHECKING
@@ -43,7 +42,6 @@ def pretrain() -> None:
             ]
         ),
         epilog=_PRETRAIN_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-c", required=True, metavar="RECIPE", help="one of the recipes above, or a YAML file")
     parser.add_argument("-d", metavar="DATASET", help="the corpus' number or name (default: 500, or the only one)")
