@@ -246,10 +246,9 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.nnunet_folders import full_name
     from nnunet_ssl.weights.fetching import destination, locate
     from nnunet_ssl.weights.pretrained import UMBRAS_RECIPES
-    from nnunet_ssl.weights.zoo import entries
 
-    if arguments.source in entries() and not Path(arguments.source).exists():
-        _fetch_entry(arguments)
+    if "/" not in arguments.source and not Path(arguments.source).expanduser().exists():
+        _fetch_entry(arguments)  # only published weights go by a name without an owner
         return
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error at the end says enough
     dataset = full_name(arguments.d)
@@ -350,10 +349,10 @@ def _fetch_entry(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.weights.pretrained import ENCODER
     from nnunet_ssl.weights.zoo import describe_licence, entry_of, folder_for
 
+    entry = entry_of(arguments.source)
     given = [name for name in ("filename", "recipe", "origin") if getattr(arguments, name)]
     if given:
-        raise UserError(f"{arguments.source} is a name of the table, which tells its {' and '.join(given)} already.")
-    entry = entry_of(arguments.source)
+        raise UserError(f"{entry.name} is a name of the table, which tells its {' and '.join(given)} already.")
     target = folder_for(entry.name) / ENCODER
     if entry.refused:
         raise UserError(f"{entry.name} cannot be used: {entry.refused}.")

@@ -57,10 +57,15 @@ def locate_entry(entry: ZooEntry, revision: str | None) -> Path:
     """Return the file of published weights: brought by hand to their folder, or downloaded.
 
     Raises:
-        UserError: it is not there and cannot be downloaded; says which file to bring, and where to put it.
+        UserError: it is not there and cannot be downloaded; says which file to bring, and where to put it. Or it was
+            brought, and a revision is asked for, which a file does not tell.
     """
     brought = folder_for(entry.name) / Path(entry.file).name
     if brought.is_file():
+        if revision is not None:
+            raise UserError(
+                f"{brought} does not tell its revision: leave out --revision {revision}, or remove the file."
+            )
         return brought
     try:
         return _download(entry.repository, "", entry.file, revision or entry.revision)

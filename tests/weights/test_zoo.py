@@ -80,6 +80,7 @@ def test_a_file_brought_by_hand_is_fetched_and_trained_from_by_name(run, results
     with pytest.raises(UserError, match="nnssl_weights fetch openmind-mae"):
         explicit_checkpoint()
 
+    assert "does not tell its revision" in run("fetch", "openmind-mae", "--revision", "v2")[0]
     status, printed = run("fetch", "openmind-mae")
 
     assert status == 0, status
@@ -101,7 +102,7 @@ def test_another_family_under_the_name_of_an_entry_is_refused(run, results):
     assert "is of umbra; openmind-mae should be of nnssl" in run("fetch", "openmind-mae")[0]
 
 
-@pytest.mark.parametrize("arguments", [("fetch", "brainiac"), ("list", "openmind-mea")])
+@pytest.mark.parametrize("arguments", [("fetch", "brainiac"), ("list", "openmind-mea"), ("fetch", "openmind-mea")])
 def test_what_cannot_be_used_or_is_not_there_is_refused_in_a_sentence(run, results, arguments):
     status, _ = run(*arguments)
 
