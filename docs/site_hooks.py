@@ -1,9 +1,10 @@
-"""What the site shows that is written elsewhere: the README as its first page, and every command's own help."""
+"""What the site shows that is written elsewhere: the README as its first page, commands' help, settings."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import posixpath
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from settings_tables import with_tables
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changes.md": "CHANGELOG.md"}
@@ -36,22 +39,34 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages that are no files of docs/."""
     for name, source in ELSEWHERE.items():
-        files.append(File.generated(config, name, content=with_links_of_the_site((ROOT / source).read_text())))
+        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
     for name, call in commands().items():
         files.append(File.generated(config, page_of(name), content=manual(name, call)))
 
 
-def on_page_markdown(markdown: str, **_) -> str:
-    """Name the files of the repository that the site does not have, in place of links to them."""
-    return re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"`\1`", markdown)
+def on_page_markdown(markdown: str, page: Page, **_) -> str:
+    """Put in the tables of settings, and turn links into the repository into links of the site."""
+    source = ELSEWHERE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    parts = re.split(r"(^```.*?^```)", with_tables(markdown), flags=re.M | re.S)
+    parts[::2] = [  # the others are code
+        re.sub(
+            r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#]*)(#[^)]*)?\)",
+            lambda link: linked(link[1], posixpath.join(posixpath.dirname(source), link[2]), link[3] or "", page),
+            part,
+        )
+        for part in parts[::2]
+    ]
+    return "".join(parts)
 
 
-def with_links_of_the_site(markdown: str) -> str:
-    """Turn links from the top of the repository into links from docs/."""
-    for name, source in ELSEWHERE.items():
-        markdown = markdown.replace(f"({source})", f"({name})")
-    markdown = markdown.replace("(docs/", "(")
-    return re.sub(r"\[([^\]]*)\]\((?!figures/)(?:LICENSE|[a-z_]+/[^):]*)\)", r"`\1`", markdown)
+def linked(text: str, path: str, anchor: str, page: Page) -> str:
+    """A link to a file of the repository: within the site, or the text alone where the site does not have it."""
+    path = posixpath.normpath(path)
+    by_source = {source: name for name, source in ELSEWHERE.items()}
+    if path not in by_source and not path.startswith("docs/"):
+        return f"`{text.strip('`')}`"
+    target = by_source.get(path, path.removeprefix("docs/"))
+    return f"[{text}]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
 
 def commands() -> dict[str, list[str]]:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The worked example of docs/evaluation.md on synthetic brains: everything from the scans to the figures, on a CPU.
+# The examples of docs/how-to/measure.md and run-a-study.md on synthetic brains: everything from the scans to the figures, on a CPU.
 # Usage, from the repository's root, in the environment of nnunet_ssl: sh docs/figures/make_evaluation_figures.sh WORK
 set -e
 work=$1

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The table of docs/finetuning.md on synthetic brains: everything from the scans to the report, on a CPU.
+# The table of docs/how-to/run-a-study.md on synthetic brains: everything from the scans to the report, on a CPU.
 # Usage, from the repository's root, in the environment of nnunet_ssl: sh docs/figures/make_recipes_table.sh WORK
 # If the study is interrupted, `nnssl_study run recipes -device cpu` goes on, with nnU-Net's variables set as in synthetic.sh.
 set -e

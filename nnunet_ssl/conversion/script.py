@@ -45,7 +45,9 @@ def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.A
     parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="the folder with the data")
     parser.add_argument("-d", type=int, metavar="ID", help=f"the data set's number (default: {_default_numbers(info)})")
     parser.add_argument("-np", type=int, default=4, metavar="N", help="cases at a time (default: 4)")
-    parser.add_argument("--skull_strip", choices=("hd-bet",), help="remove what is not brain (see docs/conversion.md)")
+    parser.add_argument(
+        "--skull_strip", choices=("hd-bet",), help="remove what is not brain (see docs/how-to/convert.md)"
+    )
     parser.add_argument("-device", default=None, help="where HD-BET runs (default: cuda if there is one, else cpu)")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, write nothing")
     parser.add_argument("--images_only", action="store_true", help="prepare new images for nnUNetv2_predict (needs -o)")

@@ -27,7 +27,7 @@ from nnunet_ssl.representation import (
 def measure_alignment(embeddings: Embeddings) -> dict[str, Any]:
     """Measure how well a representation aligns modalities and keeps subjects apart.
 
-    ``docs/evaluation.md`` defines each figure. Scans of unknown modality are left out. Intervals are 95 %, over
+    ``docs/reference/scores.md`` defines each figure. Scans of unknown modality are left out. Intervals are 95 %, over
     patients.
 
     Raises:

@@ -60,7 +60,7 @@ example:
 def evaluate() -> None:
     parser = OptionParser(
         prog="nnssl_evaluate",
-        description="Measure a representation or a segmentation. docs/evaluation.md defines every figure.",
+        description="Measure a representation or a segmentation. docs/reference/scores.md defines every figure.",
     )
     commands = parser.add_subparsers(required=True, metavar=" | ".join(_EXAMPLES))
     _add_alignment(commands)

@@ -53,7 +53,7 @@ def read_runs(paths: Sequence[Path]) -> dict[str, BranchGradients]:
 
 
 def measure_gradients(runs: dict[str, BranchGradients]) -> dict[str, Any]:
-    """Summarise each run; see ``docs/evaluation.md``."""
+    """Summarise each run; see ``docs/reference/scores.md``."""
     return {"runs": {name: _measure(run) for name, run in runs.items()}}
 
 

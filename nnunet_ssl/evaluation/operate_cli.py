@@ -25,7 +25,7 @@ def operate() -> None:
     parser = OptionParser(
         prog="nnssl_operate",
         description="Choose threshold and minimum lesion size by the cases that the folds held out, measure what that "
-        "gains, and store it for nnUNetv2_apply_postprocessing. docs/isles26.md shows the way.",
+        "gains, and store it for nnUNetv2_apply_postprocessing. docs/how-to/isles26.md shows the way.",
         epilog=EXAMPLE,
     )
     parser.add_argument(

@@ -40,8 +40,8 @@ _OWN_SECTIONS = {kind.section for kind in OWN} | {SWIN.name, RESENC.name}
 class ValidationConfig:
     """What is measured on subjects that are never trained on."""
 
-    fraction: float = 0.02  # of the subjects
-    every: int = ranged(2000, "at least 1")  # steps
+    fraction: float = 0.02  # of the subjects that are held out
+    every: int = ranged(2000, "at least 1")  # steps between validations
     batches: int = ranged(8, "0 or more")  # fixed batches on which the training's own losses are taken, per process
     sessions: int = ranged(64, "at least 1")  # sessions on whose scans alignment and reconstruction are measured
 
@@ -53,9 +53,9 @@ class ValidationConfig:
 class PretrainingConfig:
     """One pre-training."""
 
-    recipe: str  # names the results folder
+    recipe: str  # names the results folder: give it when you change settings, or runs collide
 
-    backbone: str = "swin"  # whose section says the sizes of the encoder
+    backbone: str = "swin"  # swin, resenc, primus or an announced one; its section says the sizes of the encoder
     swin: SwinConfig = SwinConfig()
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
@@ -63,31 +63,31 @@ class PretrainingConfig:
     others: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})  # the sections of what other
     # packages announce, by name; each has a key of its own beside ours
     shared_pass: bool = False  # one masked pass of the query network for all branches: faster, not the paper's
-    queue_size: int = ranged(16384, "at least 1")  # keys kept as negatives
+    queue_size: int = ranged(16384, "at least 1")  # keys kept as negatives, of all processes
     momentum: Ramp = ranged(Ramp(low=0.996, high=0.999, begin=0.05, until=0.2), "between 0 and 1")  # of the key network
 
-    patch_size: tuple[int, int, int] = (96, 96, 96)
+    patch_size: tuple[int, int, int] = (96, 96, 96)  # voxels
     batch_size: int = ranged(16, "at least 1")  # examples (pairs, if views are compared) per step, over all processes
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    workers: int = ranged(8, "0 or more")  # processes that read scans, for each training process
-    seed: int = ranged(0, "0 or more")
+    workers: int = ranged(8, "0 or more")  # processes that read scans, for each training process; 0: it reads itself
+    seed: int = ranged(0, "0 or more")  # of everything: weights, split, draws, masks
 
-    steps: int = ranged(200_000, "at least 1")
-    learning_rate: float = ranged(1e-4, "positive")
-    minimum_learning_rate: float = ranged(1e-5, "0 or more")
-    warmup: float = ranged(0.02, "between 0 and 1")  # share of the steps
+    steps: int = ranged(200_000, "at least 1")  # of the optimizer, AdamW
+    learning_rate: float = ranged(1e-4, "positive")  # at its peak
+    minimum_learning_rate: float = ranged(1e-5, "0 or more")  # at the last step, after half a cosine
+    warmup: float = ranged(0.02, "between 0 and 1")  # share of the steps over which the rate rises
     weight_decay: float = ranged(0.01, "0 or more")  # not on biases, norms, position biases and the mask token
-    gradient_clip: float = ranged(10.0, "positive")  # norm
+    gradient_clip: float = ranged(10.0, "positive")  # norm of the gradient of all parameters
     accumulation: int = ranged(1, "at least 1")  # a step's examples come in so many parts, to save memory
     bf16: bool = True  # autocast, on GPUs that have it
     compile: Literal["auto", True, False] = "auto"  # torch.compile for the encoder; auto: on a GPU
     checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
 
-    log_every: int = ranged(100, "at least 1")  # steps
+    log_every: int = ranged(100, "at least 1")  # steps between lines of the log and rows of progress.csv
     gradients_every: int = ranged(100, "at least 1")  # steps between measurements of each branch's gradient
-    save_every: int = ranged(1000, "at least 1")  # steps
-    keep_checkpoints: int = ranged(2, "at least 1")
+    save_every: int = ranged(1000, "at least 1")  # steps between checkpoints
+    keep_checkpoints: int = ranged(2, "at least 1")  # the last so many
     max_nonfinite: int = ranged(10, "at least 1")  # steps in a row that are not finite before the training stops
     validation: ValidationConfig = ValidationConfig()
 

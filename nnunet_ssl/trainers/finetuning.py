@@ -100,7 +100,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         if self.settings.recipe == "paper":
             self.print_to_log_file(
                 "This is the paper's short recipe; nnssl_settings=recipe=long trains as long as nnU-Net and freezes "
-                "nothing (docs/finetuning.md)."
+                "nothing (docs/how-to/fine-tune.md)."
             )
 
     # ---- network and weights -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class Settings:
     """How a fine-tuning goes; the defaults are the recipe of arXiv 2511.11311.
 
     Attributes:
-        recipe: a word for what the settings were before single ones were named, see `recipes.RECIPES`.
+        recipe: a word for what the settings were before single ones were named, see :data:`recipes.RECIPES`.
         steps: optimizer steps in all.
         epoch_steps: optimizer steps in one of nnU-Net's epochs; validation, logging and checkpoints follow each.
         schedule: ``paper``: the decoder's rate follows one curve over all steps, the encoder's begins when it is
@@ -31,9 +31,9 @@ class Settings:
         freeze_share: share of the steps, from the start, in which a pre-trained encoder stays as it is.
         warmup_share: share of the steps over which learning rates rise.
         decay: how they fall: ``cosine``, or nnU-Net's ``poly``.
-        optimizer: ``adamw``, or ``sgd`` as nnU-Net has it.
+        optimizer: ``adamw``, ``sgd`` as nnU-Net has it, or ``adamw_primus``, of the recipe ``primus``.
         lr: peak learning rate of decoder and head.
-        encoder_lr: peak learning rate of the encoder. ``None``: a tenth of `lr` for a pre-trained encoder in the
+        encoder_lr: peak learning rate of the encoder; if not given, a tenth of `lr` for a pre-trained encoder in the
             paper's schedule, `lr` itself in the others and for an encoder that starts from scratch.
         loss: ``dice_ce``: nnU-Net's default (Dice + BCE for regions); ``dice_topk``: the cross-entropy of the hardest
             tenth of the voxels in place of all.
@@ -42,17 +42,18 @@ class Settings:
         decoder: ``random``: the backbone's own, from random weights: the FPN, or nnU-Net's for a residual encoder;
             ``pretrained``: the one that the checkpoint holds, but for its head; ``unet``: a U-Net's for a Swin
             encoder, with a skip at full resolution, from random weights.
-        deep_supervision: whether a U-Net decoder learns at all its scales. ``None``: it does; the FPN has one scale.
+        deep_supervision: whether a U-Net decoder learns at all its scales; if not given, it does. The FPN has one.
         average_share: the final weights are the mean of those after each epoch in the last share of the steps; 0: the
             last.
-        patch_size: patch in voxels, in the plans' axis order. ``None``: the plans'.
-        batch_size: patches per step. ``None``: the plans'.
+        patch_size: patch in voxels, in the plans' axis order; if not given, the plans'.
+        batch_size: patches per step; if not given, the plans'.
         fraction: per cent of the fold's training subjects to train on; smaller fractions are subsets of larger ones.
         channels: ``all``: every case has all of the data set's channels; ``any``: cases may lack some, in training and
             in prediction, in the way that `channels.ANY` names; ``zeros``, ``scaled`` or ``pooled``: that way, see
             `architectures.channels.any_channels`.
         channel_drop: the probability with which a channel is left out of a training sample, for all or for each.
-        merging: of a Swin checkpoint whose file does not tell it, a key of :data:`architectures.swin.MERGINGS`.
+        merging: how the encoder merges patches, of a Swin checkpoint whose file does not tell it, a key of
+            :data:`architectures.swin.MERGINGS`.
         seed: draws the order of subjects for `fraction`, and the initial weights of what is not pre-trained.
         name: keeps apart what no other setting does, such as models that start from different checkpoints.
     """

@@ -20,10 +20,11 @@ PRIMUS_NETWORK = "nnunet_ssl.architectures.primus.PrimusNetwork"
 class PrimusConfig:
     """Of ``backbone: primus``; see :class:`nnunet_ssl.architectures.primus.PrimusEncoder`. The default is Primus-M."""
 
-    embed_dim: int = ranged(SIZES["M"]["embed_dim"], "at least 1")
-    depth: int = ranged(SIZES["M"]["depth"], "at least 1")
-    heads: int = ranged(SIZES["M"]["heads"], "at least 1")
-    grid: tuple[int, ...] = (12, 12, 12)  # tokens of a patch of 96^3
+    embed_dim: int = ranged(SIZES["M"]["embed_dim"], "at least 1")  # of a token; S 396, B 792, L 1056
+    depth: int = ranged(SIZES["M"]["depth"], "at least 1")  # blocks; S and B 12, L 24
+    heads: int = ranged(SIZES["M"]["heads"], "at least 1")  # of attention; S 6, B 12, L 16
+    grid: tuple[int, ...] = (12, 12, 12)  # tokens for which positions are learned, a patch's edges by 8; other patches
+    # resize them
 
     @property
     def maps(self) -> int:

@@ -20,8 +20,9 @@ RESENC_FPN = "nnunet_ssl.architectures.networks.ResEncFPN"
 class ResEncConfig:
     """Of ``backbone: resenc``; see :class:`nnunet_ssl.architectures.resenc.ResEncEncoder`."""
 
-    preset: Literal["resenc_m", "resenc_l"] = "resenc_l"  # nnU-Net's; M and L are one encoder, see docs/backbones.md
-    features: tuple[int, ...] | None = None  # channels per stage, in place of the preset's
+    preset: Literal["resenc_m", "resenc_l"] = "resenc_l"  # nnU-Net's; M and L are one encoder
+    features: tuple[int, ...] | None = None  # channels per stage, in place of the preset's; the first stage has full
+    # resolution, each further one halves the grid
     blocks: tuple[int, ...] | None = None  # residual blocks per stage, in place of the preset's
 
     def __post_init__(self) -> None:

@@ -28,12 +28,12 @@ PARTS_OF_A_STAGE = re.compile(
 class SwinConfig:
     """Of ``backbone: swin``; see :class:`nnunet_ssl.architectures.swin.SwinEncoder`."""
 
-    embed_dim: int = ranged(EMBED_DIM, "at least 1")
-    depths: tuple[int, ...] = DEPTHS
-    num_heads: tuple[int, ...] = NUM_HEADS
+    embed_dim: int = ranged(EMBED_DIM, "at least 1")  # channels of the finest map; each further one has twice as many
+    depths: tuple[int, ...] = DEPTHS  # blocks per stage
+    num_heads: tuple[int, ...] = NUM_HEADS  # of attention, per stage
     window_size: int = ranged(WINDOW_SIZE, "at least 1")  # tokens; 6 is faster at 96^3, but not the paper's
-    mlp_ratio: float = ranged(4.0, "positive")
-    conv_norm: Literal["group", "instance"] = "group"
+    mlp_ratio: float = ranged(4.0, "positive")  # width of a block's hidden layer, in multiples of its channels
+    conv_norm: Literal["group", "instance"] = "group"  # of the conv blocks; group is the paper's, instance MONAI's
 
     @property
     def maps(self) -> int:

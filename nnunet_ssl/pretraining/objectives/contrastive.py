@@ -42,10 +42,10 @@ class ContrastiveConfig:
     """The contrastive branch: MoCo v2 with a queue, where only other subjects are negatives."""
 
     pairs: Literal["mcl", "cl", "none"] = "none"  # two modalities of one session, two views of one scan, or no branch
-    temperature: float = ranged(0.2, "positive")
+    temperature: float = ranged(0.2, "positive")  # of InfoNCE: similarities are divided by it
     hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
     dim: int = ranged(128, "at least 1")  # of queries and keys
-    weight: Ramp = ranged(Ramp(low=0.1, high=1.0, begin=0.05, until=0.10), "0 or more")  # alpha; 1 by itself
+    weight: Ramp = ranged(Ramp(low=0.1, high=1.0, begin=0.05, until=0.10), "0 or more")  # of the loss; alone it is 1
     max_gradient_ratio: float | None = None  # scale this branch's gradient on the encoder down to at most so many times
     # the norm of the others'
 

@@ -32,8 +32,8 @@ class TokenConfig:
     prototypes: int = ranged(4096, "at least 1")  # classes of the self-distillation
     hidden: int = ranged(1024, "at least 1")  # width of the head
     bottleneck: int = ranged(256, "at least 1")  # dimension in which tokens are compared with prototypes
-    student_temperature: float = ranged(0.1, "positive")
-    teacher_temperature: Ramp = ranged(Ramp(low=0.04, high=0.07, until=0.10), "positive")
+    student_temperature: float = ranged(0.1, "positive")  # of the softmax over prototypes: the query network's
+    teacher_temperature: Ramp = ranged(Ramp(low=0.04, high=0.07, until=0.10), "positive")  # and the key network's
     centre_momentum: float = ranged(0.9, "between 0 and 1")  # of the running mean that keeps one prototype from taking
     # all tokens
 

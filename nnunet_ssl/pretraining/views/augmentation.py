@@ -37,22 +37,22 @@ _LIMITS = {
 class AugmentationConfig:
     """Ranges of the parameters, and how often each transform is applied. Ranges are uniform."""
 
-    flip_probability: float = 0.5
+    flip_probability: float = 0.5  # left to right, all views of an example alike
     rotation: float = 0.3  # radians around each axis, + or -
     scale: float = 0.1  # of each axis, + or -
     shear: float = 0.3  # of each pair of axes, + or -
     shared_affine: bool = False  # the views of a pair share their affine map, so that they match voxel by voxel
-    contrast_probability: float = 0.8
+    contrast_probability: float = 0.8  # of each view
     contrast: float = 0.1  # stretch around the mean, + or -
-    noise_probability: float = 0.3
+    noise_probability: float = 0.3  # of each view
     noise_std: float = 0.01  # at most; in standard deviations of the brain, since scans are z-scored
     artefact_probability: float = 0.7  # one of the next three, each as likely as the others
     smooth_sigma: tuple[float, float] = (0.5, 1.0)  # voxels, drawn for each axis
     bias_field: tuple[float, float] = (0.0, 0.05)  # each coefficient
     gibbs: tuple[float, float] = (0.2, 0.4)  # share of the frequency radius that is cut
     gamma_probability: float = 1.0  # half of the views are offered gamma, the others low resolution
-    gamma: tuple[float, float] = (0.9, 1.1)
-    low_resolution_probability: float = 0.5
+    gamma: tuple[float, float] = (0.9, 1.1)  # exponent
+    low_resolution_probability: float = 0.5  # of the views that are offered it
     low_resolution: tuple[float, float] = (0.8, 1.0)  # zoom
 
     def __post_init__(self) -> None:

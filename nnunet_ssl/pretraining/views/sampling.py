@@ -23,8 +23,8 @@ class SamplingConfig:
     weighting: Literal["scan", "session", "source"] = "session"  # what is drawn alike: every scan (for pairs: sessions
     # by their number of scans), every session, or every source data set: there a large one does not drown a small one
     balanced_modalities: bool = False  # every modality (mim) or pair of modalities (mcl, cl) equally often
-    jitter_mm: float = 0.0  # the centres of the two views are at most this far apart
-    max_failed_share: float = 0.05  # of the scans drawn: more that cannot be read stop the training
+    jitter_mm: float = 0.0  # the centres of the two views are at most this far apart, uniform in a ball
+    max_failed_share: float = 0.05  # of the scans drawn (at least 200): more that cannot be read stop the training
 
     def __post_init__(self) -> None:
         if self.weighting not in ("scan", "session", "source"):
