@@ -1,6 +1,8 @@
-"""Are the docs true? What they type exists, and their Python runs."""
+"""Are the docs true? What they type exists, their Python runs, their links lead somewhere, every setting is told of."""
 
+import dataclasses
 import importlib
+import importlib.util
 import io
 import re
 import runpy
@@ -13,13 +15,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown.extensions.toc import slugify
 
+from nnunet_ssl.architectures import backbones
 from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.schedules import Ramp
+from nnunet_ssl.trainers.settings import Settings
+from nnunet_ssl.typed import ranged
 from nnunet_ssl.weights.encoders import write_encoder
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONSOLE = {point.name: point for point in distribution("nnunet_ssl").entry_points if point.name.startswith("nnssl_")}
+
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def module_of_the_site(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLES = module_of_the_site("settings_tables")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -102,9 +122,90 @@ def test_the_python_of_the_docs_runs(tmp_path, monkeypatch, write_scan):
         metadata={"config": {"patch_size": [32, 32, 32]}},
     )
     names = {}
-    for code in blocks(ROOT / "docs" / "python.md", "python"):
+    for code in blocks(REFERENCE / "python.md", "python"):
         if "segment" not in code:  # needs a trained model: tests/trainers/test_commands.py
             exec(code, names)
     assert names["vector"].ndim == 1
     assert len(names["maps"]) == len(names["encoder"].network.strides)
     assert names["t1"].array.shape == names["flair"].array.shape
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_of_a_page_is_python(page):
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
+def test_a_setting_of_fine_tuning_in_the_docs_is_accepted():
+    typed = {
+        found
+        for page in PAGES
+        for found in re.findall(r'nnssl_settings="?([a-z_]+=(?!\.\.\.)[^\s"`)]+)', page.read_text())
+    }
+    assert len(typed) > 8
+    for text in typed:
+        Settings().updated(text)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The places in a page that a link can lead to, as the site and GitHub call them."""
+    text = re.sub(r"^```.*?^```", "", TABLES.with_tables(page.read_text()), flags=re.M | re.S)
+    return {slugify(heading, "-") for heading in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_leads_to_a_file_and_a_heading_of_it(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for path, anchor in re.findall(r"\]\((?![a-z]+:)([^)#]*)#?([^)]*)\)", text):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
+
+
+def test_a_page_that_code_or_a_message_names_is_there():
+    folders = ("nnunet_ssl", "dataset_conversion", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    named = set()
+    for path in [*files, *ROOT.glob("*.md"), *ROOT.glob("*.yml"), *ROOT.glob("*.toml")]:
+        if path.suffix in (".py", ".sh", ".yaml", ".yml", ".toml", ".md", ".ipynb", ""):
+            named |= set(re.findall(r"docs/[\w/-]+\.\w+", path.read_text(errors="ignore")))
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def settings_without_meaning(kind: type) -> list[str]:
+    """The settings of a dataclass, and of those in it, that nothing is said of."""
+    missing, meanings = [], TABLES.meanings_of(kind)
+    for field in TABLES.keyed_fields(kind):
+        default = TABLES.default_of(field)
+        if dataclasses.is_dataclass(default) and not isinstance(default, Ramp):
+            missing += settings_without_meaning(type(default))
+        elif not meanings[field.name]:
+            missing.append(f"{kind.__name__}.{field.name}")
+    return missing
+
+
+@pytest.mark.parametrize("kind", [PretrainingConfig, Settings, *(one.settings for one in backbones.known().values())])
+def test_every_setting_has_a_meaning(kind):
+    assert settings_without_meaning(kind) == []
+
+
+def test_the_reference_has_every_setting():
+    pages = "\n".join(TABLES.with_tables(page.read_text()) for page in REFERENCE.glob("*settings.md"))
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", pages, re.M))
+    assert {field.name for field in dataclasses.fields(Settings)} <= keys
+    assert {"swin.depths", "resenc.preset", "primus.grid", "masked.tokens.level", "sampling.jitter_mm"} <= keys
+    assert "others" not in keys
+
+
+def test_a_table_says_default_range_and_meaning_of_a_setting():
+    @dataclasses.dataclass
+    class Inner:
+        """Of an example. More."""
+
+        share: float = ranged(0.5, "between 0 and 1")  # of all,
+        # and of the rest
+
+    table = TABLES.tables_of(Inner, "inner")
+    assert "## inner\n\nOf an example. More." in table
+    assert "| `inner.share` | `0.5` | a number, between 0 and 1 | of all, and of the rest |" in table
