@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from nnunet_ssl.audit.scans import LabelledCase, numbered_alike, same_names
 from nnunet_ssl.corpus.workers import run_locally
 from nnunet_ssl.errors import one_line
 from nnunet_ssl.imaging.geometry import read_scan
+from nnunet_ssl.live import live_line
 
 ALIKE = 0.78
 """Correlation of fingerprints from which on two scans are looked at closely. Between 24 real scans of 10 heads, and the
@@ -112,7 +114,12 @@ def pairs_by_content(
         case, path = images[image]
         pair = replace(_pair(scans, rows[place], case, "alike"), image=path, similarity=similarity)
         tasks.append(_Candidate(pair, labelled[path].matrix, corpus[pair.path].matrix))
-    pairs = [_judged(task.pair, outcome) for task, outcome in run_locally(_detail_of, tasks, processes)]
+    pairs = []
+    with live_line("Pairs that are alike", len(tasks), unit="pair") as line:
+        for task, outcome in run_locally(_detail_of, tasks, processes):
+            pairs.append(_judged(task.pair, outcome))
+            line.set_postfix(Counter(pair.verdict for pair in pairs), refresh=False)
+            line.update()
     return sorted(pairs, key=lambda pair: (pair.case, pair.image, pair.scan_id))
 
 

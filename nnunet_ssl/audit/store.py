@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_ssl.audit.fingerprints import Fingerprint, fingerprint
 from nnunet_ssl.corpus.workers import run_locally
 from nnunet_ssl.errors import one_line
 from nnunet_ssl.files import remove_leftovers, written_beside
 from nnunet_ssl.imaging.geometry import read_scan
+from nnunet_ssl.live import live_line
 
 FORMAT = 1
 """Raised when fingerprints change, so that older ones are made anew."""
@@ -40,14 +40,19 @@ def fingerprints_of(paths: Iterable[Path], folder: Path, processes: int) -> Prin
     waiting = [path for path in stamps if path not in kept]
     failed, fresh = {}, {}
     outcomes = run_locally(_fingerprint_of, waiting, processes)
-    for path, outcome in tqdm(outcomes, total=len(waiting), desc="Fingerprints", unit="scan", disable=not waiting):
-        if isinstance(outcome, BaseException):
-            failed[path] = one_line(outcome)
-            continue
-        fresh[path] = outcome
-        if len(fresh) == _AT_A_TIME:
-            _keep(folder, fresh, stamps)
-            kept, fresh = kept | fresh, {}
+    with live_line(
+        f"Fingerprints of {folder.name}", len(stamps), unit="scan", done=len(kept), shown=bool(waiting)
+    ) as line:
+        for path, outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                failed[path] = one_line(outcome)
+            else:
+                fresh[path] = outcome
+            if len(fresh) == _AT_A_TIME:
+                _keep(folder, fresh, stamps)
+                kept, fresh = kept | fresh, {}
+            line.set_postfix({"not compared": len(failed)}, refresh=False)
+            line.update()
     if fresh:
         _keep(folder, fresh, stamps)
     return Prints(kept | fresh, failed)

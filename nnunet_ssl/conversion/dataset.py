@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar, get_args
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_ssl.conversion import reporting
 from nnunet_ssl.conversion.discovery import RECORDS, Skipped
@@ -34,6 +33,7 @@ from nnunet_ssl.imaging.geometry import (
 )
 from nnunet_ssl.imaging.skull_strip import STRIPPED_MAXIMUM_ML, brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.limits import LESION_LOSS_TO_CHECK, LESION_LOSS_TO_SKIP
+from nnunet_ssl.live import live_line
 
 logger = logging.getLogger(__name__)
 
@@ -214,9 +214,12 @@ def _run(cases: Sequence[SomeCase], work: Callable[[SomeCase], None], n_processe
     """Run `work` on every case and return the failures."""
     failed = []
     outcomes = run_locally(work, cases, max(1, min(n_processes, len(cases))))
-    for case, outcome in tqdm(outcomes, total=len(cases), desc="converting", disable=not cases):
-        if isinstance(outcome, BaseException):
-            failed.append(Skipped(case.id, _reason(outcome, case)))
+    with live_line("Converting", len(cases), unit="case") as line:
+        for case, outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                failed.append(Skipped(case.id, _reason(outcome, case)))
+            line.set_postfix({"left out": len(failed)}, refresh=False)
+            line.update()
     return sorted(failed, key=lambda item: item.what)
 
 

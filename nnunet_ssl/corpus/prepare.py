@@ -17,7 +17,6 @@ from typing import Any
 
 import filelock
 import pandas as pd
-from tqdm import tqdm
 
 from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_index, standing_exclusions, without
 from nnunet_ssl.corpus.journal import fingerprint, finished_sessions, open_journal, write_journal
@@ -30,6 +29,7 @@ from nnunet_ssl.corpus.workers import Outcomes, run_locally, run_on_cluster
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import remove_leftovers, written_beside
 from nnunet_ssl.imaging.skull_strip import require_hd_bet
+from nnunet_ssl.live import live_line
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
 
 logger = logging.getLogger(__name__)
@@ -155,22 +155,23 @@ def _work(
     done: Mapping[str, SessionResult],
     outcomes: Outcomes[SessionTask, SessionResult],
 ) -> dict[str, SessionResult]:
-    """Collect the outcomes of the pending tasks into the journal, with a progress bar; return them by session."""
+    """Collect the outcomes of the pending tasks into the journal, with a live line; return them by session."""
     write_journal(names.journal, done.values())
-    results = {}
+    results, failed = {}, 0
     sizes = {task.session: len(task.scans) for task in tasks}
     already = sum(sizes[session] for session in done)
     with (
         contextlib.closing(outcomes),
         open_journal(names.journal) as record,
-        # smoothing=0: the remaining time is reckoned from this run's average, not from its last few sessions.
-        tqdm(total=sum(sizes.values()), initial=already, unit="scan", desc="Preparing", smoothing=0) as progress,
+        live_line("Preparing", sum(sizes.values()), unit="scan", done=already) as line,
     ):
         for task, outcome in outcomes:
             result = _settled(task, outcome)
             record(result)
             results[task.session] = result
-            progress.update(len(task.scans))
+            failed += len(result.failures)
+            line.set_postfix(failed=failed, refresh=False)
+            line.update(len(task.scans))
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from nnunet_ssl.corpus.prepared import Corpus, describe_corpus, open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.live import live_line
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.interruption import stop_requests
@@ -22,7 +24,7 @@ from nnunet_ssl.pretraining.monitoring import Validation
 from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
 from nnunet_ssl.pretraining.run import checkpointing, outputs
 from nnunet_ssl.pretraining.run.records import Records
-from nnunet_ssl.pretraining.run.speed import Stopwatch, live_line
+from nnunet_ssl.pretraining.run.speed import Stopwatch
 from nnunet_ssl.pretraining.run.summary import write_summary
 from nnunet_ssl.pretraining.step import training_step
 from nnunet_ssl.pretraining.views.loading import lost_workers_explained
@@ -73,7 +75,10 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
         records = stack.enter_context(Records(folder, step=first, config=config, device=device))
         stop_requested = stack.enter_context(stop_requests())
         stopwatch = Stopwatch(stream)
-        line = stack.enter_context(live_line(first, config.steps))
+        on_terminal = sys.stderr.isatty() and distributed.is_main()  # elsewhere the log tells the same
+        line = stack.enter_context(
+            live_line("Pre-training", config.steps, unit="step", done=first, smoothing=0.05, shown=on_terminal)
+        )
         announce(folder, corpus, config, learner, first)
         if distributed.is_main():
             outputs.reopen(folder)

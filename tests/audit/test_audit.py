@@ -1,6 +1,7 @@
 """The audit on corpora of phantoms: what one head leaves in two data sets is found, and nothing else."""
 
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -225,8 +226,21 @@ def test_an_audit_that_sees_less_takes_no_exclusion_back(folders, content):
     assert audit(500, 501, content=content).still_in == ["DS/sub_1"]
 
 
+def test_long_parts_of_an_audit_show_a_live_line_with_what_to_look_at(folders, capsys):
+    index(folders, {"sub_1": folders / "absent.nii.gz"})
+    label(folders, {"broken": None})
+
+    audit(500, 501)
+
+    lines = re.split("[\r\n]", capsys.readouterr().err)
+    for name in ("Dataset500_Corpus", "Dataset501_Labelled"):
+        line = next(one for one in reversed(lines) if one.startswith(f"Fingerprints of {name}: 100%"))
+        assert "1/1" in line
+        assert "not compared=1" in line
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_pair_that_could_not_be_looked_at_says_why(folders, processes):
+def test_a_pair_that_could_not_be_looked_at_says_why(folders, processes, capsys):
     scans = read_index(index(folders, {"sub_1": folders / "absent.nii.gz"}))
     image = folders / "broken.nii.gz"
     image.write_bytes(b"no image")
@@ -237,6 +251,7 @@ def test_a_pair_that_could_not_be_looked_at_says_why(folders, processes):
 
     assert (pair.verdict, pair.subject) == ("alike", "DS/sub_1")
     assert "broken.nii.gz" in pair.reason
+    assert "alike=1" in capsys.readouterr().err.rsplit("\r", 1)[-1], "the live line counts verdicts"
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, np.nan])

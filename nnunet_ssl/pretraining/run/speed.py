@@ -9,21 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.views.streams import Stream
-
-
-@contextmanager
-def live_line(first: int, steps: int) -> Iterator[tqdm]:
-    """A line that tells steps, rate and remaining time, on the main process' terminal; the log passes above it."""
-    if not (sys.stderr.isatty() and distributed.is_main()):
-        yield tqdm(disable=True)
-        return
-    with logging_redirect_tqdm(), tqdm(total=steps, initial=first, unit="step", smoothing=0.05) as line:
-        yield line
 
 
 class Stopwatch:
