@@ -122,8 +122,8 @@ def takes(hint: Any, field: dataclasses.Field[Any]) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{str(one).lower() if isinstance(one, bool) else one}`" for one in kinds)
     if typing.get_origin(hint) is tuple:
-        count = "numbers" if Ellipsis in kinds else f"{len(kinds)} numbers"
-        words = f"{count}, whole" if kinds[0] is int else count
+        words = "whole numbers" if kinds[0] is int else "numbers"
+        words = words if Ellipsis in kinds else f"{len(kinds)} {words}"
     else:
         words = "`low`, `high`, `begin`, `until`" if hint is Ramp else WORDS[hint]
     wanted = field.metadata.get("range")

@@ -59,6 +59,11 @@ def on_page_markdown(markdown: str, page: Page, **_) -> str:
     return "".join(parts)
 
 
+def on_page_content(html: str, **_) -> str:
+    """Leave out the roles of reStructuredText in docstrings, which stay before the code that they mark."""
+    return re.sub(r":(?:class|data|func|meth|mod):(?=<code>)", "", html)
+
+
 def linked(text: str, path: str, anchor: str, page: Page) -> str:
     """A link to a file of the repository: within the site, or the text alone where the site does not have it."""
     path = posixpath.normpath(path)
