@@ -7,6 +7,7 @@ of its class. `tests/test_docs.py` asks for one of either of every field.
 from __future__ import annotations
 
 import ast
+import collections.abc
 import dataclasses
 import importlib
 import inspect
@@ -44,17 +45,28 @@ def tables_of(kind: type, section: str = "") -> str:
     prefix = f"{section}." if section else ""
     heading = f"{'#' * (2 + section.count('.'))} {section}\n\n{plain(first_paragraph(kind))}\n\n" if section else ""
     rows, below = [], []
-    meanings = meanings_of(kind)
+    hints, meanings = typing.get_type_hints(kind), meanings_of(kind)
     for field in keyed_fields(kind):
-        default = default_of(field)
-        if dataclasses.is_dataclass(default) and not isinstance(default, Ramp):
-            below.append(tables_of(type(default), prefix + field.name))
+        hint = without_none(hints[field.name])
+        if is_section(hint):
+            below.append(tables_of(hint, prefix + field.name))
         else:
-            hint = typing.get_type_hints(kind)[field.name]
-            cells = (f"`{prefix}{field.name}`", written(default), takes(hint, field), plain(meanings[field.name]))
+            cells = (f"`{prefix}{field.name}`", written(default_of(field)), takes(hint, field))
+            cells += (plain(meanings[field.name]),)
             rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     table = "\n".join(["| key | default | takes | meaning |", "|---|---|---|---|", *rows])
     return "\n\n".join([heading + table, *below])
+
+
+def without_none(hint: Any) -> Any:
+    """What a field holds if it holds something: ``int`` of ``int | None``."""
+    kinds = [one for one in typing.get_args(hint) if one is not type(None)]
+    return kinds[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
+
+
+def is_section(hint: Any) -> bool:
+    """Whether a field has keys of its own. A ramp is one value, whose four numbers are told at once."""
+    return dataclasses.is_dataclass(hint) and hint is not Ramp
 
 
 def keyed_fields(kind: type) -> list[dataclasses.Field[Any]]:
@@ -107,7 +119,7 @@ def written(value: Any) -> str:
     if isinstance(value, Ramp):
         begin, until = (f"{100 * share:g}" for share in (value.begin, value.until))
         return f"{value.low:g} to {value.high:g} between {begin} and {until} % of the steps"
-    if value is None or value == "":
+    if value is None or value == "" or value == {}:
         return ""
     plain_value = list(value) if isinstance(value, tuple) else value
     return f"`{yaml.safe_dump(plain_value, default_flow_style=True).replace('...', '').strip()}`"
@@ -115,15 +127,14 @@ def written(value: Any) -> str:
 
 def takes(hint: Any, field: dataclasses.Field[Any]) -> str:
     """What a value must be, by type and range."""
-    kinds = [one for one in typing.get_args(hint) if one is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = kinds
-        kinds = list(typing.get_args(hint))
+    kinds = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{str(one).lower() if isinstance(one, bool) else one}`" for one in kinds)
     if typing.get_origin(hint) is tuple:
         words = "whole numbers" if kinds[0] is int else "numbers"
         words = words if Ellipsis in kinds else f"{len(kinds)} {words}"
+    elif typing.get_origin(hint) is collections.abc.Mapping:
+        words = "a number by name"
     else:
         words = "`low`, `high`, `begin`, `until`" if hint is Ramp else WORDS[hint]
     wanted = field.metadata.get("range")

@@ -8,6 +8,8 @@ import re
 import runpy
 import shlex
 import sys
+import typing
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from importlib.metadata import distribution
@@ -20,7 +22,6 @@ from markdown.extensions.toc import slugify
 from nnunet_ssl.architectures import backbones
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
-from nnunet_ssl.schedules import Ramp
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.typed import ranged
 from nnunet_ssl.weights.encoders import write_encoder
@@ -175,11 +176,11 @@ def test_a_page_that_code_or_a_message_names_is_there():
 
 def settings_without_meaning(kind: type) -> list[str]:
     """The settings of a dataclass, and of those in it, that nothing is said of."""
-    missing, meanings = [], TABLES.meanings_of(kind)
+    missing, meanings, hints = [], TABLES.meanings_of(kind), typing.get_type_hints(kind)
     for field in TABLES.keyed_fields(kind):
-        default = TABLES.default_of(field)
-        if dataclasses.is_dataclass(default) and not isinstance(default, Ramp):
-            missing += settings_without_meaning(type(default))
+        hint = TABLES.without_none(hints[field.name])
+        if TABLES.is_section(hint):
+            missing += settings_without_meaning(hint)
         elif not meanings[field.name]:
             missing.append(f"{kind.__name__}.{field.name}")
     return missing
@@ -198,14 +199,36 @@ def test_the_reference_has_every_setting():
     assert "others" not in keys
 
 
+@dataclasses.dataclass
+class Inner:
+    """Of an example. More."""
+
+    share: float = ranged(0.5, "between 0 and 1")  # of all,
+    # and of the rest
+
+
+@dataclasses.dataclass
+class Outer:
+    """An example.
+
+    Attributes:
+        names: what is
+            called how.
+        sizes: of ``both``.
+    """
+
+    names: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, int] | None = None
+    inner: Inner | None = None
+    hidden: int = dataclasses.field(default=0, metadata={"key": False})
+
+
 def test_a_table_says_default_range_and_meaning_of_a_setting():
-    @dataclasses.dataclass
-    class Inner:
-        """Of an example. More."""
-
-        share: float = ranged(0.5, "between 0 and 1")  # of all,
-        # and of the rest
-
-    table = TABLES.tables_of(Inner, "inner")
-    assert "## inner\n\nOf an example. More." in table
-    assert "| `inner.share` | `0.5` | a number, between 0 and 1 | of all, and of the rest |" in table
+    assert TABLES.tables_of(Outer) == (
+        "| key | default | takes | meaning |\n|---|---|---|---|\n"
+        "| `names` |  | a number by name | what is called how. |\n"
+        "| `sizes` |  | 2 whole numbers | of `both`. |\n\n"
+        "## inner\n\nOf an example. More.\n\n"
+        "| key | default | takes | meaning |\n|---|---|---|---|\n"
+        "| `inner.share` | `0.5` | a number, between 0 and 1 | of all, and of the rest |"
+    )
