@@ -132,6 +132,11 @@ def test_the_python_of_the_docs_runs(tmp_path, monkeypatch, write_scan):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_begins_with_its_title_and_what_it_is_for(page):
+    assert re.match(r"# [^\n]+\n\n[\w`\[(]", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_of_a_page_is_python(page):
     for code in blocks(page, "python"):
         compile(code, page.name, "exec")
