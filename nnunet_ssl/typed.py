@@ -32,7 +32,8 @@ RANGES: dict[str, Callable[[float], bool]] = {
 
 
 def ranged(default: Any, wanted: str) -> Any:
-    """A field whose number, or whose ramp's or tuple's numbers, must be as one of `RANGES` says; None is no number."""
+    """A field whose number, or whose ramp's, tuple's or mapping's numbers, must be as one of `RANGES` says; None is no
+    number."""
     return dataclasses.field(default=default, metadata={"range": wanted})
 
 
@@ -58,6 +59,8 @@ def _numbers(key: str, value: Any) -> dict[str, float]:
         return {f"{key}.low": value.low, f"{key}.high": value.high}
     if isinstance(value, tuple):
         return {f"{key}[{place}]": one for place, one in enumerate(value)}
+    if isinstance(value, Mapping):
+        return {f"{key}.{name}": one for name, one in value.items()}
     return {} if value is None else {key: value}
 
 
@@ -71,8 +74,8 @@ def build(
     """Build the dataclass `kind` from `values`; a missing key is as in `base`, else the dataclass's default.
 
     Args:
-        kind: a dataclass whose fields are int, float, bool, str, Literal, tuples of them, dataclasses, or one of those
-            ``| None``.
+        kind: a dataclass whose fields are int, float, bool, str, Literal, tuples of them, mappings of names to them,
+            dataclasses, or one of those ``| None``.
         values: as a YAML file gives them.
         where: dotted prefix of the keys, for messages.
         base: what `values` are to change.
@@ -175,6 +178,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(value, arguments, where)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} is {value!r}; it takes a value for each name, such as {{name: 1}}.")
+        return {str(name): _convert(one, arguments[1], f"{where}.{name}") for name, one in value.items()}
     return _convert_scalar(value, kind, where)
 
 

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchDecode
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
@@ -105,6 +106,18 @@ class PrimusEncoder(nn.Module):
     def parts(self) -> list[nn.Module]:
         """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
         return list(self.eva.blocks)
+
+    def by_depth(self) -> dict[str, list[str]]:
+        """Modules and parameters by depth, for :func:`nnunet_ssl.architectures.backbones.base.parameters_by_depth`.
+
+        The blocks, which are all of one width, go together by quarters: a Swin encoder has four stages, too.
+        """
+        quarters = [part for part in np.array_split(range(len(self.eva.blocks)), 4) if len(part)]
+        return {
+            "embedding": ["down_projection", "eva.pos_embed", "mask_token"],
+            **{f"blocks{part[0] + 1}to{part[-1] + 1}": [f"eva.blocks.{block}" for block in part] for part in quarters},
+            "norm": ["eva.norm"],
+        }
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.

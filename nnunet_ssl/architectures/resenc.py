@@ -97,6 +97,10 @@ class ResEncEncoder(ResidualEncoder):
         """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
         return [self.stem, *(block for stage in self.stages for block in stage.blocks)]
 
+    def by_depth(self) -> dict[str, list[str]]:
+        """Modules by depth, for :func:`nnunet_ssl.architectures.backbones.base.parameters_by_depth`."""
+        return {"stem": ["stem"]} | {f"stage{number + 1}": [f"stages.{number}"] for number in range(len(self.stages))}
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.
 

@@ -284,6 +284,12 @@ class SwinEncoder(nn.Module):
         """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
         return [module for module in self.modules() if isinstance(module, (ResidualBlock, SwinBlock, PatchMerging))]
 
+    def by_depth(self) -> dict[str, list[str]]:
+        """Modules and parameters by depth, for
+        :func:`nnunet_ssl.architectures.backbones.base.parameters_by_depth`."""
+        stages = {f"stage{number + 1}": [f"stages.{number}"] for number in range(len(self.stages))}
+        return {"embedding": ["patch_embed", "mask_token"], **stages}
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.
 

@@ -21,6 +21,7 @@ from nnunet_ssl.architectures.backbones.base import BackboneConfig
 from nnunet_ssl.architectures.backbones.resenc import RESENC, ResEncConfig
 from nnunet_ssl.architectures.backbones.swin import SWIN, SwinConfig
 from nnunet_ssl.errors import require
+from nnunet_ssl.pretraining.gradients import Balance
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective, Pairs
 from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
@@ -79,6 +80,10 @@ class PretrainingConfig:
     warmup: float = ranged(0.02, "between 0 and 1")  # share of the steps over which the rate rises
     weight_decay: float = ranged(0.01, "0 or more")  # not on biases, norms, position biases and the mask token
     gradient_clip: float = ranged(10.0, "positive")  # norm of the gradient of all parameters
+    balance: Balance = "sum"  # what becomes of the branches' gradients on the encoder: their sum, each clipped by
+    # itself, weighted to equal norms, or each with moments and a learning rate of its own
+    branches: Mapping[str, float] = field(default_factory=dict, metadata={"range": "positive"})  # for `balance`, by
+    # branch: the limit of its norm, its share of the norms, or its factor of the learning rate; 1 where none is said
     accumulation: int = ranged(1, "at least 1")  # a step's examples come in so many parts, to save memory
     bf16: bool = True  # autocast, on GPUs that have it
     compile: Literal["auto", True, False] = "auto"  # torch.compile for the encoder; auto: on a GPU
@@ -123,6 +128,34 @@ class PretrainingConfig:
                 f"{objective.section}.max_gradient_ratio needs another branch, such as a masked one, to compare with",
             )
             objective.check()
+        self._check_balance()
+
+    def _check_balance(self) -> None:
+        """Refuse a balance that the branches do not suit, or numbers that would do nothing."""
+        names = [objective.name for objective in self.objectives]
+        balances = self.balance != "sum"
+        require(
+            not balances or len(names) > 1,
+            f"balance is {self.balance}, but the recipe '{self.recipe}' has a single branch, {names[0]}, with "
+            "nothing to balance it with: leave balance out",
+        )
+        limited = [f"{one.section}.max_gradient_ratio" for one in self.objectives if one.max_gradient_ratio is not None]
+        require(
+            not (balances and limited),
+            f"balance is {self.balance} and {' and '.join(limited)} is set, which balances gradients, too: choose one "
+            "of them, with max_gradient_ratio=null or without balance",
+        )
+        require(
+            balances or not self.branches,
+            f"branches has numbers for {' and '.join(self.branches)}, which balance=sum does not use: set balance to "
+            "clip, equal_norms or learning_rates",
+        )
+        strange = sorted(self.branches.keys() - set(names))
+        require(
+            not strange,
+            f"branches has a number for {' and '.join(strange)}; the branches of the recipe '{self.recipe}' are "
+            f"{' and '.join(names)}",
+        )
 
     def _check_patch(self) -> None:
         require(min(self.patch_size) >= 1, f"patch_size is {list(self.patch_size)}; sizes are at least 1")
@@ -160,6 +193,11 @@ class PretrainingConfig:
     def objectives(self) -> tuple[Objective, ...]:
         """What is to be learnt, in a fixed order."""
         return tuple(kind(self) for kind in known() if kind.is_on(self))
+
+    @property
+    def branch_numbers(self) -> dict[str, float]:
+        """The number that `balance` takes of each branch, in the order of the objectives."""
+        return {objective.name: self.branches.get(objective.name, 1.0) for objective in self.objectives}
 
     @property
     def pairs(self) -> Pairs | None:

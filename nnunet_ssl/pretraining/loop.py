@@ -21,7 +21,7 @@ from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.interruption import stop_requests
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.monitoring import Validation
-from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
+from nnunet_ssl.pretraining.optimization import build_optimizer, schedules, set_learning_rate
 from nnunet_ssl.pretraining.run import checkpointing, outputs
 from nnunet_ssl.pretraining.run.records import Records
 from nnunet_ssl.pretraining.run.speed import Stopwatch
@@ -87,8 +87,7 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
 
         for step in range(first, config.steps):
             schedule = schedules(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule["learning_rate"]
+            set_learning_rate(optimizer, schedule["learning_rate"])
             update = training_step(
                 learner,
                 optimizer,

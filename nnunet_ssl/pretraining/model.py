@@ -72,10 +72,15 @@ class Network(nn.Module):
 class Learner(nn.Module):
     """The query network, which learns; the key network, its moving average; the states of the objectives.
 
+    Where the branches' gradients are weighted to equal norms, ``branch_norms`` are the moving averages of these, one
+    for each objective.
+
     Args:
         config: the recipe. Weights are drawn from its seed, whatever has been drawn before.
         device: where everything goes; drawn on the CPU, weights are the same everywhere.
     """
+
+    branch_norms: Tensor
 
     def __init__(self, config: PretrainingConfig, device: torch.device = CPU) -> None:
         super().__init__()
@@ -91,6 +96,8 @@ class Learner(nn.Module):
                 delattr(self.key, objective.head_name)
             if objective.state_name is not None:
                 self.add_module(objective.state_name, objective.build_state())
+        if config.balance == "equal_norms":
+            self.register_buffer("branch_norms", torch.zeros(len(config.objectives)))
         self.to(device)
         self.compiles = compiler_serves(device) if config.compile == "auto" else config.compile
         if self.compiles:

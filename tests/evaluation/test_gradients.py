@@ -9,7 +9,7 @@ from torch import nn
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.gradients import describe_gradients, measure_gradients, read_runs
-from nnunet_ssl.pretraining.gradients import balance, measure
+from nnunet_ssl.pretraining.gradients import measure, ratio_factors, scale
 
 
 def write_run(folder, **columns):
@@ -65,7 +65,8 @@ def test_any_number_of_branches_is_read_as_a_training_writes_it(tmp_path):
     branches = {"masked": [3.0, 0.0], "contrastive": [0.0, 4.0], "brightness": [0.0, -2.0]}
     gradients = {name: [torch.tensor(values)] for name, values in branches.items()}
     heads = {name: nn.Linear(1, 1) for name in branches}
-    figures = measure(gradients) | balance(gradients, heads, {"masked": 0.5, "brightness": 0.25})
+    factors = ratio_factors(gradients, {"masked": 0.5, "brightness": 0.25})
+    figures = measure(gradients) | scale(gradients, heads, factors)
     run = write_run(tmp_path / "three", **{name: float(figures[name]) for name in sorted(figures)})
     result = measure_gradients(read_runs([run]))["runs"]["three"]
     assert {name: one["median"] for name, one in result["branches"].items()} == {

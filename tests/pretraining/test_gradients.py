@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_ssl.pretraining.gradients import backward_by_branch, balance, branch_names, measure, sum_into
+from nnunet_ssl.pretraining.gradients import (
+    backward_by_branch,
+    branch_names,
+    measure,
+    ratio_factors,
+    scale,
+    sum_into,
+)
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def test_the_contrastive_gradient_is_only_ever_scaled_down_and_its_head_alike(co
     }
     head = nn.Linear(1, 1, bias=False)
     head.weight.grad = torch.tensor([[30.0]])
-    figures = balance(by_branch, {"contrastive": head}, {"contrastive": 2.0})
+    figures = scale(by_branch, {"contrastive": head}, ratio_factors(by_branch, {"contrastive": 2.0}))
     assert {name: float(value) for name, value in figures.items()} == {"gradient/balance": pytest.approx(factor)}
     assert float(by_branch["contrastive"][0]) == pytest.approx(factor * contrastive)
     assert float(head.weight.grad) == pytest.approx(factor * 30)
@@ -92,7 +99,7 @@ def test_any_number_of_branches_is_measured_and_balanced():
     cosines = {name: float(value) for name, value in figures.items() if "cosine" in name}
     assert cosines == {"gradient/cosine/a-b": 0, "gradient/cosine/a-c": 0, "gradient/cosine/b-c": -1}
     heads = {name: nn.Linear(1, 1) for name in by_branch}  # without gradients
-    factors = balance(by_branch, heads, {"a": 1.0, "b": 0.5})
+    factors = scale(by_branch, heads, ratio_factors(by_branch, {"a": 1.0, "b": 0.5}))
     assert float(factors["gradient/balance/a"]) == pytest.approx(3 / 6)
     assert float(factors["gradient/balance/b"]) == pytest.approx(0.5 * 37**0.5 / 4)
     assert float(by_branch["a"][0].norm()) == pytest.approx(3)

@@ -8,6 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+OTHER = "other"
+"""The depth of the parameters that an encoder counts to none."""
+
 Architecture = Mapping[str, Any]
 """As checkpoints carry it: ``{"backbone": name, "in_channels": 1, ...}``, every other key a keyword of the class."""
 
@@ -39,6 +42,39 @@ class Encoder(Protocol):
     def parts(self) -> list[nn.Module]:
         """The modules that repeat, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
         ...
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """An encoder that tells which of its modules and parameters lie at which depth."""
+
+    def by_depth(self) -> dict[str, list[str]]:
+        """Names of modules and of parameters by the name of their depth, finest first."""
+        ...
+
+
+def parameters_by_depth(encoder: nn.Module) -> dict[str, list[int]]:
+    """Divide the parameters of an encoder by depth.
+
+    Args:
+        encoder: if it is :class:`Layered`, its depths are what it says, else its `parts`, "part1" and so on.
+
+    Returns:
+        by depth, finest first: places in the list of ``encoder.parameters()``. Every parameter is at one depth, those
+        that the encoder counts to none at :data:`OTHER`, the last. A depth without parameters is left out.
+    """
+    if isinstance(encoder, Layered):
+        depths = encoder.by_depth()
+    else:
+        names = {module: name for name, module in encoder.named_modules()}
+        depths = {f"part{number}": [names[part]] for number, part in enumerate(encoder.parts(), start=1)}
+    depth_of = {name: depth for depth, members in depths.items() for name in members}
+    places: dict[str, list[int]] = {depth: [] for depth in (*depths, OTHER)}
+    for place, (name, _) in enumerate(encoder.named_parameters()):
+        words = name.split(".")
+        ancestors = (".".join(words[:count]) for count in range(len(words), 0, -1))
+        places[next((depth_of[one] for one in ancestors if one in depth_of), OTHER)].append(place)
+    return {depth: members for depth, members in places.items() if members}
 
 
 class BackboneConfig(Protocol):

@@ -20,7 +20,7 @@ from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.nnunet_folders import folder_of
-from nnunet_ssl.pretraining.config import PretrainingConfig, with_todays_names
+from nnunet_ssl.pretraining.config import PretrainingConfig, from_dict
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives import known
 from nnunet_ssl.pretraining.optimization import restore_optimizer
@@ -145,8 +145,8 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
         refuse_to_overwrite(folder)
         logger.warning("There is no checkpoint in %s to continue from: the run begins at step 0.", folder)
         return None
-    changes = list(_changes(with_todays_names(state["metadata"]["config"]), learner.config.as_dict()))
-    shapes = ("backbone", *known_backbones(), *(shape for kind in known() for shape in kind.shapes))
+    changes = list(_changes(from_dict(state["metadata"]["config"]).as_dict(), learner.config.as_dict()))
+    shapes = ("backbone", "balance", *known_backbones(), *(shape for kind in known() for shape in kind.shapes))
     fatal = [text for key, text in changes if key.startswith(shapes)]
     if fatal:
         raise UserError(
