@@ -112,12 +112,11 @@ class PrimusEncoder(nn.Module):
 
         The blocks, which are all of one width, go together by quarters: a Swin encoder has four stages, too.
         """
-        quarters = [part for part in np.array_split(range(len(self.eva.blocks)), 4) if len(part)]
-        return {
-            "embedding": ["down_projection", "eva.pos_embed", "mask_token"],
-            **{f"blocks{part[0] + 1}to{part[-1] + 1}": [f"eva.blocks.{block}" for block in part] for part in quarters},
-            "norm": ["eva.norm"],
-        }
+        depths = {"embedding": ["down_projection", "eva.pos_embed", "mask_token"]}
+        for blocks in np.array_split(range(len(self.eva.blocks)), min(4, len(self.eva.blocks))):
+            name = f"blocks{blocks[0] + 1}to{blocks[-1] + 1}" if len(blocks) > 1 else f"block{blocks[0] + 1}"
+            depths[name] = [f"eva.blocks.{block}" for block in blocks]
+        return depths | {"norm": ["eva.norm"]}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Encode volumes.

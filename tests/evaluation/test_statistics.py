@@ -8,6 +8,7 @@ from nnunet_ssl.evaluation.statistics import (
     jackknife_interval,
     mean_interval,
     paired_wilcoxon,
+    t_interval,
 )
 
 
@@ -45,6 +46,14 @@ def test_draws_without_a_value_are_left_out():
             return weights[:, 0] / weights[:, 0]
 
     assert bootstrap_interval(ratio, 2) == (1.0, 1.0)
+
+
+def test_the_t_interval_is_that_of_the_t_test_and_needs_two_units():
+    values = np.random.default_rng(0).normal(size=5)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert t_interval([*values, np.nan]) == pytest.approx((expected.low, expected.high))
+    assert t_interval([2.0, 2.0]) == (2, 2)
+    assert np.isnan(t_interval([1.0, np.nan])).all()
 
 
 def test_jackknife_of_a_mean_with_a_group_per_unit_is_the_classical_standard_error():

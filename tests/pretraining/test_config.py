@@ -137,6 +137,38 @@ def test_choices_that_need_two_branches_are_refused_for_one():
         load_config("mcl_ibot", ["contrastive.pairs=none"])
 
 
+@pytest.mark.parametrize("kind", ["clip", "equal_norms", "learning_rates"])
+def test_a_balance_has_a_number_for_each_branch(kind):
+    config = load_config("mcl_mim", [f"balance={kind}", "branches.masked=0.5"])
+    assert config.branch_numbers == {"contrastive": 1.0, "masked": 0.5}
+    assert from_dict(yaml.safe_load(config.as_yaml())) == config
+    assert load_config("mcl_ibot", [f"balance={kind}", "branches={contrastive: 2}"]).branch_numbers["contrastive"] == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            "mcl",
+            ["balance=clip"],
+            "balance is clip, but the recipe 'mcl' has a single branch, contrastive, with nothing",
+        ),
+        ("mim", ["balance=learning_rates"], "has a single branch, masked"),
+        ("mcl_mim_balanced", ["balance=equal_norms"], r"contrastive.max_gradient_ratio is set, .*choose one"),
+        ("mcl_mim", ["branches.masked=2"], "branches has numbers for masked, which balance=sum does not use"),
+        ("mcl_mim", ["balance=clip", "branches.mask=2"], r"number for mask; the branches .* contrastive and masked"),
+        ("mcl_mim", ["balance=clip", "branches.masked=0"], "branches.masked is 0.0; it must be positive"),
+        ("mcl_mim", ["balance=clip", "branches.masked=.nan"], "branches.masked is nan; it must be positive"),
+        ("mcl_mim", ["balance=clip", "branches.masked=much"], "branches.masked is 'much'; it takes a number"),
+        ("mcl_mim", ["balance=clip", "branches=2"], "branches is 2; it takes a value for each name"),
+        ("mcl_mim", ["balance=gradnorm"], "balance is 'gradnorm'; it can be sum, clip, equal_norms, learning_rates"),
+    ],
+)
+def test_a_balance_that_does_not_fit_is_explained_in_a_sentence(recipe, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(recipe, overrides)
+
+
 def test_a_file_can_be_a_recipe_and_gives_it_its_name(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("contrastive: {pairs: cl}\nsteps: 10\n")

@@ -2,12 +2,20 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from nnunet_ssl.pretraining.gradients import (
     backward_by_branch,
     branch_names,
+    clip_factors,
+    depth_prefixes,
     measure,
+    measure_by_depth,
+    moving_norms,
+    norm,
+    norm_weights,
     ratio_factors,
     scale,
     sum_into,
@@ -112,3 +120,92 @@ def test_a_parameter_without_any_gradient_keeps_none():
     sum_into({"contrastive": [torch.ones(1), None], "masked": [torch.ones(1), None]}, parameters)
     assert parameters[0].grad.tolist() == [2.0]
     assert parameters[1].grad is None
+
+
+POSITIVE = st.floats(1e-30, 1e30, allow_subnormal=False)
+
+
+def test_depths_add_up_to_the_whole_encoder():
+    generator = torch.Generator().manual_seed(0)
+    by_branch = {
+        branch: [torch.randn(size, generator=generator) if size > used else None for size in range(1, 15)]
+        for branch, used in {"contrastive": 0, "masked": 5}.items()
+    }
+    depths = {"stem": [0, 1]} | {f"stage{number}": [number + 1] for number in range(1, 12)} | {"other": [13]}
+    whole, figures = measure(by_branch), measure_by_depth(by_branch, depths)
+    prefixes = depth_prefixes(sorted(figures))
+    assert list(prefixes) == list(depths), "places bring the depths of a sorted table into their order"
+    for branch in by_branch:
+        squares = [float(figures[f"{prefix}{branch}"]) ** 2 for prefix in prefixes.values()]
+        assert sum(squares) == pytest.approx(float(whole[f"gradient/{branch}"]) ** 2)
+    products = [
+        float(figures[f"{prefix}cosine"] * figures[f"{prefix}contrastive"] * figures[f"{prefix}masked"])
+        for prefix in prefixes.values()
+        if f"{prefix}cosine" in figures
+    ]
+    expected = whole["gradient/cosine"] * whole["gradient/contrastive"] * whole["gradient/masked"]
+    assert sum(products) == pytest.approx(float(expected), rel=1e-4)
+    assert float(figures[f"{prefixes['stem']}masked"]) == 0
+    assert f"{prefixes['stem']}cosine" not in figures, "a branch that does not reach a depth has no direction there"
+    assert branch_names([*whole, *figures, "gradient/total"]) == ["contrastive", "masked"]
+
+
+def test_cosines_by_depth_of_several_branches_bear_their_names():
+    by_branch = {name: [torch.ones(1), torch.tensor([sign])] for name, sign in {"a": 1.0, "b": -1.0, "c": 1.0}.items()}
+    figures = measure_by_depth(by_branch, {"fine": [0], "coarse": [1]})
+    assert {name: float(value) for name, value in figures.items() if "1_coarse/cosine" in name} == {
+        "gradient/depth/1_coarse/cosine/a-b": -1,
+        "gradient/depth/1_coarse/cosine/a-c": 1,
+        "gradient/depth/1_coarse/cosine/b-c": -1,
+    }
+
+
+@given(st.lists(st.tuples(POSITIVE, POSITIVE, POSITIVE), min_size=1, max_size=4))
+def test_a_clipped_branch_is_within_its_limit_and_keeps_its_direction(branches):
+    """On the encoder and its head together; what is within is left alone."""
+    by_branch = {f"{place}": [torch.tensor([encoder]), None] for place, (encoder, _, _) in enumerate(branches)}
+    heads = {name: nn.Linear(1, 1, bias=False) for name in by_branch}
+    for head, (_, own, _) in zip(heads.values(), branches):
+        head.weight.grad = torch.tensor([[own]])
+    limits = {name: limit for name, (_, _, limit) in zip(by_branch, branches)}
+    factors = clip_factors(by_branch, heads, limits)
+    columns = scale(by_branch, heads, factors)
+    assert sorted(columns) == ([f"gradient/balance/{name}" for name in by_branch])
+    for name, (encoder, own, limit) in zip(by_branch, branches):
+        gradient = torch.tensor([encoder, own]).double()
+        now = torch.cat([by_branch[name][0], heads[name].weight.grad[0]]).double()
+        # float32 squares norms above 1e19 to infinity, and what is not finite is never taken for a step
+        if gradient.square().sum() < 1e37 and gradient.norm() > 1e-18:
+            assert now.norm() <= limit * 1.001
+            expected = gradient * min(1.0, limit / gradient.norm())
+            torch.testing.assert_close(now, expected, rtol=1e-3, atol=1e-37)
+
+
+@given(st.lists(st.tuples(POSITIVE, st.floats(0.01, 100)), min_size=1, max_size=5))
+def test_weights_bring_norms_into_the_proportion_of_their_shares_and_add_up_to_the_number_of_branches(branches):
+    norms, shares = (torch.tensor(one) for one in zip(*branches))
+    weights = norm_weights(norms, shares)
+    assert float(weights.sum()) == pytest.approx(len(branches), rel=1e-4)
+    sent = (weights.double() * norms.double() / shares.double())[weights > 1e-30]
+    torch.testing.assert_close(sent, sent[:1].expand_as(sent), rtol=1e-3, atol=0)
+
+
+def test_a_branch_without_gradient_leaves_the_others_their_weights():
+    norms, shares = torch.tensor([4.0, 0.0, 1.0]), torch.ones(3)
+    expected = norm_weights(norms[[0, 2]], shares[:2]).tolist()
+    assert norm_weights(norms, shares).tolist() == pytest.approx([expected[0], 1.0, expected[1]])
+    assert norm_weights(torch.zeros(2), torch.ones(2)).tolist() == [1, 1]
+
+
+def test_averages_of_norms_begin_at_the_first_and_follow():
+    average = moving_norms(torch.zeros(2), torch.tensor([4.0, 0.0]))
+    assert average.tolist() == [4, 0]
+    average = moving_norms(average, torch.tensor([2.0, 3.0]))
+    assert average.tolist() == pytest.approx([0.9 * 4 + 0.1 * 2, 3])
+    for _ in range(100):
+        average = moving_norms(average, torch.tensor([2.0, 5.0]))
+    assert average.tolist() == pytest.approx([2, 5], rel=1e-3)
+
+
+def test_a_gradient_of_nothing_has_norm_zero():
+    assert float(norm([None, None])) == float(norm([])) == 0

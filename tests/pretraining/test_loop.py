@@ -124,6 +124,36 @@ def test_records_of_steps_that_were_lost_are_dropped(write_prepared, train):
     assert pd.read_csv(folder / "progress.csv")["step"].tolist() == [0, 2, 4]
 
 
+BALANCES = {
+    "clip": ["balance=clip", "branches.contrastive=0.1"],
+    "equal_norms": ["balance=equal_norms"],
+    "learning_rates": ["balance=learning_rates", "branches.masked=0.5"],
+}
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_a_balanced_run_ends_bit_for_bit_the_same_whether_or_not_it_was_broken(write_prepared, train, balance):
+    write_prepared()
+    small = ["swin.depths=1,1", "swin.num_heads=1,2", "patch_size=16", "accumulation=2", "validation.every=100"]
+    folder = train("mcl_mim", *small, *BALANCES[balance])
+    unbroken = checkpoint(folder)
+    for path in ("checkpoint_00000004.pth", "checkpoint_latest.pth"):
+        (folder / path).unlink()
+    before = checkpoint(folder, "checkpoint_00000002.pth")
+    train("mcl_mim", *small, *BALANCES[balance], resume=True)
+    again = checkpoint(folder)
+    torch.testing.assert_close(again["learner"], unbroken["learner"], rtol=0, atol=0)
+    torch.testing.assert_close(again["optimizer"]["state"], unbroken["optimizer"]["state"], rtol=0, atol=0)
+    assert any(not torch.equal(tensor, before["learner"][name]) for name, tensor in again["learner"].items())
+    assert ("branch_norms" in again["learner"]) == (balance == "equal_norms")
+    with pytest.raises(UserError, match=f"cannot be continued with these settings: balance was {balance}, is sum"):
+        train("mcl_mim", *small, "steps=6", resume=True)
+    table = pd.read_csv(folder / "progress.csv")
+    assert {f"gradient/depth/{depth}/cosine" for depth in ("0_embedding", "1_stage1", "2_stage2")} <= set(table.columns)
+    scaled = {"gradient/balance/contrastive", "gradient/balance/masked"}
+    assert scaled & set(table.columns) == (set() if balance == "learning_rates" else scaled)
+
+
 def test_without_a_checkpoint_continuing_begins(write_prepared, train, caplog):
     write_prepared()
     with caplog.at_level("INFO"):

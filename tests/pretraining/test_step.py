@@ -12,7 +12,7 @@ from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives.base import Examples
 from nnunet_ssl.pretraining.objectives.contrastive import symmetric_info_nce
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks, reconstruction_error
-from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
+from nnunet_ssl.pretraining.optimization import BranchAdamW, build_optimizer, schedules
 from nnunet_ssl.pretraining.step import training_step
 from nnunet_ssl.pretraining.views.augmentation import Batch
 
@@ -32,6 +32,11 @@ TINY = [
     "masked.tokens.bottleneck=8",
     "masked.tokens.level=2",
 ]
+BALANCES = {
+    "clip": ["balance=clip", "branches={contrastive: 0.05, masked: 0.2}"],
+    "equal_norms": ["balance=equal_norms", "branches.masked=2"],
+    "learning_rates": ["balance=learning_rates", "branches.contrastive=0.3"],
+}
 IBOT = ["contrastive.pairs=mcl", "masked.target=tokens", "augmentation.shared_affine=true"]
 
 
@@ -101,9 +106,14 @@ def share(examples, part, parts):
 def run(learner, streams, steps=2, measured=False):
     """Take steps on the examples of `streams(step)`; return the figures of each.
 
-    Plain gradient descent: Adam turns the rounding of a gradient near zero into a step of full size.
+    Plain gradient descent: Adam turns the rounding of a gradient near zero into a step of full size, unless its epsilon
+    is large.
     """
-    optimizer = torch.optim.SGD(learner.query.parameters(), lr=0.02)
+    if learner.config.balance == "learning_rates":
+        groups, shared = [{"params": list(learner.query.parameters())}], list(learner.query.encoder.parameters())
+        optimizer = BranchAdamW(groups, shared, learner.config.branch_numbers, lr=0.001, eps=0.1)
+    else:
+        optimizer = torch.optim.SGD(learner.query.parameters(), lr=0.02)
     figures = []
     for step in range(steps):
         schedule = schedules(step, learner.config)
@@ -156,9 +166,10 @@ def test_a_contrastive_branch_by_itself_is_not_weighed():
     assert_same(shipped, own, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("recipe", ["mcl_mim", "mcl_mim_balanced", "cl", "mim"])
+@pytest.mark.parametrize("recipe", ["mcl_mim", "mcl_mim_balanced", "cl", "mim", *BALANCES])
 def test_a_step_in_parts_equals_the_step_at_once(recipe):
-    whole, parted = learner_of(recipe), learner_of(recipe, "accumulation=2")
+    recipe, overrides = ("mcl_mim", BALANCES[recipe]) if recipe in BALANCES else (recipe, [])
+    whole, parted = learner_of(recipe, *overrides), learner_of(recipe, "accumulation=2", *overrides)
     run(whole, lambda step: [examples_of(whole.config, step)])
     run(parted, lambda step: [share(examples_of(whole.config, step), part, 2) for part in range(2)])
     parameters = dict(parted.query.named_parameters())
@@ -197,6 +208,50 @@ def test_the_balanced_recipe_keeps_the_contrastive_gradient_below_the_masked_one
         assert one["gradient/balance"] == pytest.approx(0.5 * one["gradient/masked"] / one["gradient/contrastive"])
 
 
+def encoder_gradients(weights):
+    """What the first step's losses, weighted, send into the encoder, by plain code."""
+    weighted = [f"contrastive.weight={{low: {weights[0]}, high: {weights[0]}}}", f"masked.weight={weights[1]}"]
+    twin = learner_of("mcl_mim", *weighted, "gradient_clip=1e9")
+    run(twin, lambda step: [examples_of(twin.config, step)], steps=1)
+    return [parameter.grad.flatten() for parameter in twin.query.encoder.parameters()]
+
+
+def test_clipping_by_branch_is_a_weight_of_each_loss():
+    learner = learner_of("mcl_mim", *BALANCES["clip"], "gradient_clip=1e9")
+    (figures,) = run(learner, lambda step: [examples_of(learner.config, step)], steps=1)
+    factors = [figures[f"gradient/balance/{branch}"] for branch in ("contrastive", "masked")]
+    assert max(factors) < 1
+    assert figures["gradient/contrastive"] * factors[0] <= 0.05
+    expected = torch.cat(encoder_gradients(factors))
+    torch.testing.assert_close(
+        torch.cat([one.grad.flatten() for one in learner.query.encoder.parameters()]), expected, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_equal_norms_are_in_the_proportion_of_their_shares_and_remembered():
+    learner = learner_of("mcl_mim", *BALANCES["equal_norms"], "contrastive.weight={low: 50, high: 50}")
+    first, second = run(learner, lambda step: [examples_of(learner.config, step)])
+    sent = [first[f"gradient/{one}"] * first[f"gradient/balance/{one}"] for one in ("contrastive", "masked")]
+    assert sent[1] == pytest.approx(2 * sent[0], rel=1e-4)
+    for place, objective in enumerate(learner.config.objectives):
+        norms = [one[f"gradient/{objective.name}"] for one in (first, second)]
+        expected = 0.9 * norms[0] + 0.1 * norms[1]
+        assert float(learner.state_dict()["branch_norms"][place]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_norms_by_depth_are_measured_when_the_others_are():
+    learner = learner_of("mcl_mim", *BALANCES["clip"])
+    plain, measured = (
+        run(learner, lambda step: [examples_of(learner.config, step)], steps=1, measured=measured)[0]
+        for measured in (False, True)
+    )
+    assert not any(name.startswith("gradient/depth/") for name in plain)
+    for branch in ("contrastive", "masked"):
+        depths = [value for name, value in measured.items() if name.startswith("gradient/depth/") and branch in name]
+        assert len(depths) == 5
+        assert sum(value**2 for value in depths) == pytest.approx(measured[f"gradient/{branch}"] ** 2, rel=1e-4)
+
+
 def test_the_shared_pass_learns_both_from_one_masked_look():
     learner = learner_of("mcl_mim", "shared_pass=true")
     before = copy.deepcopy(learner.state_dict())
@@ -227,8 +282,9 @@ def test_a_step_tells_whether_a_process_was_asked_to_stop(asked):
     assert (update.finite, update.stopping) == (True, asked)
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    learner = learner_of("mcl_mim")
+@pytest.mark.parametrize("balance", ["sum", *BALANCES])
+def test_a_step_that_is_not_finite_changes_nothing(balance):
+    learner = learner_of("mcl_mim", *BALANCES.get(balance, []))
     before = copy.deepcopy(learner.state_dict())
     optimizer = build_optimizer(learner.query, learner.config)
     examples = examples_of(learner.config, 0)
@@ -242,13 +298,14 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 COMBINATIONS = {"mcl_mim": [], "mcl_mim_balanced": [], "cl": [], "mcl": IBOT, "mim": []}
+COMBINATIONS |= {f"mcl_mim {balance}": overrides for balance, overrides in BALANCES.items()}
 
 
 def one_of_two(rank, port, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for recipe, overrides in COMBINATIONS.items():
-        learner = learner_of(recipe, *overrides)
+        learner = learner_of(recipe.split()[0], *overrides)
         config = learner.config
         figures = run(learner, lambda step: [share(examples_of(config, step), rank, 2)], measured=True)  # noqa: B023
         torch.save({"learner": learner.state_dict(), "figures": figures}, folder / f"{recipe}_{rank}.pt")
@@ -263,7 +320,7 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path):
         for name, tensor in first["learner"].items():
             assert torch.equal(tensor, second["learner"][name]), f"{recipe}: {name} differs between the ranks"
 
-        alone = learner_of(recipe, *overrides)
+        alone = learner_of(recipe.split()[0], *overrides)
         figures = run(alone, lambda step: [examples_of(alone.config, step)], measured=True)  # noqa: B023
         for mine, one, other in zip(figures, first["figures"], second["figures"]):
             for name in mine.keys() & {"loss/contrastive", "loss/masked", "contrastive/accuracy"}:
