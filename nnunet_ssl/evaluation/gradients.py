@@ -155,7 +155,7 @@ def _parts(rows: pd.DataFrame, last: int) -> list[pd.DataFrame]:
 
 
 def _of_a_seed(rows: pd.DataFrame) -> dict[str, float]:
-    ratio = rows["ratio"].where((rows["ratio"] > 0) & np.isfinite(rows["ratio"]))
+    ratio = rows["ratio"].where(rows["ratio"] > 0)
     cosine = rows["cosine"].dropna()
     return {"ratio": np.exp(np.log(ratio).median()), "cosine": cosine.mean(), "opposed": _share(cosine < 0)}
 
@@ -205,7 +205,7 @@ def _pair(rows: pd.DataFrame, first: str, second: str, prefix: str) -> pd.DataFr
     one, other = rows[f"{prefix}{first}"], rows[f"{prefix}{second}"]
     cosines = [f"{prefix}cosine/{first}-{second}", f"{prefix}cosine/{second}-{first}", f"{prefix}cosine"]
     cosine = next((rows[name] for name in cosines if name in rows), pd.Series(np.nan, rows.index))
-    ratio = one / other
+    ratio = (one / other).where(other > 0)
     balanced = ratio * _factor(rows, first) / _factor(rows, second)
     both = (one > 0) & (other > 0)  # a gradient of zero has no direction, and its cosine is written as 0
     return pd.DataFrame({"ratio": ratio, "balanced": balanced, "cosine": cosine.where(both)}, index=rows.index)

@@ -38,7 +38,7 @@ class BranchAdamW(torch.optim.AdamW):
         lr: float,
         **options: Any,
     ) -> None:
-        self.shared = list(shared)
+        self.shared: list[Tensor] = list(shared)
         self.moves = {branch: [torch.zeros_like(one, requires_grad=True) for one in shared] for branch in factors}
         of_branches = [
             {"params": moves, "weight_decay": 0.0, "lr": factors[branch] * lr, "factor": factors[branch]}

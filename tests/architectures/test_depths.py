@@ -51,6 +51,7 @@ class Foreign(nn.Module):
     """An encoder from elsewhere, which has an attribute by a name that means depths to others."""
 
     depths = (1, 1)
+    channels, strides = (2, 2), (1, 1)
 
     def __init__(self):
         super().__init__()

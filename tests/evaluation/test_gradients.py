@@ -179,9 +179,9 @@ def test_seeds_are_summarised_by_depth_finest_first(tmp_path):
 def test_the_order_of_two_branches_turns_their_ratio_over_and_nothing_else(tmp_path):
     norms = np.exp(np.random.default_rng(0).normal(size=(3, 2, 4)))
     tables = []
-    for names in (("a", "b"), ("b", "a")):
+    for turn in (1, -1):
         runs = [
-            write_run(tmp_path / names[0] / str(seed), **{f"gradient/{name}": one for name, one in zip(names, of_seed)})
+            write_run(tmp_path / f"{turn}/{seed}", **dict(zip(("gradient/a", "gradient/b"), of_seed[::turn])))
             for seed, of_seed in enumerate(norms)
         ]
         tables.append(summarise_seeds([*read_runs(runs).values()]).query("quantity == 'ratio'"))

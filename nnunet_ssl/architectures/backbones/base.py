@@ -63,9 +63,10 @@ def parameters_by_depth(encoder: nn.Module) -> dict[str, list[int]]:
         by depth, finest first: places in the list of ``encoder.parameters()``. Every parameter is at one depth, those
         that the encoder counts to none at :data:`OTHER`, the last. A depth without parameters is left out.
     """
+    depths: dict[str, list[str]] = {}
     if isinstance(encoder, Layered):
         depths = encoder.by_depth()
-    else:
+    elif isinstance(encoder, Encoder):
         names = {module: name for name, module in encoder.named_modules()}
         depths = {f"part{number}": [names[part]] for number, part in enumerate(encoder.parts(), start=1)}
     depth_of = {name: depth for depth, members in depths.items() for name in members}

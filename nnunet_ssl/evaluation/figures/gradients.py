@@ -22,10 +22,10 @@ def draw_gradients(runs: dict[str, BranchGradients], path: Path) -> None:
     colour, each branch or pair of branches its line."""
     depths = list(dict.fromkeys(depth for run in runs.values() for depth in run.depths))
     with figure(path, (9, 14 if depths else 9)) as drawing:
-        over_steps, over_depths = drawing.subfigures(2, 1, height_ratios=[3, 2]) if depths else (drawing, None)
-        if over_depths is not None:
-            _draw_by_depth(over_depths, runs, depths)
-        norms, ratio, cosine = over_steps.subplots(3, 1, sharex=True)
+        parts = drawing.subfigures(2, 1, height_ratios=[3, 2], squeeze=False)[:, 0] if depths else [drawing]
+        if depths:
+            _draw_by_depth(parts[1], runs, depths)
+        norms, ratio, cosine = parts[0].subplots(3, 1, sharex=True)
         for colour, (name, run) in zip(itertools.cycle(PALETTE), runs.items()):
             for line, (branch, values) in zip(itertools.cycle(LINES), run.norms.items()):
                 _draw(norms, values, colour, f"{name}: {branch}", line)
