@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
+from matplotlib.figure import Figure, SubFigure
 
 from nnunet_ssl.evaluation.figures.style import PALETTE, figure
 from nnunet_ssl.evaluation.gradients import BranchGradients
@@ -42,7 +42,7 @@ def draw_gradients(runs: dict[str, BranchGradients], path: Path) -> None:
         _add_legends(norms, ratio, cosine)
 
 
-def _draw_by_depth(drawing: SubFigure, runs: dict[str, BranchGradients], depths: list[str]) -> None:
+def _draw_by_depth(drawing: Figure | SubFigure, runs: dict[str, BranchGradients], depths: list[str]) -> None:
     share, cosine = drawing.subplots(2, 1, sharex=True)
     for colour, (name, run) in zip(itertools.cycle(PALETTE), runs.items()):
         places = [depths.index(depth) for depth in run.depths]
