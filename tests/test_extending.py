@@ -63,6 +63,8 @@ def test_an_objective_from_outside_learns_beside_ours(my_package, write_prepared
     pretrain(settings, 500, False, torch.device("cpu"))
     header = figures_of(nnunet_folders, "mim_brightness").splitlines()[0]
     assert {"loss/brightness", "gradient/brightness", "gradient/masked", "gradient/cosine"} <= set(header.split(","))
+    balanced = load_config(recipe, ["balance=learning_rates", "branches.brightness=2"])
+    assert balanced.branch_numbers == {"masked": 1, "brightness": 2}
     with pytest.raises(UserError, match=r"did you mean 'brightness\.weight'"):
         load_config(recipe, ["brightness.weigt=1"])
     with pytest.raises(UserError, match=r"brightness\.weight is -1\.0; it must be 0 or more"):
@@ -80,6 +82,8 @@ def test_a_backbone_from_outside_is_pretrained_and_read_back(my_package, write_p
         assert pretrained.architecture == {"backbone": "pooled", "in_channels": 1, "width": 8}
         encoder = build_encoder(pretrained.architecture)
         assert load_encoder(encoder, pretrained).fraction == 1.0
+    header = figures_of(nnunet_folders, "mim").splitlines()[0].split(",")
+    assert {"gradient/depth/0_part1/masked", "gradient/depth/1_part2/masked"} <= set(header)
 
 
 @pytest.fixture
