@@ -1,5 +1,7 @@
 """Gradients by branch."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -160,7 +162,10 @@ def test_cosines_by_depth_of_several_branches_bear_their_names():
     }
 
 
-@given(st.lists(st.tuples(POSITIVE, POSITIVE, POSITIVE), min_size=1, max_size=4))
+NUMBERS = st.just(0.0) | st.floats(1e-12, 1e12)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, st.floats(1e-6, 1e6)), min_size=1, max_size=4))
 def test_a_clipped_branch_is_within_its_limit_and_keeps_its_direction(branches):
     """On the encoder and its head together; what is within is left alone."""
     by_branch = {f"{place}": [torch.tensor([encoder]), None] for place, (encoder, _, _) in enumerate(branches)}
@@ -168,17 +173,12 @@ def test_a_clipped_branch_is_within_its_limit_and_keeps_its_direction(branches):
     for head, (_, own, _) in zip(heads.values(), branches):
         head.weight.grad = torch.tensor([[own]])
     limits = {name: limit for name, (_, _, limit) in zip(by_branch, branches)}
-    factors = clip_factors(by_branch, heads, limits)
-    columns = scale(by_branch, heads, factors)
-    assert sorted(columns) == ([f"gradient/balance/{name}" for name in by_branch])
+    columns = scale(by_branch, heads, clip_factors(by_branch, heads, limits))
+    assert list(columns) == [f"gradient/balance/{name}" for name in by_branch]
     for name, (encoder, own, limit) in zip(by_branch, branches):
-        gradient = torch.tensor([encoder, own]).double()
-        now = torch.cat([by_branch[name][0], heads[name].weight.grad[0]]).double()
-        # float32 squares norms above 1e19 to infinity, and what is not finite is never taken for a step
-        if gradient.square().sum() < 1e37 and gradient.norm() > 1e-18:
-            assert now.norm() <= limit * 1.001
-            expected = gradient * min(1.0, limit / gradient.norm())
-            torch.testing.assert_close(now, expected, rtol=1e-3, atol=1e-37)
+        length = max(1.0, math.hypot(encoder, own) / limit)
+        assert float(by_branch[name][0]) == pytest.approx(encoder / length, rel=1e-4, abs=1e-30)
+        assert float(heads[name].weight.grad) == pytest.approx(own / length, rel=1e-4, abs=1e-30)
 
 
 @given(st.lists(st.tuples(POSITIVE, st.floats(0.01, 100)), min_size=1, max_size=5))

@@ -111,7 +111,7 @@ def run(learner, streams, steps=2, measured=False):
     """
     if learner.config.balance == "learning_rates":
         groups, shared = [{"params": list(learner.query.parameters())}], list(learner.query.encoder.parameters())
-        optimizer = BranchAdamW(groups, shared, learner.config.branch_numbers, lr=0.001, eps=0.1)
+        optimizer = BranchAdamW(groups, shared, learner.config.branch_numbers, lr=0.1, eps=0.1)
     else:
         optimizer = torch.optim.SGD(learner.query.parameters(), lr=0.02)
     figures = []
@@ -170,8 +170,9 @@ def test_a_contrastive_branch_by_itself_is_not_weighed():
 def test_a_step_in_parts_equals_the_step_at_once(recipe):
     recipe, overrides = ("mcl_mim", BALANCES[recipe]) if recipe in BALANCES else (recipe, [])
     whole, parted = learner_of(recipe, *overrides), learner_of(recipe, "accumulation=2", *overrides)
-    run(whole, lambda step: [examples_of(whole.config, step)])
-    run(parted, lambda step: [share(examples_of(whole.config, step), part, 2) for part in range(2)])
+    count = 2 if overrides else 4
+    run(whole, lambda step: [examples_of(whole.config, step, count)])
+    run(parted, lambda step: [share(examples_of(whole.config, step, count), part, 2) for part in range(2)])
     parameters = dict(parted.query.named_parameters())
     for name, parameter in whole.query.named_parameters():
         torch.testing.assert_close(parameters[name], parameter, rtol=1e-3, atol=1e-4)
@@ -297,8 +298,8 @@ def test_a_step_that_is_not_finite_changes_nothing(balance):
     assert not optimizer.state
 
 
-COMBINATIONS = {"mcl_mim": [], "mcl_mim_balanced": [], "cl": [], "mcl": IBOT, "mim": []}
-COMBINATIONS |= {f"mcl_mim {balance}": overrides for balance, overrides in BALANCES.items()}
+BALANCED = {f"mcl_mim {balance}": overrides for balance, overrides in BALANCES.items()}
+COMBINATIONS = {"mcl_mim": [], "mcl_mim_balanced": [], "cl": [], "mcl": IBOT, "mim": []} | BALANCED
 
 
 def one_of_two(rank, port, folder):
@@ -307,7 +308,8 @@ def one_of_two(rank, port, folder):
     for recipe, overrides in COMBINATIONS.items():
         learner = learner_of(recipe.split()[0], *overrides)
         config = learner.config
-        figures = run(learner, lambda step: [share(examples_of(config, step), rank, 2)], measured=True)  # noqa: B023
+        count = 2 if recipe in BALANCED else 4
+        figures = run(learner, lambda step: [share(examples_of(config, step, count), rank, 2)], measured=True)  # noqa: B023
         torch.save({"learner": learner.state_dict(), "figures": figures}, folder / f"{recipe}_{rank}.pt")
     assert distributed.any_rank(rank == 1, torch.tensor(False), device=torch.device("cpu")) == [True, False]
     torch.distributed.destroy_process_group()
@@ -321,7 +323,8 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path):
             assert torch.equal(tensor, second["learner"][name]), f"{recipe}: {name} differs between the ranks"
 
         alone = learner_of(recipe.split()[0], *overrides)
-        figures = run(alone, lambda step: [examples_of(alone.config, step)], measured=True)  # noqa: B023
+        count = 2 if recipe in BALANCED else 4
+        figures = run(alone, lambda step: [examples_of(alone.config, step, count)], measured=True)  # noqa: B023
         for mine, one, other in zip(figures, first["figures"], second["figures"]):
             for name in mine.keys() & {"loss/contrastive", "loss/masked", "contrastive/accuracy"}:
                 assert (one[name] + other[name]) / 2 == pytest.approx(mine[name], rel=1e-4), (recipe, name)
