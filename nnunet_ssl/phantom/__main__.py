@@ -11,6 +11,16 @@ from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+FOMO = ("fomo", "fomo-a")
+PARTICULAR = {
+    "truth": ("atlas", "isles", "fcd"),
+    "rater": ("isles", "fcd"),
+    "contrast_to_noise": ("isles", "fcd"),
+    "modalities": ("tissue", *FOMO),
+    "labels": ("tissue",),
+}
+"""The layouts that know an option, of those that not all know."""
+
 
 @command
 def main() -> None:
@@ -18,22 +28,53 @@ def main() -> None:
     parser = OptionParser(
         prog="python -m nnunet_ssl.phantom",
         description="Write synthetic brain MRI in the folder layout of a real data set.",
-        epilog="Example: python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n_test 3 --voxel_mm 2.5",
+        epilog="""\
+examples:
+  python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n_test 3 --voxel_mm 2.5
+  python -m nnunet_ssl.phantom isles ISLES-2022 -n 24 --rater flair --truth truth
+  python -m nnunet_ssl.phantom fomo FOMO60K -n 60 --modalities t1 flair dwi --clean
+  python -m nnunet_ssl.phantom tissue $nnUNet_raw/Dataset510_TissueT1 -n 24 --modalities t1
+""",
     )
     parser.add_argument(
         "layout",
-        choices=["fomo", "fomo-a", "atlas", "atlas3", "isles", "fcd"],
-        help="which data set; fomo-a: flat layout A",
+        choices=["fomo", "fomo-a", "atlas", "atlas3", "isles", "fcd", "tissue"],
+        help="which data set; fomo-a: flat layout A; tissue: a data set of nnU-Net, without lesions",
     )
     parser.add_argument("out", type=Path, help="the folder to write (must be new or empty)")
     parser.add_argument(
         "-n",
         type=int,
         default=8,
-        help="subjects (atlas: training cases; fcd: patients, and as many controls); default 8",
+        help="subjects (atlas, tissue: training cases; fcd: patients, and as many controls); default 8",
     )
-    parser.add_argument("--n_test", type=int, default=2, help="atlas: test cases without masks; default 2")
-    parser.add_argument("--truth", type=Path, metavar="DIR", help="atlas: write the test cases' masks here")
+    parser.add_argument(
+        "--n_test", type=int, default=2, help="atlas, tissue: test cases (atlas: without masks); default 2"
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="DIR",
+        help="isles, fcd: write the lesions as they are here, whoever drew the masks; atlas: the test cases' masks",
+    )
+    parser.add_argument(
+        "--rater",
+        metavar="MODALITY",
+        help="isles, fcd: masks hold what a rater sees in this modality alone (default: the lesions as they are)",
+    )
+    parser.add_argument(
+        "--contrast_to_noise",
+        type=float,
+        metavar="K",
+        help="what the rater sees: changes of K standard deviations of the scan's noise (default: 5)",
+    )
+    parser.add_argument(
+        "--modalities",
+        nargs="+",
+        metavar="MODALITY",
+        help="tissue: the channels (default: t1); fomo: the scans of every session, strokes by half the subjects",
+    )
+    parser.add_argument("--labels", choices=["tissue", "regions"], help="tissue: what the labels are (default: tissue)")
     parser.add_argument("--voxel_mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
@@ -47,17 +88,44 @@ def main() -> None:
 def _write(args: argparse.Namespace) -> None:
     from nnunet_ssl.phantom import layouts
 
-    common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean}
+    common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean} | _particular(args)
     if args.layout == "atlas":
-        layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, truth=args.truth, **common)
+        layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, **common)
     elif args.layout == "atlas3":
         layouts.write_atlas3(args.out, n_cases=args.n, **common)
     elif args.layout == "isles":
         layouts.write_isles(args.out, n_cases=args.n, **common)
     elif args.layout == "fcd":
         layouts.write_fcd(args.out, n_patients=args.n, n_controls=args.n, **common)
+    elif args.layout == "tissue":
+        del common["quirks"]
+        layouts.write_tissue(args.out, n_train=args.n, n_test=args.n_test, **common)
     else:
         layouts.write_fomo(args.out, n_subjects=args.n, layout="A" if args.layout == "fomo-a" else "B", **common)
+
+
+def _particular(args: argparse.Namespace) -> dict[str, object]:
+    """Return the given options that not every layout knows.
+
+    Raises:
+        UserError: this one does not know one of them, or it has no scans of a modality.
+    """
+    from nnunet_ssl.phantom import contrast
+    from nnunet_ssl.phantom.layouts import fcd, isles
+
+    given = {name: getattr(args, name) for name in PARTICULAR if getattr(args, name) is not None}
+    for name in given:
+        if args.layout not in PARTICULAR[name]:
+            raise UserError(f"{args.layout} has no --{name}, which is for {', '.join(PARTICULAR[name])}: leave it out.")
+    scanned = {"isles": isles.MODALITIES, "fcd": fcd.MODALITIES}.get(args.layout, contrast.MODALITIES)
+    for modality in [*given.get("modalities", ()), *([args.rater] if args.rater else ())]:
+        if modality not in scanned:
+            raise UserError(f"{args.layout} has no scans of {modality}; it has {', '.join(scanned)}.")
+    if args.contrast_to_noise is not None and not args.rater:
+        raise UserError("--contrast_to_noise says what a rater sees, and nobody was named: add --rater.")
+    if args.contrast_to_noise is not None and args.contrast_to_noise < 0:
+        raise UserError(f"--contrast_to_noise {args.contrast_to_noise:g} is below 0.")
+    return given
 
 
 if __name__ == "__main__":

@@ -68,19 +68,33 @@ def acquire(
     Returns:
         float32 (X, Y, Z); grey matter is about 1 (adc: in 1e-3 mm2/s, may be slightly negative outside tissue).
     """
+    image = noiseless(anatomy, modality, quality, rng, grid)
+    brain = anatomy.brain.astype(np.float32)
+    if grid is not None:
+        brain = resample_onto_scan(brain, anatomy.grid.affine, grid)
+    axes = [np.arange(size) * 200.0 / max(size - 1, 1) for size in image.shape]
+    noise = noise_of(modality, quality)
+    if modality == "adc":
+        image = image + (noise * rng.standard_normal(image.shape, dtype=np.float32))
+    else:
+        image = image * np.exp(quality.bias * random_field(rng, axes, 70.0))
+        image = _rician(image, noise, rng)
+    return image * (brain > 0.5) if quality.stripped else image
+
+
+def noiseless(
+    anatomy: Anatomy, modality: str, quality: Quality, rng: np.random.Generator, grid: ScanGrid | None = None
+) -> np.ndarray:
+    """Return what :func:`acquire` scans before bias field, noise and stripping; same arguments, same `rng`."""
     image = render(anatomy, modality, rng)
     image *= 1 + quality.texture * random_field(rng, anatomy.grid.axes, 3.5, MNI_BOX)
     image = blur_slices(image, anatomy, quality)
-    brain = anatomy.brain.astype(np.float32)
-    if grid is not None:
-        image, brain = (resample_onto_scan(volume, anatomy.grid.affine, grid) for volume in (image, brain))
-    axes = [np.arange(size) * 200.0 / max(size - 1, 1) for size in image.shape]
-    if modality == "adc":
-        image = image + (0.5 * quality.noise * rng.standard_normal(image.shape, dtype=np.float32))
-    else:
-        image = image * np.exp(quality.bias * random_field(rng, axes, 70.0))
-        image = _rician(image, quality.noise, rng)
-    return image * (brain > 0.5) if quality.stripped else image
+    return image if grid is None else resample_onto_scan(image, anatomy.grid.affine, grid)
+
+
+def noise_of(modality: str, quality: Quality) -> float:
+    """Return the standard deviation of a scan's noise, in the units of :func:`acquire`; an ADC map averages scans."""
+    return 0.5 * quality.noise if modality == "adc" else quality.noise
 
 
 def blur_slices(image: np.ndarray, anatomy: Anatomy, quality: Quality) -> np.ndarray:

@@ -2,6 +2,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.phantom.anatomy import _template, build_anatomy, draw_person, mni_grid
@@ -68,6 +69,20 @@ def test_age_widens_the_ventricles():
         return anatomy.fractions["csf"][anatomy.depth_mm < -18].sum()
 
     assert csf_inside(80) > 1.2 * csf_inside(30)
+
+
+def test_age_can_be_read_off_the_ventricles_and_the_sulci_of_whoever_is_drawn():
+    """What regressions of age learn from; people under 40 look alike, as atrophy begins there."""
+    grid, ages, inside, share = mni_grid(6), [], [], []
+    for seed in range(30):
+        person = draw_person(np.random.default_rng(seed))
+        anatomy = build_anatomy(person, grid)
+        csf = anatomy.fractions["csf"] * anatomy.brain
+        ages.append(person.age)
+        inside.append(csf[anatomy.depth_mm < -18].sum())
+        share.append(csf.sum() / anatomy.brain.sum())
+    assert stats.spearmanr(ages, inside).statistic > 0.7
+    assert stats.spearmanr(ages, share).statistic > 0.8
 
 
 @pytest.mark.parametrize("voxel_mm", [2, 6])

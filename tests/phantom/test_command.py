@@ -1,7 +1,10 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
+
+from nnunet_ssl.phantom import __main__ as phantom
 
 
 def run(*arguments):
@@ -18,13 +21,15 @@ def run(*arguments):
         ("atlas3", "R001/sub-r001s001/ses-1/anat/*_space-orig_desc-brain_T1w.nii.gz"),
         ("isles", "sub-strokecase0001/ses-0001/dwi/*_dwi.nii.gz"),
         ("fcd", "sub-00001/anat/*_FLAIR.nii.gz"),
+        ("tissue", "imagesTr/phantom_001_0000.nii.gz"),
     ],
 )
 def test_the_command_writes_each_layout(tmp_path, layout, expected):
-    result = run(layout, tmp_path / "out", "-n", 1, "--n_test", 1, "--voxel_mm", 8, "--clean")
+    out = tmp_path / "Dataset510_Out"
+    result = run(layout, out, "-n", 1, "--n_test", 1, "--voxel_mm", 8, "--clean")
     assert result.returncode == 0, result.stderr
-    assert f"Synthetic data set in {tmp_path / 'out'}" in result.stdout
-    assert list((tmp_path / "out").glob(expected))
+    assert f"Synthetic data set in {out}" in result.stdout
+    assert list(out.glob(expected))
 
 
 def test_a_folder_with_content_is_refused_in_one_line(tmp_path):
@@ -32,3 +37,46 @@ def test_a_folder_with_content_is_refused_in_one_line(tmp_path):
     result = run("fomo", tmp_path)
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path} is not empty: name a new folder for the synthetic data set.\n"
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["phantom", *map(str, arguments)])
+    phantom.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["atlas", "--rater", "t1"], "atlas has no --rater, which is for isles, fcd"),
+        (["fomo", "--truth", "t"], "fomo has no --truth, which is for atlas, isles, fcd"),
+        (["isles", "--labels", "regions"], "isles has no --labels, which is for tissue"),
+        (["isles", "--rater", "t1"], "isles has no scans of t1; it has dwi, adc, flair"),
+        (["fcd", "--rater", "dwi"], "fcd has no scans of dwi; it has flair, t1"),
+        (["tissue", "--modalities", "t1", "ct"], "tissue has no scans of ct; it has t1"),
+        (["isles", "--contrast_to_noise", "4"], "nobody was named: add --rater"),
+        (["isles", "--rater", "dwi", "--contrast_to_noise", "-1"], "--contrast_to_noise -1 is below 0"),
+    ],
+)
+def test_an_option_that_a_layout_does_not_know_is_refused(tmp_path, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        call(monkeypatch, arguments[0], tmp_path / "out", *arguments[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_raters_and_truth_by_the_command(tmp_path, monkeypatch):
+    common = ["-n", 2, "--voxel_mm", 8]
+    call(monkeypatch, "isles", tmp_path / "out", "--rater", "flair", "--truth", tmp_path / "truth", *common)
+    assert sorted(path.name for path in (tmp_path / "truth").iterdir()) == [
+        f"sub-strokecase000{number}_ses-0001.nii.gz" for number in (1, 2)
+    ]
+
+
+def test_a_corpus_of_given_modalities_has_them_in_every_session_and_groups_that_only_the_brain_tells(
+    tmp_path, monkeypatch
+):
+    call(monkeypatch, "fomo", tmp_path / "out", "-n", 4, "--voxel_mm", 8, "--clean", "--modalities", "t1", "flair")
+    people = pd.read_csv(tmp_path / "out" / "participants.tsv", sep="\t")
+    assert people.groupby("participant_id")["group"].first().tolist() == ["control", "stroke"] * 2
+    assert set(people["dataset"]) == {"PT001_PHANTOM"}
+    for session in (tmp_path / "out").glob("PT001_PHANTOM/sub_*/ses_*"):
+        assert sorted(path.name for path in session.iterdir()) == ["flair.nii.gz", "t1.nii.gz"]

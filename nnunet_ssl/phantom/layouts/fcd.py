@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, move, resample_onto_scan, scan_grid
+from nnunet_ssl.phantom.acquisition import ScanGrid, draw_quality, move, scan_grid
 from nnunet_ssl.phantom.anatomy import Person, build_anatomy, draw_person, mni_grid
 from nnunet_ssl.phantom.layouts.nifti import write_litter, write_nifti
 from nnunet_ssl.phantom.lesions import focal_dysplasia, lesion_volume
+from nnunet_ssl.phantom.raters import CONTRAST_TO_NOISE, Annotated
+
+MODALITIES = ("flair", "t1")
 
 MISMATCHED = "sub-00048"
 """The subject whose ROI is named after another FLAIR acquisition, as in the original."""
@@ -53,6 +56,9 @@ def write_fcd(
     seed: int = 0,
     quirks: bool = True,
     dangling: int = 0,
+    rater: str | None = None,
+    contrast_to_noise: float = CONTRAST_TO_NOISE,
+    truth: Path | None = None,
 ) -> Path:
     """Write a synthetic Bonn FCD-II.
 
@@ -65,6 +71,7 @@ def write_fcd(
         quirks: participants.tsv with a byte-order mark and shuffled rows, several protocols, the subject with the
             mismatched ROI name (the second patient), a T1 that lies elsewhere than the FLAIR, dot-files.
         dangling: of so many subjects, counted from the last, the images are git-annex links without content.
+        rater, contrast_to_noise, truth: as for :func:`nnunet_ssl.phantom.layouts.isles.write_isles`.
 
     Returns:
         the folder.
@@ -77,7 +84,10 @@ def write_fcd(
             for stem in (subject.t1, subject.flair):
                 _write_dangling_link(anat / f"{subject.name}_{stem}.nii.gz")
             continue
-        _write_subject(anat, subject, np.random.default_rng([seed, number, 1]), voxel_mm, quirks)
+        rng = np.random.default_rng([seed, number, 1])
+        case = _draw_case(subject, rng, voxel_mm, rater, contrast_to_noise)
+        true_mask = Path(truth) / f"{subject.name}.nii.gz" if truth and subject.group == "fcd" else None
+        _write_subject(anat, subject, case, rng, voxel_mm, quirks, true_mask)
         if quirks and number % 4 == 0:
             write_litter(anat)
     table = pd.DataFrame([subject.row for subject in subjects])
@@ -109,26 +119,41 @@ def _draw_subjects(n_patients: int, n_controls: int, seed: int, quirks: bool) ->
     return subjects
 
 
-def _write_subject(anat: Path, subject: Subject, rng: np.random.Generator, voxel_mm: float, quirks: bool) -> None:
-    anatomy = build_anatomy(subject.person, mni_grid(voxel_mm))
-    mask = np.zeros(anatomy.grid.shape, bool)
+def _draw_case(
+    subject: Subject, rng: np.random.Generator, voxel_mm: float, rater: str | None, contrast_to_noise: float
+) -> Annotated:
+    healthy = build_anatomy(subject.person, mni_grid(voxel_mm))
+    anatomy, mask = healthy, np.zeros(healthy.grid.shape, bool)
     if subject.group == "fcd":
         volume_ml = lesion_volume(rng, median_ml=4, spread=0.8, smallest_ml=0.8, largest_ml=25)
-        anatomy, mask = focal_dysplasia(anatomy, rng, volume_ml)
+        anatomy, mask = focal_dysplasia(healthy, rng, volume_ml)
+    return Annotated(healthy, anatomy, mask, rater, contrast_to_noise)
+
+
+def _write_subject(
+    anat: Path,
+    subject: Subject,
+    case: Annotated,
+    rng: np.random.Generator,
+    voxel_mm: float,
+    quirks: bool,
+    true_mask: Path | None,
+) -> None:
     slices = max(4.0, voxel_mm) if subject.thick else voxel_mm
-    flair_grid = scan_grid(anatomy, (voxel_mm, slices, voxel_mm), orientation="LAS")
+    flair_grid = scan_grid(case.anatomy, (voxel_mm, slices, voxel_mm), orientation="LAS")
     quality = replace(draw_quality(rng), thickness_mm=slices, slice_axis=1)
-    flair = 400 * acquire(anatomy, "flair", quality, rng, flair_grid)
+    flair = 400 * case.acquire("flair", quality, rng, flair_grid)
     write_nifti(anat / f"{subject.name}_{subject.flair}.nii.gz", flair, flair_grid.affine, np.int16)
-    t1_grid = scan_grid(anatomy, (0.8 * voxel_mm,) * 3, orientation="PSR", shift_mm=tuple(rng.uniform(-6, 6, 3)))
+    t1_grid = scan_grid(case.anatomy, (0.8 * voxel_mm,) * 3, orientation="PSR", shift_mm=tuple(rng.uniform(-6, 6, 3)))
     motion = move(np.eye(4), tuple(rng.uniform(-4, 4, 3)), tuple(rng.uniform(-4, 4, 3))) if quirks else np.eye(4)
     where = ScanGrid(t1_grid.shape, np.linalg.inv(motion) @ t1_grid.affine)
-    t1 = 300 * acquire(anatomy, "t1", draw_quality(rng), rng, where)
+    t1 = 300 * case.acquire("t1", draw_quality(rng), rng, where)
     write_nifti(anat / f"{subject.name}_{subject.t1}.nii.gz", t1, t1_grid.affine, np.int16)
     if subject.group == "fcd":
-        roi = resample_onto_scan(mask.astype(np.float32), anatomy.grid.affine, flair_grid) > 0.5
         stem = "acq-32ch10_FLAIR" if subject.name == MISMATCHED else subject.flair
-        write_nifti(anat / f"{subject.name}_{stem}_roi.nii.gz", roi, flair_grid.affine, np.uint8)
+        write_nifti(anat / f"{subject.name}_{stem}_roi.nii.gz", case.drawn_on(flair_grid), flair_grid.affine, np.uint8)
+    if true_mask:
+        write_nifti(true_mask, case.true_on(flair_grid), flair_grid.affine, np.uint8)
 
 
 def _write_dangling_link(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ def write_fomo(
     seed: int = 0,
     quirks: bool = True,
     sessions: int | None = None,
+    modalities: Sequence[str] | None = None,
 ) -> Path:
     """Write a synthetic corpus for pre-training.
 
@@ -56,6 +57,9 @@ def write_fomo(
             with NaN, dot-files and ``n/a`` in the tables. Quirks never take away a subject's pairs, but for the
             single-scan subject (every seventh).
         sessions: sessions per subject; None = one, and two for every third subject.
+        modalities: the scans of every session. The corpus has one source then, skull-stripped, and every second subject
+            had a stroke: else a source's group, stripping and protocol go together, as they do in real corpora, and a
+            network may read off one what it should read off the brain.
 
     Returns:
         the folder.
@@ -63,8 +67,9 @@ def write_fomo(
     folder = Path(folder)
     rows = []
     for number in range(n_subjects):
-        source_number, subject = number % len(SOURCES), number // len(SOURCES) + 1
-        source = SOURCES[source_number]
+        sources = SOURCES if modalities is None else [_uniform(modalities, number)]
+        source_number, subject = number % len(sources), number // len(sources) + 1
+        source = sources[source_number]
         dataset = f"PT{source_number + 1:03d}_{source.name}"
         name = f"sub_{number + 1}" if layout == "A" else f"{dataset}/sub_{subject}"
         rng = np.random.default_rng([seed, number])
@@ -79,6 +84,11 @@ def write_fomo(
     if layout == "B":
         _write_tables(folder, pd.DataFrame(rows), quirks)
     return folder
+
+
+def _uniform(modalities: Sequence[str], number: int) -> Source:
+    """The only source of a corpus in which every session has the same modalities, as far as a subject is concerned."""
+    return Source("PHANTOM", True, "stroke" if number % 2 else "control", (tuple(modalities),))
 
 
 def _write_session(

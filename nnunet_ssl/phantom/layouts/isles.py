@@ -8,16 +8,19 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from nnunet_ssl.phantom.acquisition import ScanGrid, acquire, draw_quality, move, resample_onto_scan, scan_grid
-from nnunet_ssl.phantom.anatomy import Anatomy, build_anatomy, draw_person, mni_grid
+from nnunet_ssl.phantom.acquisition import ScanGrid, draw_quality, move, scan_grid
+from nnunet_ssl.phantom.anatomy import build_anatomy, draw_person, mni_grid
 from nnunet_ssl.phantom.layouts.nifti import write_litter, write_nifti
 from nnunet_ssl.phantom.lesions import acute_stroke, lesion_volume, white_matter_hyperintensities
+from nnunet_ssl.phantom.raters import CONTRAST_TO_NOISE, Annotated
 
 ADC_UNITS = (1e-3, 1.0, 1e3)
 """What an ADC of 1e-3 mm2/s reads in the three units found: mm2/s, 1e-3 mm2/s, 1e-6 mm2/s."""
 
 EMPTY_CASE = 3
 """The number of the case without a lesion, when quirks are wanted."""
+
+MODALITIES = ("dwi", "adc", "flair")
 
 Layout = Literal["bids", "raw", "renamed"]
 
@@ -30,6 +33,9 @@ def write_isles(
     seed: int = 0,
     quirks: bool = True,
     layout: Layout = "bids",
+    rater: str | None = None,
+    contrast_to_noise: float = CONTRAST_TO_NOISE,
+    truth: Path | None = None,
 ) -> Path:
     """Write a synthetic ISLES 2022.
 
@@ -42,6 +48,10 @@ def write_isles(
             case in thick slices, one empty mask, dot-files.
         layout: "bids" as published, "raw" = the older flat one with lower-case ``flair``, "renamed" =
             ``images/`` and ``labels_derivatives/``.
+        rater: the one modality that the masks are drawn on, see :func:`nnunet_ssl.phantom.raters.visible_lesion`; None
+            for the lesions as they are. The images are the same, bit by bit.
+        contrast_to_noise: what the rater sees.
+        truth: a folder for the masks of the lesions as they are, ``<case>.nii.gz`` as nnU-Net names them.
 
     Returns:
         the folder.
@@ -51,14 +61,17 @@ def write_isles(
     for number in range(1, n_cases + 1):
         rng = np.random.default_rng([seed, number])
         person = draw_person(rng, ages=(45, 85))
-        anatomy = white_matter_hyperintensities(build_anatomy(person, mni_grid(voxel_mm)), rng, person.atrophy)
-        mask = np.zeros(anatomy.grid.shape, bool)
+        healthy = white_matter_hyperintensities(build_anatomy(person, mni_grid(voxel_mm)), rng, person.atrophy)
+        anatomy, mask = healthy, np.zeros(healthy.grid.shape, bool)
         if not (quirks and number == EMPTY_CASE):
             volume_ml = lesion_volume(rng, median_ml=10, spread=1.3, smallest_ml=0.5, largest_ml=200)
             anatomy, mask = acute_stroke(anatomy, rng, volume_ml)
         name = f"sub-strokecase{number:04d}"
         files = _file_names(folder, layout, name)
-        _write_case(files, anatomy, mask, rng, voxel_mm, flair_motion(seed, number), number, quirks)
+        if truth:
+            files["truth"] = Path(truth) / f"{name}_ses-0001.nii.gz"
+        annotated = Annotated(healthy, anatomy, mask, rater, contrast_to_noise)
+        _write_case(files, annotated, rng, voxel_mm, flair_motion(seed, number), number, quirks)
         rows.append({"participant_id": name, "sex": person.sex, "age": person.age})
         if quirks and number % 4 == 1:
             write_litter(files["dwi"].parent)
@@ -87,8 +100,7 @@ def _file_names(folder: Path, layout: Layout, name: str) -> dict[str, Path]:
 
 def _write_case(
     files: dict[str, Path],
-    anatomy: Anatomy,
-    mask: np.ndarray,
+    case: Annotated,
     rng: np.random.Generator,
     voxel_mm: float,
     motion: np.ndarray,
@@ -98,22 +110,23 @@ def _write_case(
     in_plane = max(2.0, voxel_mm)
     slices = max(4.8, voxel_mm) if quirks and number % 4 == 0 else in_plane
     tilt = tuple(rng.uniform(-12, 12, 3)) if quirks else (0.0, 0.0, 0.0)
-    grid = scan_grid(anatomy, (in_plane, in_plane, slices), orientation="LAS", tilt=tilt)
-    label = resample_onto_scan(mask.astype(np.float32), anatomy.grid.affine, grid) > 0.5
+    grid = scan_grid(case.anatomy, (in_plane, in_plane, slices), orientation="LAS", tilt=tilt)
     unit = ADC_UNITS[number % 3] if quirks else 1e3
     quality = draw_quality(rng, stripped=True)
-    dwi = _with_negatives(300 * acquire(anatomy, "dwi", quality, rng, grid), rng, quirks)
-    adc = _with_negatives(acquire(anatomy, "adc", quality, rng, grid), rng, quirks)
+    dwi = _with_negatives(300 * case.acquire("dwi", quality, rng, grid), rng, quirks)
+    adc = _with_negatives(case.acquire("adc", quality, rng, grid), rng, quirks)
     codes = {"qform_code": 2, "sform_code": 1} if quirks else {}
     write_nifti(files["dwi"], dwi, grid.affine, np.float64, **codes)
     write_nifti(files["adc"], adc * unit, grid.affine, np.float64, **codes)
+    flair_grid = scan_grid(case.anatomy, (0.45 * voxel_mm, 0.45 * voxel_mm, max(5.0, voxel_mm)), orientation="LPS")
+    where = ScanGrid(flair_grid.shape, np.linalg.inv(motion) @ flair_grid.affine)
+    flair = 200 * case.acquire("flair", draw_quality(rng, thick=True, stripped=True), rng, where)
+    write_nifti(files["flair"], flair, flair_grid.affine, np.float32)
     codes = {"qform_code": 0, "sform_code": 2} if quirks else {}
     rounded = grid.affine * (1 + 1e-7) if quirks else grid.affine
-    write_nifti(files["mask"], label, rounded, np.uint16, **codes)
-    flair_grid = scan_grid(anatomy, (0.45 * voxel_mm, 0.45 * voxel_mm, max(5.0, voxel_mm)), orientation="LPS")
-    where = ScanGrid(flair_grid.shape, np.linalg.inv(motion) @ flair_grid.affine)
-    flair = 200 * acquire(anatomy, "flair", draw_quality(rng, thick=True, stripped=True), rng, where)
-    write_nifti(files["flair"], flair, flair_grid.affine, np.float32)
+    write_nifti(files["mask"], case.drawn_on(grid), rounded, np.uint16, **codes)
+    if "truth" in files:
+        write_nifti(files["truth"], case.true_on(grid), grid.affine, np.uint8)
 
 
 def _with_negatives(image: np.ndarray, rng: np.random.Generator, wanted: bool) -> np.ndarray:
