@@ -74,7 +74,11 @@ examples:
         metavar="MODALITY",
         help="tissue: the channels (default: t1); fomo: the scans of every session, strokes by half the subjects",
     )
-    parser.add_argument("--labels", choices=["tissue", "regions"], help="tissue: what the labels are (default: tissue)")
+    parser.add_argument(
+        "--labels",
+        choices=["tissue", "lobes", "regions"],
+        help="tissue: what the labels are; regions are lobes by side (default: tissue)",
+    )
     parser.add_argument("--voxel_mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")

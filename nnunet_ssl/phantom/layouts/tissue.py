@@ -1,4 +1,4 @@
-"""A labelled data set of nnU-Net without lesions: tissue classes or coarse regions, the same heads in any modality."""
+"""A labelled data set of nnU-Net without lesions: tissue classes or regions, of the same heads in any modality."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_tissue(
         n_train: cases of ``imagesTr`` and ``labelsTr``, ``phantom_001`` and so on.
         n_test: further cases, of ``imagesTs`` and ``labelsTs``.
         modalities: the channels, in order.
-        labels: "tissue" or "regions", see :mod:`nnunet_ssl.phantom.labels`.
+        labels: "tissue", "lobes" or "regions", see :mod:`nnunet_ssl.phantom.labels`.
         voxel_mm: voxel size; images and labels are skull-stripped, in RAS.
         seed: fixes everything.
 
