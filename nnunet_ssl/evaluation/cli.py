@@ -1,4 +1,4 @@
-"""The console command ``nnssl_evaluate``: alignment, lesions, ranking, missing, calibration, probe, gradients."""
+"""The command ``nnssl_evaluate``: alignment, lesions, ranking, missing, calibration, probe, finetune, gradients."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.embeddings import Embeddings
+    from nnunet_ssl.evaluation.scan_prediction import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ example:
 examples:
   nnssl_evaluate probe --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500 --target age -o probe_age
   nnssl_evaluate probe --embeddings mcl.npz --metadata mcl.csv --target sex --json
+  nnssl_evaluate probe --checkpoint mcl_mim -d 500 --target age --across --modalities t1 flair -o probe_across
+""",
+    "finetune": """\
+examples:
+  nnssl_evaluate finetune --checkpoint $nnUNet_results/Dataset500_FOMO60K/mcl_mim -d 500 --target age -o finetune_age
+  nnssl_evaluate finetune --checkpoint mcl_mim -d 500 --target group --across --modalities t1 flair --scratch -o scratch
 """,
     "gradients": """\
 example:
@@ -69,6 +76,7 @@ def evaluate() -> None:
     _add_missing(commands)
     _add_calibration(commands)
     _add_probe(commands)
+    _add_finetune(commands)
     _add_gradients(commands)
     arguments = parser.parse_args()
     if getattr(arguments, "json", None) == "-":
@@ -404,6 +412,14 @@ def _add_probe(commands: Subcommands) -> None:
         commands, _probe, "What a frozen representation knows of a scan: linear probes, split by subject."
     )
     _add_embedding_source(parser, max_subjects=10_000)
+    _add_target(parser, folds=5)
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write probe.json, predictions.tsv, probe.png and new embeddings here"
+    )
+    _add_json(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser, folds: int) -> None:
     parser.add_argument(
         "--target", default="age", metavar="COLUMN", help="of the manifest or the metadata (default: age)"
     )
@@ -413,30 +429,147 @@ def _add_probe(commands: Subcommands) -> None:
         default="auto",
         help="auto: a regression when the column holds more than ten different numbers",
     )
-    parser.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (default: 5)")
     parser.add_argument(
-        "-o", type=Path, metavar="FOLDER", help="write probe.json, predictions.tsv, probe.png and new embeddings here"
+        "--modalities", nargs="+", default=[], metavar="NAME", help="learn from and predict no other scans"
+    )
+    parser.add_argument(
+        "--across",
+        action="store_true",
+        help="learn from each modality alone, too, and predict all of them: across.tsv, across.png",
+    )
+    parser.add_argument(
+        "--folds", type=int, default=folds, metavar="N", help=f"of the cross-validation (default: {folds})"
+    )
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.evaluation.probes import probe
+
+    embeddings, name = _embeddings(arguments)
+    result = probe(
+        embeddings,
+        arguments.target,
+        task=arguments.task,
+        folds=arguments.folds,
+        across=arguments.across,
+        modalities=arguments.modalities,
+    )
+    _report_prediction(result, "probe", name, arguments)
+    if arguments.o and arguments.checkpoint:
+        from nnunet_ssl.evaluation.embeddings import write_embeddings
+
+        write_embeddings(embeddings, arguments.o)
+
+
+def _report_prediction(result: Prediction, stem: str, title: str, arguments: argparse.Namespace) -> None:
+    """Show what was predicted of scans, and write it to the folder that was asked for, if one was."""
+    from nnunet_ssl.evaluation.scan_prediction import across_table, describe_prediction
+
+    _show(result.summary, describe_prediction(result.summary), arguments)
+    if not arguments.o:
+        return
+    from nnunet_ssl.evaluation.figures.across import draw_across
+    from nnunet_ssl.evaluation.figures.prediction import draw_prediction
+    from nnunet_ssl.evaluation.results import write_json, write_tsv
+
+    write_json(result.summary, arguments.o / f"{stem}.json")
+    write_tsv(result.predictions, arguments.o / "predictions.tsv")
+    draw_prediction(result, arguments.o / f"{stem}.png", title=title)
+    if arguments.across:
+        write_tsv(across_table(result.summary), arguments.o / "across.tsv")
+        write_tsv(result.across, arguments.o / "across_predictions.tsv")
+        draw_across(result.summary, arguments.o / "across.png", title=title)
+    logger.info("written to %s", arguments.o)
+
+
+def _add_finetune(commands: Subcommands) -> None:
+    parser = _subcommand(
+        commands,
+        _finetune,
+        "What an encoder can learn of whole scans: fine-tuned with a linear head, split by subject.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="any checkpoint nnssl_weights reads, or a pre-training's folder",
+    )
+    parser.add_argument(
+        "-d", metavar="DATASET", help="the corpus, prepared with nnssl_prepare (default: 500)", default="500"
+    )
+    _add_target(parser, folds=5)
+    parser.add_argument(
+        "--scratch", action="store_true", help="take the checkpoint's architecture, and random weights: the twin"
+    )
+    parser.add_argument("--steps", type=positive, default=500, metavar="N", help="of a training (default: 500)")
+    parser.add_argument(
+        "--batch_size",
+        type=_several,
+        default=8,
+        metavar="N",
+        help="scans of a step (default: 8)",
+    )
+    parser.add_argument(
+        "--learning_rate",
+        type=float,
+        default=5e-4,
+        metavar="LR",
+        help="of the head; a pre-trained encoder learns at a tenth of it (default: 5e-4)",
+    )
+    parser.add_argument(
+        "--box", type=positive, nargs=3, metavar="N", help="voxels that are seen of a scan (default: all brains fit)"
+    )
+    parser.add_argument(
+        "--max_subjects",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="draw at most N (default: 10000)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of new weights, order and augmentation; the folds stay (default: 0)"
+    )
+    parser.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
+    parser.add_argument(
+        "-o", type=Path, metavar="FOLDER", help="write finetune.json, predictions.tsv and finetune.png here"
     )
     _add_json(parser)
 
 
-def _probe(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.probes import describe_probe, probe
+def _several(text: str) -> int:
+    """Read a whole number above 1: the head's normalisation compares the scans of a batch."""
+    if (number := positive(text)) == 1:
+        raise argparse.ArgumentTypeError("a batch has at least 2 scans")
+    return number
 
-    embeddings, name = _embeddings(arguments)
-    result = probe(embeddings, arguments.target, task=arguments.task, folds=arguments.folds)
-    _show(result.summary, describe_probe(result.summary), arguments)
-    if arguments.o:
-        from nnunet_ssl.evaluation.embeddings import write_embeddings
-        from nnunet_ssl.evaluation.figures.probe import draw_probe
-        from nnunet_ssl.evaluation.results import write_json, write_tsv
 
-        write_json(result.summary, arguments.o / "probe.json")
-        write_tsv(result.predictions, arguments.o / "predictions.tsv")
-        draw_probe(result, arguments.o / "probe.png", title=name)
-        if arguments.checkpoint:
-            write_embeddings(embeddings, arguments.o)
-        logger.info("written to %s", arguments.o)
+def _finetune(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.devices import find_device
+    from nnunet_ssl.evaluation.scan_finetuning import FinetuningConfig, finetune_scans
+
+    config = FinetuningConfig(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        scratch=arguments.scratch,
+        box=arguments.box and tuple(arguments.box),
+        max_subjects=arguments.max_subjects,
+        seed=arguments.seed,
+    )
+    result = finetune_scans(
+        arguments.checkpoint,
+        arguments.d,
+        arguments.target,
+        config,
+        find_device(arguments.device),
+        across=arguments.across,
+        task=arguments.task,
+        modalities=arguments.modalities,
+        folds=arguments.folds,
+    )
+    name = _name_of(arguments.checkpoint)
+    _report_prediction(result, "finetune", f"{name} from scratch" if arguments.scratch else name, arguments)
 
 
 def _add_gradients(commands: Subcommands) -> None:

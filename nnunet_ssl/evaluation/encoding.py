@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -66,14 +67,19 @@ def embed_corpus(checkpoint: Path, dataset: int | str, config: EncodingConfig, d
     """
     encoder = load_encoder(checkpoint, device)
     corpus = open_corpus(dataset)
-    _compare_preprocessing(encoder.pretrained, corpus)
+    compare_preprocessing(encoder.pretrained, corpus)
     rows = choose_rows(corpus, encoder.pretrained, config)
     patch_size = config.patch_size or encoder.patch_size
     rows, vectors = encode_scans(encoder.network, corpus, rows, patch_size, config)
+    return Embeddings(vectors=vectors, scans=describe_scans(corpus, rows))
+
+
+def describe_scans(corpus: Corpus, rows: np.ndarray) -> pd.DataFrame:
+    """Return what the manifest knows of the scans in `rows`, as strings: who they are of, and what they are."""
     scans = corpus.scans.loc[rows].reset_index(drop=True)
     identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)
     known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(object)
-    return Embeddings(vectors=vectors, scans=identity.join(known.where(known.notna(), "").astype(str)))
+    return identity.join(known.where(known.notna(), "").astype(str))
 
 
 def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingConfig) -> np.ndarray:
@@ -151,11 +157,12 @@ def _read_patches(
                 failures[place] = failure
 
 
-def _compare_preprocessing(pretrained: PretrainedEncoder, corpus: Corpus) -> None:
+def compare_preprocessing(pretrained: PretrainedEncoder, corpus: Corpus) -> None:
+    """Warn where a corpus is not prepared as that of a pre-training."""
     theirs, ours = pretrained.preprocessing, corpus.preprocessing
     different = sorted(key for key in ours if theirs and theirs.get(key) != ours[key])
     if different:
         logger.warning(
-            "The corpus is not prepared as the checkpoint's was: %s differ. Embeddings are of what the encoder sees.",
+            "The corpus is not prepared as the checkpoint's was: %s differ. What is measured is what the encoder sees.",
             ", ".join(different),
         )

@@ -8,7 +8,8 @@ import pytest
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import Embeddings, write_embeddings
-from nnunet_ssl.evaluation.probes import describe_probe, probe
+from nnunet_ssl.evaluation.probes import probe
+from nnunet_ssl.evaluation.scan_prediction import describe_prediction
 
 MODALITIES = ("t1", "flair")
 
@@ -161,7 +162,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys, target
     evaluate()
     summary = json.loads(capsys.readouterr().out)
     assert summary == json.loads((tmp_path / "out" / "probe.json").read_text())
-    assert f"of '{target}': 24 subjects, 48 scans" in describe_probe(summary)
+    assert f"of '{target}': 24 subjects, 48 scans" in describe_prediction(summary)
     table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
     assert {"patient_id", "truth", "predicted", "fold"} <= set(table.columns)
     assert len(table) == 48
@@ -174,3 +175,94 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*map(str, ["nnssl_evaluate", "probe", *stored, "--target", "iq"])])
     with pytest.raises(SystemExit, match="error: There is no column 'iq'"):
         evaluate()
+
+
+def two_directions(n_subjects=40, seed=0) -> Embeddings:
+    """T1 and T2 hold the age in one direction, FLAIR in another one; PD in none."""
+    rng = np.random.default_rng(seed)
+    names = ("t1", "t2", "flair", "pd")
+    owner, modality = np.repeat(np.arange(n_subjects), len(names)), np.tile(names, n_subjects)
+    age = rng.uniform(20, 80, n_subjects)[owner]
+    vectors = rng.normal(size=(len(owner), 10))
+    for name, direction in (("t1", 0), ("t2", 0), ("flair", 1)):
+        vectors[modality == name, direction] += 4 * (age[modality == name] - 50) / 17
+    scans = pd.DataFrame({"patient_id": owner.astype(str), "session_id": "1", "filename": modality})
+    return Embeddings(vectors=vectors, scans=scans.assign(modality=modality, age=age.round(3).astype(str)))
+
+
+def test_a_probe_carries_to_the_modalities_that_are_encoded_alike_and_to_no_other():
+    result = probe(two_directions(), "age", across=True)
+    matrix = {
+        row: {name: cell["scores"]["R2"] for name, cell in cells.items()}
+        for row, cells in result.summary["across"].items()
+    }
+    assert list(matrix) == ["all", "flair", "pd", "t1", "t2"]
+    assert min(matrix[one][other] for one in ("t1", "t2") for other in ("t1", "t2")) > 0.8
+    assert matrix["flair"]["flair"] > 0.8
+    assert max(matrix["t1"]["flair"], matrix["flair"]["t1"], matrix["t1"]["pd"], matrix["pd"]["t1"]) < 0.3
+    assert matrix["all"] == {name: cell["scores"]["R2"] for name, cell in result.summary["by_modality"].items()}
+    cell = result.summary["across"]["t1"]["t2"]
+    assert (cell["n_subjects"], cell["n_scans"]) == (40, 40)
+    assert cell["intervals"]["R2"][0] < cell["scores"]["R2"] < cell["intervals"]["R2"][1]
+    assert cell["without_images"]["R2"] < 0.1
+
+
+def test_no_model_of_any_modality_saw_the_subjects_it_is_tested_on():
+    """Each subject is a point of its own in every modality: if a probe saw it in one, it would know it in another."""
+    embeddings = two_directions(n_subjects=30)
+    ages = np.repeat(np.random.default_rng(1).uniform(20, 80, 30), 4).astype(str)
+    own = Embeddings(vectors=np.repeat(100 * np.eye(30), 4, axis=0), scans=embeddings.scans)
+    result = probe(with_column(own, "age", ages), "age", across=True)
+    for cells in result.summary["across"].values():
+        assert max(cell["scores"]["R2"] for cell in cells.values()) < 0.1
+    folds = pd.concat([result.predictions, result.across]).groupby("patient_id")["fold"].nunique()
+    assert (folds == 1).all()
+
+
+def test_the_cells_of_the_matrix_are_the_scores_of_the_predictions_that_are_written():
+    result = probe(known_signal(n_subjects=16), "sex", across=True)
+    for (trained_on, tested_on), rows in result.across.groupby(["trained_on", "modality"]):
+        cell = result.summary["across"][trained_on][tested_on]
+        hit = rows["truth"] == rows["predicted"]
+        assert cell["scores"]["balanced accuracy"] == pytest.approx(hit.groupby(rows["truth"]).mean().mean())
+    assert len(result.across) == 2 * len(result.predictions)
+
+
+def test_a_modality_of_too_few_subjects_is_predicted_and_not_learnt_from(caplog):
+    embeddings = known_signal(n_subjects=20)
+    modality = embeddings.scans["modality"].to_numpy(object)
+    modality[[0, 2]] = "dwi"
+    modality[4] = "unknown"
+    matrix = probe(with_column(embeddings, "modality", modality), "sex", across=True).summary["across"]
+    assert list(matrix) == ["all", "flair", "t1"]
+    assert list(matrix["t1"]) == ["dwi", "flair", "t1"]
+    assert "Not learnt from, with too few subjects: scans of dwi." in caplog.text
+
+
+def test_only_the_modalities_that_are_named_are_learnt_from_and_predicted():
+    result = probe(two_directions(n_subjects=12), "age", across=True, modalities=["t1", "pd"])
+    assert {name: list(cells) for name, cells in result.summary["across"].items()} == {
+        name: ["pd", "t1"] for name in ("all", "pd", "t1")
+    }
+    assert set(result.predictions["modality"]) == {"t1", "pd"}
+    with pytest.raises(UserError, match=r"no scans of ct; there are scans of flair, pd, t1, t2"):
+        probe(two_directions(n_subjects=12), "age", modalities=["ct"])
+
+
+@pytest.mark.parametrize("target", ["age", "sex"])
+def test_the_command_writes_the_matrix_as_table_and_figure(tmp_path, monkeypatch, capsys, target):
+    write_embeddings(known_signal(n_subjects=12), tmp_path)
+    stored = ["--embeddings", tmp_path / "embeddings.npz", "--metadata", tmp_path / "metadata.csv"]
+    call = ["nnssl_evaluate", "probe", *stored, "--target", target, "--across", "-o", tmp_path / "out", "--json"]
+    monkeypatch.setattr("sys.argv", [*map(str, call)])
+    evaluate()
+    summary = json.loads(capsys.readouterr().out)
+    table = pd.read_csv(tmp_path / "out" / "across.tsv", sep="\t").set_index(["trained_on", "tested_on"])
+    assert len(table) == 6
+    for name in summary["scores"]:
+        cell = summary["across"]["t1"]["flair"]
+        written = table.loc[("t1", "flair"), [name, f"{name} low", f"{name} high"]].to_list()
+        assert written == pytest.approx([cell["scores"][name], *cell["intervals"][name]], rel=1e-4)
+    assert "learnt from the modality of a row" in describe_prediction(summary)
+    assert len(pd.read_csv(tmp_path / "out" / "across_predictions.tsv", sep="\t")) == 48
+    assert (tmp_path / "out" / "across.png").read_bytes().startswith(b"\x89PNG")

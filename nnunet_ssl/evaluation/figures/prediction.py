@@ -1,4 +1,4 @@
-"""The figure of a probe: what it predicted for scans it never saw, and how well in each modality."""
+"""The figure of a prediction: what was predicted of scans never seen, and how well in each modality."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from sklearn.metrics import confusion_matrix
 
 from nnunet_ssl.evaluation.figures.style import PALETTE, colour_of, figure
-from nnunet_ssl.evaluation.probes import ProbeResult
+from nnunet_ssl.evaluation.scan_prediction import Prediction
 
 
-def draw_probe(result: ProbeResult, path: Path, *, title: str) -> None:
+def draw_prediction(result: Prediction, path: Path, *, title: str) -> None:
     """Draw two panels: truth against prediction, and the first score by modality beside that of all scans."""
     summary, predictions = result.summary, result.predictions
     with figure(path, (10, 4.6)) as drawing:
@@ -35,7 +35,7 @@ def _draw_values(axes: Axes, predictions: pd.DataFrame, target: str) -> None:
     ends = [predictions["truth"].min(), predictions["truth"].max()]
     axes.plot(ends, ends, color="grey", lw=0.8)
     axes.legend(markerscale=1.6, handletextpad=0.2)
-    axes.set(title="Scans of subjects that the probe never saw", xlabel=target, ylabel=f"predicted {target}")
+    axes.set(title="Scans of subjects never seen", xlabel=target, ylabel=f"predicted {target}")
 
 
 def _draw_confusion(axes: Axes, predictions: pd.DataFrame, classes: list[str]) -> None:
@@ -47,12 +47,12 @@ def _draw_confusion(axes: Axes, predictions: pd.DataFrame, classes: list[str]) -
     axes.set_yticks(range(len(classes)), classes)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set(title="Scans of subjects that the probe never saw", xlabel="predicted", ylabel="truth (rows sum to 1)")
+    axes.set(title="Scans of subjects never seen", xlabel="predicted", ylabel="truth (rows sum to 1)")
 
 
 def _draw_modalities(axes: Axes, summary: dict[str, Any]) -> None:
     name, entry = next(iter(summary["scores"].items()))
-    modalities = {key: one["scores"].get(name, np.nan) for key, one in summary["by_modality"].items()}
+    modalities = {key: one["scores"][name] for key, one in summary["by_modality"].items()}
     colours = [colour_of(key, modalities) for key in modalities]
     axes.bar(range(len(modalities)), list(modalities.values()), color=colours)
     place = len(modalities)
