@@ -107,12 +107,15 @@ def keywords_of(kind: type, values: Mapping[str, Any], where: str = "") -> dict[
     for key in values:
         if key not in fields:
             raise UserError(f"There is no key '{where}{key}'{_nearest(key, fields, where)}")
-    return {
-        key: build(hints[key], value, f"{where}{key}.", _default(fields[key]))
-        if dataclasses.is_dataclass(hints[key])
-        else _convert(value, hints[key], f"{where}{key}")
-        for key, value in values.items()
-    }
+    return {key: _value(value, hints[key], f"{where}{key}", _default(fields[key])) for key, value in values.items()}
+
+
+def _value(value: Any, kind: Any, where: str, default: Any) -> Any:
+    """A field's value from a plain one: a dataclass, None where one may be missing, or what :func:`_convert` makes."""
+    section = next((one for one in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(one)), None)
+    if section is None or (value is None and section is not kind):
+        return _convert(value, kind, where)
+    return build(section, value, f"{where}.", default)
 
 
 TRUTHS = {"true": True, "false": False}

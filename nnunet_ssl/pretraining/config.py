@@ -25,6 +25,8 @@ from nnunet_ssl.pretraining.gradients import Balance
 from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective, Pairs
 from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
+from nnunet_ssl.pretraining.objectives.dense import DenseConfig
+from nnunet_ssl.pretraining.objectives.lesions import LesionConfig
 from nnunet_ssl.pretraining.objectives.masked import MaskedConfig
 from nnunet_ssl.pretraining.recipes import read_recipe, recipe_file
 from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig
@@ -61,6 +63,8 @@ class PretrainingConfig:
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
+    lesions: LesionConfig | None = None
+    dense: DenseConfig | None = None
     others: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})  # the sections of what other
     # packages announce, by name; each has a key of its own beside ours
     shared_pass: bool = False  # one masked pass of the query network for all branches: faster, not the paper's

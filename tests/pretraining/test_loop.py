@@ -22,7 +22,7 @@ from nnunet_ssl.pretraining.run.records import Records
 from nnunet_ssl.pretraining.step import training_step
 from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
 
-RECIPES = ["cl", "mcl", "mim", "cl_mim", "mcl_mim", "mcl_mim_balanced", "mcl_ibot"]
+RECIPES = ["cl", "mcl", "mim", "cl_mim", "mcl_mim", "mcl_mim_balanced", "mcl_ibot", "mcl_path", "mcl_dense"]
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.architectures.backbones.base import Encoder
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.run.panels import Panel
 from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig, Batch
+from nnunet_ssl.pretraining.views.sampling import SamplingConfig
 from nnunet_ssl.schedules import Ramp
 
 if TYPE_CHECKING:
@@ -42,6 +44,14 @@ class Recipe(Protocol):
     def augmentation(self) -> AugmentationConfig: ...
     @property
     def maps(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def shared_pass(self) -> bool: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def sampling(self) -> SamplingConfig: ...
     @property
     def pairs(self) -> Pairs | None: ...
     @property
@@ -76,12 +86,18 @@ class Examples:
     batch: Batch
     unpaired: Batch | None
     mask: Tensor | None  # (N, *grid) bool for the N views of `batch`, then of `unpaired`; None where nothing is hidden
+    first: int = 0  # the place of the batch's first example in that of the whole step, over all processes and parts
 
     @property
     def hidden(self) -> Tensor:
         """The mask, which there is if any objective is `masked`."""
         assert self.mask is not None, "no objective of the recipe is masked"
         return self.mask
+
+    @property
+    def places(self) -> range:
+        """Of the batch's examples in that of the whole step: with seed and step, what they draw follows from these."""
+        return range(self.first, self.first + self.batch.views.shape[1])
 
     @property
     def batches(self) -> list[Batch]:
@@ -101,6 +117,11 @@ class Examples:
     def targets(self) -> Tensor:
         """(N, 1, X, Y, Z): the views before their intensities were changed."""
         return torch.cat([part.targets.flatten(0, 1) for part in self.batches])
+
+    @property
+    def brain(self) -> Tensor:
+        """(V * B, 1, X, Y, Z) bool: where paired views show more than background, which preparation leaves at zero."""
+        return self.batch.targets.flatten(0, 1) != 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +222,19 @@ class Objective(abc.ABC):
     def max_gradient_ratio(self) -> float | None:
         """Scale its gradient on the encoder down to at most so many times the norm of all others' together."""
         return None
+
+    def level_of(self, stride: int) -> int:
+        """The number of the encoder's map with so many voxels per place, 0 the finest.
+
+        Raises:
+            UserError: none has; names the setting ``stride`` of this objective's section.
+        """
+        strides = [self.config.stride >> coarser for coarser in reversed(range(self.config.maps))]
+        if stride not in strides:
+            raise UserError(
+                f"{self.section}.stride is {stride}; the encoder has maps of stride {', '.join(map(str, strides))}."
+            )
+        return strides.index(stride)
 
     def check(self) -> None:  # noqa: B027
         """Refuse a recipe that does not suit the objective.

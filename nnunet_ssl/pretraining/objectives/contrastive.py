@@ -149,16 +149,24 @@ class Contrastive(Objective):
         return queue_figures(state)
 
 
-class ProjectionHead(nn.Module):
-    """The bottleneck's average over space, through two linear layers, onto the unit sphere."""
+class Projection(nn.Module):
+    """Features through two linear layers onto the unit sphere."""
 
     def __init__(self, channels: int, hidden: int, dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (..., channels) to (..., dim), float32, of length one."""
+        return F.normalize(self.layers(features).float(), dim=-1)
+
+
+class ProjectionHead(Projection):
+    """The projection of the bottleneck's average over space."""
+
     def forward(self, bottleneck: Tensor) -> Tensor:
         """Map (B, channels, x, y, z) to (B, dim), float32, rows of length one."""
-        return F.normalize(self.layers(pooled(bottleneck)).float(), dim=1)
+        return super().forward(pooled(bottleneck))
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,31 @@ def symmetric_info_nce(
     """
     crossed = keys.flip(0).flatten(0, 1)
     return info_nce(queries.flatten(0, 1), crossed, subjects.repeat(2), queue_keys, queue_subjects, temperature)
+
+
+def in_batch_info_nce(
+    similarity: Tensor, match: Tensor, excluded: Tensor, counted: Tensor, temperature: float
+) -> InfoNCE:
+    """Tell the match of each query from the other candidates of a batch; averaged over the queries that count.
+
+    Args:
+        similarity: (n, m) cosines of queries and candidates.
+        match: (n,) long, the candidate that is each query's.
+        excluded: (n, m) bool, what has no part in a query's sum; a match never is.
+        counted: (n,) bool; if none is, the loss is 0.
+        temperature: T.
+    """
+    excluded = excluded & counted[:, None]
+    logits = similarity.masked_fill(excluded, float("-inf")) / temperature
+    share = counted / counted.sum().clamp_min(1)
+    loss = (F.cross_entropy(logits, match, reduction="none") * share).sum()
+    with torch.no_grad():
+        best = logits.scatter(1, match[:, None], float("-inf")).max(dim=1).values
+        accuracy = ((logits.gather(1, match[:, None])[:, 0] > best) * share).sum()
+        negatives = (~excluded).sum(dim=1) - 1
+        guessing = (negatives.log1p() * share).sum()
+        over_guessing = torch.where(guessing > 0, loss / guessing, torch.ones_like(loss))
+    return InfoNCE(loss, accuracy, (negatives * share).sum(), over_guessing)
 
 
 class Queue(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,15 @@ class TokenConfig:
     bottleneck: int = ranged(256, "at least 1")  # dimension in which tokens are compared with prototypes
     student_temperature: float = ranged(0.1, "positive")  # of the softmax over prototypes: the query network's
     teacher_temperature: Ramp = ranged(Ramp(low=0.04, high=0.07, until=0.10), "positive")  # and the key network's
+    view: Literal["other", "own"] = "other"  # whose tokens are the target: the pair's other view's, or the same view's as
+    # in iBOT
     centre_momentum: float = ranged(0.9, "between 0 and 1")  # of the running mean that keeps one prototype from taking
     # all tokens
 
 
 class Tokens(Objective):
-    """Tell the key network's tokens of the other view at the hidden places (of the same view, without pairs)."""
+    """Tell the key network's tokens of the other view at the hidden places (of the same view, without pairs or if set
+    so)."""
 
     name = "masked"
     section = "masked"
@@ -63,9 +67,11 @@ class Tokens(Objective):
         return self.config.section("masked").tokens
 
     def check(self) -> None:
-        if self.config.pairs and not self.config.augmentation.shared_affine:
+        compares_views = self.config.pairs and self.settings.view == "other"
+        if compares_views and not self.config.augmentation.shared_affine:
             raise UserError(
-                "masked.target=tokens compares the two views place by place: set augmentation.shared_affine=true."
+                "masked.target=tokens compares the two views place by place: set augmentation.shared_affine=true, or "
+                "masked.tokens.view=own."
             )
         if not 0 <= self.settings.level < self.config.maps:
             raise UserError(f"masked.tokens.level is {self.settings.level}; the maps are 0 to {self.config.maps - 1}.")
@@ -86,8 +92,11 @@ class Tokens(Objective):
         return {"teacher_temperature": self.settings.teacher_temperature}
 
     def teach(self, key: EncoderWithHeads, maps: Sequence[Tensor], examples: Examples) -> Tensor:
-        """For each view the scores (N, tokens, K) of the view that it is to tell: the other one, if it has one."""
+        """For each view the scores (N, tokens, K) of the view that it is to tell: the other one, if it has one, or its
+        own."""
         scores = key.head(self.head_name, maps[self.settings.level])
+        if self.settings.view == "own":
+            return scores
         by_view = examples.batch.views.shape[:2]
         paired = by_view.numel()
         of_other_view = scores[:paired].unflatten(0, by_view).flip(0).flatten(0, 1)

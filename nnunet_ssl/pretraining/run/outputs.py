@@ -176,10 +176,10 @@ def _forget_subjects(learner: Learner) -> None:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, sentence) for each setting that differs."""
-    for key in now:
-        old, new = before.get(key), now[key]
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _changes(old, new, f"{where}{key}.")
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) or isinstance(new, Mapping):
+            yield from _changes(old or {}, new or {}, f"{where}{key}.")
         elif old != new:
             yield f"{where}{key}", f"{where}{key} was {old}, is {new}"
 

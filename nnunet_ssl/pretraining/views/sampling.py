@@ -15,6 +15,9 @@ from nnunet_ssl.errors import UserError
 
 Kind = Literal["mcl", "cl", "mim"]
 
+PAIRS, UNPAIRED, MASKS, LESIONS, CELLS = range(5)
+"""Streams of random numbers: what is drawn for one thing says nothing of what is drawn for another."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:

@@ -19,10 +19,8 @@ from nnunet_ssl.pretraining.objectives.base import Examples
 from nnunet_ssl.pretraining.objectives.masked import bottleneck_grid, draw_masks
 from nnunet_ssl.pretraining.views.augmentation import Batch, augment
 from nnunet_ssl.pretraining.views.loading import make_loader
+from nnunet_ssl.pretraining.views.sampling import MASKS, PAIRS, UNPAIRED
 from nnunet_ssl.pretraining.views.transfer import send
-
-PAIRS, UNPAIRED, MASKS = range(3)
-"""Streams of random numbers."""
 
 
 class Stream:
@@ -92,7 +90,11 @@ class Stream:
         part, mask = next(self._parts), None
         if self.config.has_masked:
             mask = torch.cat([self._masks(stream, one, part) for stream, one in enumerate([batch, *rest])])
-        return Examples(batch=batch, unpaired=unpaired, mask=mask)
+        return Examples(batch=batch, unpaired=unpaired, mask=mask, first=self._first(batch, part))
+
+    def _first(self, batch: Batch, part: int) -> int:
+        """The place of this part's first example in the batch of the whole step."""
+        return (distributed.rank() * self.config.accumulation + part) * batch.views.shape[1]
 
     def _masks(self, stream: int, batch: Batch, part: int) -> Tensor:
         """The masks of a batch's views, (V * B, *grid): this part's share of those of the whole step."""
@@ -102,7 +104,7 @@ class Stream:
         grid = bottleneck_grid(self.config.patch_size, self.config.stride)
         generator = torch.Generator().manual_seed(int(seed))
         masks = draw_masks(views * everyone, grid, self.config.masked.ratio, generator)
-        first = (distributed.rank() * self.config.accumulation + part) * count
+        first = self._first(batch, part)
         own = masks.unflatten(0, (views, everyone))[:, first : first + count]
         return send(own.flatten(0, 1), self.device)
 

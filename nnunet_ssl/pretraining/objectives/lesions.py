@@ -1,0 +1,167 @@
+"""Find a lesion again in another head: what is compared is the place of a synthetic lesion, not the head around it.
+
+Contrastive learning of whole views has every reason to forget lesions: a head is told from others by its anatomy. Here
+the same lesion, in shape, size and kind, is put into two heads; their features at its place are to match (SimCLR's
+InfoNCE, arXiv 2002.05709), while the same heads at the same places without it, and all other lesions, are negatives.
+What head it is in gives no answer, for both a lesion and its clean counterpart are of that head. Nothing else of the
+recipe sees the lesions. Transplanting lesions between scans is CarveMix's idea (arXiv 2108.06883), for labelled data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_ssl.architectures.backbones.base import Encoder
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, Objective, Pass
+from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, in_batch_info_nce
+from nnunet_ssl.pretraining.run.panels import GREEN, Panel, both
+from nnunet_ssl.pretraining.views.lesions import LesionRanges, draw_lesions, put
+from nnunet_ssl.typed import ranged
+
+SMALLEST_PATCH = 8
+"""Voxels; a lesion in a smaller one is the patch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LesionConfig:
+    """The branch of synthetic lesions, which are found again in another head."""
+
+    weight: float = ranged(1.0, "0 or more")
+    stride: int = ranged(8, "at least 1")  # voxels per place of the map whose features are compared
+    temperature: float = ranged(0.2, "positive")
+    hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
+    dim: int = ranged(128, "at least 1")  # in which lesions are compared
+    diameter: tuple[float, float] = ranged((3.0, 12.0), "at least 1")  # voxels, of the ball of the same volume, drawn
+    # log-uniformly; at most half of the patch
+    contrast: tuple[float, float] = ranged((0.5, 2.5), "positive")  # of a lesion with what it replaces, in standard
+    # deviations of the view's brain
+    opposite: float = ranged(0.5, "between 0 and 1")  # how often a lesion that is bright in one head is dark in the
+    # other: which it is depends on the modality
+
+    def __post_init__(self) -> None:
+        for name in ("diameter", "contrast"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"lesions.{name} is {[low, high]}; it is a range: two numbers, the smaller first.")
+
+
+class LesionSearch(Objective):
+    """Each lesion is to be found in another head before that head, and its own, without it, and other lesions."""
+
+    name = "lesions"
+    section = "lesions"
+    section_type = LesionConfig
+    head_name = "lesion_projection"
+    shapes = ("lesions.stride", "lesions.hidden", "lesions.dim")
+    in_the_log = {"loss/lesions": "lesions {:.4f}", "lesions/accuracy": "found {:.2f}"}  # noqa: RUF012
+    panels = (
+        Panel("Lesion loss / loss of guessing", both("lesions/loss_over_guessing", GREEN), reference=1.0),
+        Panel("Lesion found in another head, share", both("lesions/accuracy", GREEN), limits=(0, 1)),
+    )
+    citations = (
+        "Chen et al. A simple framework for contrastive learning of visual representations. ICML 2020, arXiv "
+        "2002.05709.",
+    )
+
+    def check(self) -> None:
+        self.level_of(self.settings.stride)
+        if self.config.shared_pass:
+            raise UserError("lesions compares views in which nothing is hidden: it cannot take part in shared_pass=true.")
+        if min(self.config.patch_size) < SMALLEST_PATCH:
+            raise UserError(
+                f"patch_size {list(self.config.patch_size)} is too small for lesions: at least {SMALLEST_PATCH} voxels."
+            )
+        _require_two_heads(self.config.batch_size // self.config.accumulation)
+
+    def build_head(self, encoder: Encoder) -> Projection:
+        own = self.settings
+        return Projection(encoder.channels[self.level_of(own.stride)], own.hidden, own.dim)
+
+    def branch(self, query: EncoderWithHeads, given: Pass) -> Branch:
+        """The loss; at the cost of one more pass of the query network over the paired views, with lesions."""
+        own, examples, level = self.settings, given.examples, self.level_of(self.settings.stride)
+        _require_two_heads(len(examples.places))
+        lesions = draw_lesions(
+            len(examples.batch.views),
+            self.ranges,
+            seed=self.config.seed,
+            step=examples.batch.step,
+            places=examples.places,
+        )
+        count = len(lesions.of_view)
+        lesioned = put(lesions, examples.paired_views[:count], examples.brain[:count])
+        maps = torch.cat([query.encode(lesioned.views)[level], given.maps[level][:count]])
+        features = at_places(maps, lesioned.masks.repeat(2, 1, 1, 1, 1), own.stride)
+        with_lesion, without = query.head(self.head_name, features).split(count)
+        order = [*range(count // 2), *lesions.second]  # of the views: each lesion's first one, then each one's second
+        result = lesion_info_nce(
+            with_lesion[order].unflatten(0, (2, -1)),
+            without[order].unflatten(0, (2, -1)),
+            lesioned.placed[order].unflatten(0, (2, -1)).all(dim=0),
+            own.temperature,
+        )
+        figures = {
+            "loss/lesions": result.loss.detach(),
+            "lesions/accuracy": result.accuracy,
+            "lesions/loss_over_guessing": result.over_guessing,
+            "lesions/placed": lesioned.placed.float().mean(),
+        }
+        return Branch(loss=own.weight * result.loss, figures=figures)
+
+    @property
+    def ranges(self) -> LesionRanges:
+        """Of the settings; no lesion is wider than half of the patch."""
+        low, high = (min(one, min(self.config.patch_size) / 2) for one in self.settings.diameter)
+        return LesionRanges(
+            diameter=(low, high), contrast=self.settings.contrast, opposite=self.settings.opposite
+        )
+
+
+def _require_two_heads(examples: int) -> None:
+    """Refuse a part of a step with too few examples.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    if examples < 2:
+        raise UserError(
+            "lesions puts a lesion into two heads, so every process needs two examples at least in each part of a step: "
+            "raise batch_size, or lower accumulation."
+        )
+
+
+def at_places(maps: Tensor, masks: Tensor, stride: int) -> Tensor:
+    """The mean of features over the cells that a mask touches, each by the share of it that is covered.
+
+    Args:
+        maps: (N, C, x, y, z).
+        masks: (N, 1, X, Y, Z) bool.
+        stride: voxels per cell.
+
+    Returns:
+        (N, C) float32; zeros where a mask is empty.
+    """
+    cells = F.avg_pool3d(masks.float(), stride, ceil_mode=True)
+    return (maps.float() * cells).sum(dim=(2, 3, 4)) / cells.sum(dim=(2, 3, 4)).clamp_min(1e-6)
+
+
+def lesion_info_nce(with_lesion: Tensor, without: Tensor, placed: Tensor, temperature: float) -> InfoNCE:
+    """Tell each lesion in its other head from both heads of all lesions without them and from the other lesions.
+
+    Args:
+        with_lesion: (2, L, D) on the unit sphere: each lesion in its first and its second head.
+        without: (2, L, D) the same heads at the same places without it.
+        placed: (L,) bool: lesions that found no place in both heads have no part.
+        temperature: of the softmax.
+    """
+    count = len(placed)
+    lesions = with_lesion.flatten(0, 1)
+    similarity = lesions @ torch.cat([lesions, without.flatten(0, 1)]).T
+    itself = torch.eye(2 * count, 4 * count, dtype=torch.bool, device=placed.device)
+    match = torch.arange(2 * count, device=placed.device).roll(count)
+    return in_batch_info_nce(similarity, match, itself | ~placed.repeat(4), placed.repeat(2), temperature)
