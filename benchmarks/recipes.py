@@ -41,6 +41,8 @@ RUNS = {
     "mcl_mim": ("mcl_mim",),
     "mcl_mim_balanced": ("mcl_mim_balanced",),
     "mcl_ibot": ("mcl_ibot", "masked.tokens.level=1", "masked.tokens.prototypes=256", "masked.tokens.hidden=128"),
+    "mcl_path": ("mcl_path",),
+    "mcl_dense": ("mcl_dense",),
     "mcl_mim_shared": ("mcl_mim", "shared_pass=true"),
 }
 

@@ -14,7 +14,10 @@ from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.weights.encoders import load_encoder, read_checkpoint
 
 FAST = ["mim", "mcl_mim", "mcl_ibot"]  # every branch once
-SLOW = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("cl", "mcl", "cl_mim", "mcl_mim_balanced")]
+SLOW = [
+    pytest.param(recipe, marks=pytest.mark.slow)
+    for recipe in ("cl", "mcl", "cl_mim", "mcl_mim_balanced", "mcl_path", "mcl_dense")
+]
 
 FEATURES, BLOCKS = [4, 8, 8, 8, 8, 8], [1, 1, 1, 1, 1, 1]
 RESENC = ["backbone=resenc", "resenc.features=4,8,8,8,8,8", "resenc.blocks=1,1,1,1,1,1"]
@@ -65,7 +68,9 @@ def test_every_recipe_ends_with_an_encoder_that_fits_nnunets_network(write_prepa
 PRIMUS = ["backbone=primus", "primus.embed_dim=24", "primus.depth=2", "primus.heads=2", "primus.grid=4,4,4"]
 
 
-@pytest.mark.parametrize("recipe", ["mim", pytest.param("mcl_mim", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["mim", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mcl_mim", "mcl_path", "mcl_dense"))]
+)
 def test_primus_learns_and_is_read_by_its_original(write_prepared, train, recipe):
     write_prepared()
     pretrained = read_checkpoint(train(recipe, *PRIMUS) / "encoder.safetensors")

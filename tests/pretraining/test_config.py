@@ -8,10 +8,10 @@ from nnunet_ssl.pretraining.config import PretrainingConfig, from_dict, load_con
 from nnunet_ssl.pretraining.recipes import recipes
 from nnunet_ssl.schedules import Ramp
 
-ALL = ("cl", "cl_mim", "mcl", "mcl_ibot", "mcl_mim", "mcl_mim_balanced", "mim")
+ALL = ("cl", "cl_mim", "mcl", "mcl_dense", "mcl_ibot", "mcl_mim", "mcl_mim_balanced", "mcl_path", "mim")
 
 
-def test_the_seven_recipes_ship_with_the_package():
+def test_the_recipes_ship_with_the_package():
     assert recipes() == sorted(ALL)
 
 
@@ -51,12 +51,16 @@ def test_the_recipes_differ_in_what_their_names_say():
         "cl": ("cl", "none"),
         "cl_mim": ("cl", "voxels"),
         "mcl": ("mcl", "none"),
+        "mcl_dense": ("mcl", "none"),
         "mcl_ibot": ("mcl", "tokens"),
         "mcl_mim": ("mcl", "voxels"),
         "mcl_mim_balanced": ("mcl", "voxels"),
+        "mcl_path": ("mcl", "none"),
         "mim": ("none", "voxels"),
     }
     assert load_config("mcl_mim_balanced").contrastive.max_gradient_ratio == 1.0
+    assert {name for name in ALL if load_config(name).lesions} == {"mcl_path"}
+    assert {name for name in ALL if load_config(name).dense} == {"mcl_dense"}
 
 
 def test_overrides_reach_nested_keys_in_every_form():
@@ -112,6 +116,10 @@ def test_an_override_leaves_its_neighbours_at_their_defaults():
         ("recipe=../elsewhere", "it names a folder"),
         ("momentum.until=0.01", "begin <= until"),
         ("momentum.hihg=1", "did you mean 'momentum.high'"),
+        ("masked.tokens.student_temperature=0", "masked.tokens.student_temperature is 0.0; it must be positive"),
+        ("masked.tokens.teacher_temperature.low=-1", "teacher_temperature.low is -1.0; it must be positive"),
+        ("masked.tokens.view=both", "masked.tokens.view is 'both'; it can be other, own"),
+        ("contrastive.temperature=0", "contrastive.temperature is 0.0; it must be positive"),
     ],
 )
 def test_a_bad_override_is_explained(override, message):
@@ -167,6 +175,22 @@ def test_a_balance_has_a_number_for_each_branch(kind):
 def test_a_balance_that_does_not_fit_is_explained_in_a_sentence(recipe, overrides, message):
     with pytest.raises(UserError, match=message):
         load_config(recipe, overrides)
+
+
+def test_a_branch_is_turned_on_by_its_section_and_off_by_null():
+    config = load_config("mcl_mim", ["lesions.weight=0.5"])
+    assert [objective.name for objective in config.objectives] == ["contrastive", "masked", "lesions"]
+    assert load_config("mcl_path", ["lesions=null"]).objectives[-1].name == "contrastive"
+    assert from_dict(config.as_dict()).lesions == config.lesions != load_config("mcl_path").lesions
+
+
+def test_every_temperature_and_the_target_of_mcl_ibot_can_be_swept():
+    swept = ["contrastive.temperature=0.3", "masked.tokens.student_temperature=0.2", "masked.tokens.view=own"]
+    config = load_config("mcl_ibot", [*swept, "masked.tokens.teacher_temperature={low: 0.1, high: 0.1}"])
+    tokens = config.masked.tokens
+    assert (config.contrastive.temperature, tokens.student_temperature, tokens.view) == (0.3, 0.2, "own")
+    assert tokens.teacher_temperature == Ramp(low=0.1, high=0.1, until=0.1)
+    assert load_config("mcl_ibot", ["masked.tokens.view=own", "augmentation.shared_affine=false"]).has_masked
 
 
 def test_a_file_can_be_a_recipe_and_gives_it_its_name(tmp_path):

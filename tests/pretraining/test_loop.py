@@ -237,6 +237,31 @@ def test_a_changed_setting_is_said_aloud_and_taken(write_prepared, train, caplog
     assert checkpoint(folder)["step"] == 4
 
 
+def test_a_branch_that_the_checkpoint_does_not_know_is_refused(write_prepared, train):
+    write_prepared()
+    train("mcl", "steps=2")
+    with pytest.raises(UserError, match=r"cannot be continued with these settings: .*lesions\.stride was None, is 8"):
+        train("mcl", "steps=4", "lesions.weight=1", resume=True)
+
+
+@pytest.mark.slow
+def test_a_run_of_every_branch_that_is_continued_ends_bit_for_bit_as_the_unbroken_one(write_prepared, train):
+    write_prepared()
+    branches = ["masked.target=voxels", "lesions.weight=1", "steps=4"]
+    folder = train("mcl_dense", *branches)
+    whole = checkpoint(folder, "checkpoint_final.pth")
+    for name in ("checkpoint_00000004.pth", "checkpoint_latest.pth", "checkpoint_final.pth"):
+        (folder / name).unlink()
+    train("mcl_dense", *branches, resume=True)
+    again = checkpoint(folder, "checkpoint_final.pth")
+    assert again["step"] == 4
+    for name, tensor in whole["learner"].items():
+        assert torch.equal(again["learner"][name], tensor), name
+    table = pd.read_csv(folder / "progress.csv")
+    figures = {"loss/lesions", "loss/dense", "gradient/lesions", "gradient/dense", "validation/lesions/accuracy"}
+    assert {*figures, "validation/dense/accuracy", "gradient/cosine/lesions-dense"} <= set(table)
+
+
 def test_another_weight_decay_is_taken(write_prepared, train):
     write_prepared()
     train("mim", "steps=2")

@@ -237,15 +237,18 @@ def in_batch_info_nce(
     """
     excluded = excluded & counted[:, None]
     logits = similarity.masked_fill(excluded, float("-inf")) / temperature
-    share = counted / counted.sum().clamp_min(1)
-    loss = (F.cross_entropy(logits, match, reduction="none") * share).sum()
+
+    def mean(of_queries: Tensor) -> Tensor:
+        return (of_queries * counted).sum() / counted.sum().clamp_min(1)
+
+    loss = mean(F.cross_entropy(logits, match, reduction="none"))
     with torch.no_grad():
-        best = logits.scatter(1, match[:, None], float("-inf")).max(dim=1).values
-        accuracy = ((logits.gather(1, match[:, None])[:, 0] > best) * share).sum()
+        best_negative = logits.scatter(1, match[:, None], float("-inf")).max(dim=1).values
+        accuracy = mean(logits.gather(1, match[:, None])[:, 0] > best_negative)
         negatives = (~excluded).sum(dim=1) - 1
-        guessing = (negatives.log1p() * share).sum()
+        guessing = mean(negatives.log1p())
         over_guessing = torch.where(guessing > 0, loss / guessing, torch.ones_like(loss))
-    return InfoNCE(loss, accuracy, (negatives * share).sum(), over_guessing)
+    return InfoNCE(loss, accuracy, mean(negatives), over_guessing)
 
 
 class Queue(nn.Module):

@@ -71,7 +71,9 @@ class LesionSearch(Objective):
     def check(self) -> None:
         self.level_of(self.settings.stride)
         if self.config.shared_pass:
-            raise UserError("lesions compares views in which nothing is hidden: it cannot take part in shared_pass=true.")
+            raise UserError(
+                "lesions compares views in which nothing is hidden: it cannot take part in shared_pass=true."
+            )
         if min(self.config.patch_size) < SMALLEST_PATCH:
             raise UserError(
                 f"patch_size {list(self.config.patch_size)} is too small for lesions: at least {SMALLEST_PATCH} voxels."
@@ -117,9 +119,7 @@ class LesionSearch(Objective):
     def ranges(self) -> LesionRanges:
         """Of the settings; no lesion is wider than half of the patch."""
         low, high = (min(one, min(self.config.patch_size) / 2) for one in self.settings.diameter)
-        return LesionRanges(
-            diameter=(low, high), contrast=self.settings.contrast, opposite=self.settings.opposite
-        )
+        return LesionRanges(diameter=(low, high), contrast=self.settings.contrast, opposite=self.settings.opposite)
 
 
 def _require_two_heads(examples: int) -> None:
@@ -130,7 +130,7 @@ def _require_two_heads(examples: int) -> None:
     """
     if examples < 2:
         raise UserError(
-            "lesions puts a lesion into two heads, so every process needs two examples at least in each part of a step: "
+            "lesions puts a lesion into two heads, so every process needs at least two examples in each part of a step: "
             "raise batch_size, or lower accumulation."
         )
 

@@ -35,8 +35,8 @@ class TokenConfig:
     bottleneck: int = ranged(256, "at least 1")  # dimension in which tokens are compared with prototypes
     student_temperature: float = ranged(0.1, "positive")  # of the softmax over prototypes: the query network's
     teacher_temperature: Ramp = ranged(Ramp(low=0.04, high=0.07, until=0.10), "positive")  # and the key network's
-    view: Literal["other", "own"] = "other"  # whose tokens are the target: the pair's other view's, or the same view's as
-    # in iBOT
+    view: Literal["other", "own"] = "other"  # whose tokens are the target: the pair's other view's, or its own as in
+    # iBOT
     centre_momentum: float = ranged(0.9, "between 0 and 1")  # of the running mean that keeps one prototype from taking
     # all tokens
 

@@ -26,7 +26,7 @@ a dysplasia does."""
 
 COARSE = 4
 """Random numbers along each axis that make a shape irregular: its bumps are about a third of it."""
-STRETCH, BUMPS = 0.2, 0.25
+STRETCH, BUMPS = 0.2, 0.35
 """Standard deviations of the logarithm of each axis' length, and of the radius over its mean."""
 REACH = 0.75
 """Half of the side of a lesion's box, in diameters."""

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nnunet_ssl.pretraining.objectives.tokens import TokenHead, distillation
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.objectives.base import Examples
+from nnunet_ssl.pretraining.objectives.tokens import TokenHead, Tokens, distillation
+from nnunet_ssl.pretraining.views.augmentation import Batch
 
 
 @pytest.fixture
@@ -61,3 +64,21 @@ def test_scores_are_not_rounded_under_autocast():
         tokens = head.layers(level.flatten(2).transpose(1, 2))
     assert tokens.dtype == torch.bfloat16 and scores.dtype == torch.float32
     torch.testing.assert_close(scores, F.normalize(tokens.float(), dim=-1) @ head.prototypes.weight.T)
+
+
+@pytest.mark.parametrize(("view", "order"), [("other", [2, 3, 0, 1, 4]), ("own", [0, 1, 2, 3, 4])])
+def test_a_view_is_told_the_tokens_that_the_settings_say(view, order):
+    """Two pairs, view by view, and a scan without a pair, which has no view but its own."""
+    views = torch.zeros(2, 2, 1, 4, 4, 4)
+    nobody = torch.zeros(2, dtype=torch.long)
+    batch = Batch(views=views, targets=views, subject=nobody, session=nobody, scan_ids=[], step=0)
+    maps = [None, None, None, torch.arange(5).view(5, 1)]
+
+    class Key:
+        def head(self, name, level):
+            return level
+
+    taught = Tokens(load_config("mcl_ibot", [f"masked.tokens.view={view}"])).teach(
+        Key(), maps, Examples(batch=batch, unpaired=None, mask=None)
+    )
+    assert taught[:, 0].tolist() == order
