@@ -44,7 +44,7 @@ part price_resenc "a step on the other backbone" \
 part price_memory "what accumulation and checkpointing trade" \
     $price --also accumulation=2 accumulation=4 checkpointing=true "accumulation=4 checkpointing=true"
 part price_recipes "a step of every other recipe" bash -c \
-    "for recipe in cl mcl mim cl_mim mcl_mim_balanced mcl_ibot; do $price -c \$recipe || exit 1; done"
+    "for recipe in cl mcl mim cl_mim mcl_mim_balanced mcl_ibot mcl_path mcl_dense; do $price -c \$recipe || exit 1; done"
 
 real="swin.embed_dim=48 swin.depths=2,2,6,2 swin.num_heads=3,6,12,24 swin.window_size=7
 resenc.features=null resenc.blocks=null patch_size=96 batch_size=16 masked.unpaired_batch_size=8 queue_size=4096 workers=12"

@@ -112,7 +112,8 @@ def keywords_of(kind: type, values: Mapping[str, Any], where: str = "") -> dict[
 
 def _value(value: Any, kind: Any, where: str, default: Any) -> Any:
     """A field's value from a plain one: a dataclass, None where one may be missing, or what :func:`_convert` makes."""
-    section = next((one for one in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(one)), None)
+    kinds = (one for one in (kind, *typing.get_args(kind)) if isinstance(one, type))
+    section = next((one for one in kinds if dataclasses.is_dataclass(one)), None)
     if section is None or (value is None and section is not kind):
         return _convert(value, kind, where)
     return build(section, value, f"{where}.", default)

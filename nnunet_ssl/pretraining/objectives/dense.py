@@ -25,6 +25,7 @@ from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, Exa
 from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, in_batch_info_nce
 from nnunet_ssl.pretraining.run.panels import GREEN, Panel, both
 from nnunet_ssl.pretraining.views.sampling import CELLS
+from nnunet_ssl.pretraining.views.spatial import unravelled
 from nnunet_ssl.pretraining.views.transfer import send
 from nnunet_ssl.typed import ranged
 
@@ -100,7 +101,7 @@ class Dense(Objective):
         result = dense_info_nce(
             self._project(query, given.maps, given.taught.cells, given.examples),
             given.taught.keys,
-            torch.stack(torch.unravel_index(given.taught.cells, grid), dim=-1),
+            unravelled(given.taught.cells, grid),
             given.taught.counted,
             given.examples.batch.subject,
             apart=self.settings.apart,
@@ -123,7 +124,9 @@ class Dense(Objective):
         brain = F.avg_pool3d(examples.brain.float(), self.settings.stride, ceil_mode=True) >= FOREGROUND
         brain = brain.unflatten(0, examples.batch.views.shape[:2]).all(dim=0).flatten(1)
         origin = [self.config.seed, CELLS, examples.batch.step]
-        numbers = [np.random.default_rng([*origin, place, 0]).random(brain.shape[1]) for place in examples.places]
+        numbers = [
+            np.random.default_rng([*origin, place, 0]).random(brain.shape[1], np.float32) for place in examples.places
+        ]
         drawn = send(torch.from_numpy(np.stack(numbers)), brain.device).masked_fill(~brain, -1.0)
         best = drawn.topk(min(self.settings.cells, brain.shape[1]), dim=1)
         return best.indices, best.values >= 0
@@ -159,14 +162,12 @@ def dense_info_nce(
     """
     pairs, cells = counted.shape
     similarity = queries.flatten(1, 2) @ keys.flip(0).flatten(1, 2).mT
-    owner = subject.repeat_interleave(cells)
-    pair = torch.arange(pairs, device=subject.device).repeat_interleave(cells)
-    place = position.flatten(0, 1).float()
-    same_pair = pair[:, None] == pair
-    distant = same_pair & (torch.cdist(place, place, p=torch.inf) >= apart)
-    itself = torch.eye(pairs * cells, dtype=torch.bool, device=subject.device)
-    candidates = (itself | distant | (owner[:, None] != owner)) & counted.flatten()
-    match = torch.arange(pairs * cells, device=subject.device)
+    far = (position[:, :, None] - position[:, None]).abs().amax(dim=-1) >= apart
+    itself = torch.eye(cells, dtype=torch.bool, device=counted.device)
+    candidates = (subject[:, None] != subject)[:, None, :, None].repeat(1, cells, 1, cells)
+    candidates.diagonal(dim1=0, dim2=2).copy_((far | itself).permute(1, 2, 0))
+    excluded = ~(candidates & counted).flatten(2).flatten(0, 1)
+    match = torch.arange(pairs * cells, device=counted.device)
     return in_batch_info_nce(
-        similarity.flatten(0, 1), match.repeat(2), ~candidates.repeat(2, 1), counted.flatten().repeat(2), temperature
+        similarity.flatten(0, 1), match.repeat(2), excluded.repeat(2, 1), counted.flatten().repeat(2), temperature
     )

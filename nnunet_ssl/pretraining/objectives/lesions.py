@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, Obj
 from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, in_batch_info_nce
 from nnunet_ssl.pretraining.run.panels import GREEN, Panel, both
 from nnunet_ssl.pretraining.views.lesions import LesionRanges, draw_lesions, put
+from nnunet_ssl.pretraining.views.transfer import send
 from nnunet_ssl.typed import ranged
 
 SMALLEST_PATCH = 8
@@ -100,12 +102,9 @@ class LesionSearch(Objective):
         maps = torch.cat([query.encode(lesioned.views)[level], given.maps[level][:count]])
         features = at_places(maps, lesioned.masks.repeat(2, 1, 1, 1, 1), own.stride)
         with_lesion, without = query.head(self.head_name, features).split(count)
-        order = [*range(count // 2), *lesions.second]  # of the views: each lesion's first one, then each one's second
+        by_lesion = send(torch.from_numpy(np.stack([np.arange(count // 2), lesions.second])), features.device)
         result = lesion_info_nce(
-            with_lesion[order].unflatten(0, (2, -1)),
-            without[order].unflatten(0, (2, -1)),
-            lesioned.placed[order].unflatten(0, (2, -1)).all(dim=0),
-            own.temperature,
+            with_lesion[by_lesion], without[by_lesion], lesioned.placed[by_lesion].all(dim=0), own.temperature
         )
         figures = {
             "loss/lesions": result.loss.detach(),
@@ -130,8 +129,8 @@ def _require_two_heads(examples: int) -> None:
     """
     if examples < 2:
         raise UserError(
-            "lesions puts a lesion into two heads, so every process needs at least two examples in each part of a step: "
-            "raise batch_size, or lower accumulation."
+            "lesions puts a lesion into two heads, so every process needs at least two examples in each part of a "
+            "step: raise batch_size, or lower accumulation."
         )
 
 

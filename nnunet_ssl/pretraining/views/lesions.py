@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnunet_ssl.pretraining.views.intensity import per_view
 from nnunet_ssl.pretraining.views.sampling import LESIONS
+from nnunet_ssl.pretraining.views.spatial import unravelled
 from nnunet_ssl.pretraining.views.transfer import send
 
 KINDS = {"cavity": (0.1, 1.0), "tissue": (0.3, 0.5), "blurred": (1.0, 0.0)}
@@ -167,7 +168,7 @@ def put(lesions: Lesions, views: Tensor, brain: Tensor) -> Lesioned:
         mean = (tissue * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp_min(1)
         texture_gone = [list(KINDS.values())[lesions.kind[one]][1] for one in lesions.of_view]
         change = per_view(texture_gone, views)[:, :, 0, 0] * (mean - tissue)
-        change = change + per_view(lesions.contrast, views)[:, :, 0, 0] * _spread(views, brain)
+        change = change + per_view(lesions.contrast.tolist(), views)[:, :, 0, 0] * _spread(views, brain)
         lesion = torch.where(mask, tissue + weight.flatten(1) * change, tissue)
         return Lesioned(
             views=views.flatten(1).scatter(1, box, lesion).view(views.shape),
@@ -188,9 +189,13 @@ def _places(mask: Tensor, brain: Tensor, where: np.ndarray) -> tuple[Tensor, Ten
     starts = [length - box + 1 for length, box in zip(size, mask.shape[1:])]
     free = (overlap[:, : starts[0], : starts[1], : starts[2]] < 0.5).flatten(1)
     count = free.sum(dim=1)
-    chosen = (send(torch.from_numpy(where), brain.device) * count).long().clamp_max((count - 1).clamp_min(0))
+    chosen = (
+        (send(torch.from_numpy(where.astype(np.float32)), brain.device) * count)
+        .long()
+        .clamp_max((count - 1).clamp_min(0))
+    )
     index = torch.searchsorted(free.cumsum(dim=1), (chosen + 1)[:, None])[:, 0].clamp_max(free.shape[1] - 1)
-    return torch.stack(torch.unravel_index(index, starts), dim=1), count > 0
+    return unravelled(index, starts), count > 0
 
 
 def _box(corner: Tensor, box: Sequence[int], size: Sequence[int]) -> Tensor:

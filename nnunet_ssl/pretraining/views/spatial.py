@@ -150,6 +150,18 @@ def sampling_grid(
     return grid
 
 
+def unravelled(index: Tensor, size: Sequence[int]) -> Tensor:
+    """The places (..., D) that numbers (...) of a flattened grid of `size` stand for.
+
+    `torch.unravel_index` sends the sizes to the device first, for which a GPU lets the CPU wait.
+    """
+    places = []
+    for length in reversed(size):
+        places.append(index % length)
+        index = index // length
+    return torch.stack(places[::-1], dim=-1)
+
+
 def _of_one_size(voxels: Tensor, sizes: np.ndarray) -> Tensor:
     """Crops as a batch (N, *largest size), in which smaller ones repeat their edge."""
     largest = sizes.max(axis=0)

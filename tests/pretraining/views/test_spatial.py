@@ -140,3 +140,9 @@ def test_the_number_of_calls_on_a_device_does_not_grow_with_the_batch(launches):
         return lambda: resample_all(voxels, sizes, matrices, sizes / 2, (9, 9, 9))
 
     assert launches(warp(3)) == launches(warp(40)) < 40
+
+
+def test_numbers_of_a_flattened_grid_stand_for_places():
+    index = torch.arange(3 * 4 * 5).view(6, 10)
+    places = torch.unravel_index(index, (3, 4, 5))
+    assert torch.equal(spatial.unravelled(index, (3, 4, 5)), torch.stack(places, dim=-1))
