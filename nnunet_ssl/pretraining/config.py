@@ -26,7 +26,7 @@ from nnunet_ssl.pretraining.objectives import OWN, announced, known
 from nnunet_ssl.pretraining.objectives.base import Objective, Pairs
 from nnunet_ssl.pretraining.objectives.contrastive import ContrastiveConfig
 from nnunet_ssl.pretraining.objectives.dense import DenseConfig
-from nnunet_ssl.pretraining.objectives.lesions import LesionConfig
+from nnunet_ssl.pretraining.objectives.lesions import LesionSearchConfig
 from nnunet_ssl.pretraining.objectives.masked import MaskedConfig
 from nnunet_ssl.pretraining.recipes import read_recipe, recipe_file
 from nnunet_ssl.pretraining.views.augmentation import AugmentationConfig
@@ -63,7 +63,7 @@ class PretrainingConfig:
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
-    lesions: LesionConfig | None = None
+    lesions: LesionSearchConfig | None = None
     dense: DenseConfig | None = None
     others: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})  # the sections of what other
     # packages announce, by name; each has a key of its own beside ours

@@ -1,10 +1,13 @@
-"""Find a lesion again in another head: what is compared is the place of a synthetic lesion, not the head around it.
+"""Find a lesion again in another head: what is compared is what a synthetic lesion changes, not the head around it.
 
 Contrastive learning of whole views has every reason to forget lesions: a head is told from others by its anatomy. Here
-the same lesion, in shape, size and kind, is put into two heads; their features at its place are to match (SimCLR's
-InfoNCE, arXiv 2002.05709), while the same heads at the same places without it, and all other lesions, are negatives.
-What head it is in gives no answer, for both a lesion and its clean counterpart are of that head. Nothing else of the
-recipe sees the lesions. Transplanting lesions between scans is CarveMix's idea (arXiv 2108.06883), for labelled data.
+the same lesion, in shape, size and kind, is put into two heads. What it changes of their features, at its place, is to
+match (SimCLR's InfoNCE, arXiv 2002.05709); all other lesions, and the same heads without it, where nothing changes, are
+negatives. Whose head it is gives no answer, for that is in the features with the lesion and without it. Nothing else of
+the recipe sees the lesions. Transplanting lesions between scans is of CarveMix (arXiv 2108.06883), for labelled data.
+
+Features themselves are not compared, with clean places among the negatives, because that collapses: as long as a lesion
+changes features less than another head does, the clean place is nearer than the match, and to make all alike is best.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ SMALLEST_PATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class LesionConfig:
+class LesionSearchConfig:
     """The branch of synthetic lesions, which are found again in another head."""
 
     weight: float = ranged(1.0, "0 or more")
@@ -53,11 +56,11 @@ class LesionConfig:
 
 
 class LesionSearch(Objective):
-    """Each lesion is to be found in another head before that head, and its own, without it, and other lesions."""
+    """Each lesion is to be found in another head before all other lesions, and before none."""
 
     name = "lesions"
     section = "lesions"
-    section_type = LesionConfig
+    section_type = LesionSearchConfig
     head_name = "lesion_projection"
     shapes = ("lesions.stride", "lesions.hidden", "lesions.dim")
     in_the_log = {"loss/lesions": "lesions {:.4f}", "lesions/accuracy": "found {:.2f}"}  # noqa: RUF012
@@ -71,7 +74,12 @@ class LesionSearch(Objective):
     )
 
     def check(self) -> None:
-        self.level_of(self.settings.stride)
+        level, last = self.level_of(self.settings.stride), self.config.maps - 1
+        if len(self.config.objectives) == 1 and level < last:
+            raise UserError(
+                f"lesions by itself looks at the map of stride {self.settings.stride} and would leave the encoder "
+                f"beyond it untrained: set lesions.stride={self.config.stride}, contrastive.pairs, or masked.target."
+            )
         if self.config.shared_pass:
             raise UserError(
                 "lesions compares views in which nothing is hidden: it cannot take part in shared_pass=true."
@@ -99,12 +107,13 @@ class LesionSearch(Objective):
         )
         count = len(lesions.of_view)
         lesioned = put(lesions, examples.paired_views[:count], examples.brain[:count])
-        maps = torch.cat([query.encode(lesioned.views)[level], given.maps[level][:count]])
-        features = at_places(maps, lesioned.masks.repeat(2, 1, 1, 1, 1), own.stride)
-        with_lesion, without = query.head(self.head_name, features).split(count)
-        by_lesion = send(torch.from_numpy(np.stack([np.arange(count // 2), lesions.second])), features.device)
+        changes = query.encode(lesioned.views)[level].float() - given.maps[level][:count].float()
+        by_lesion = send(torch.from_numpy(np.stack([np.arange(count // 2), lesions.second])), changes.device)
+        effects = at_places(changes, lesioned.masks, own.stride)[by_lesion].flatten(0, 1)
+        none = torch.zeros_like(effects[:1])
+        projected = query.head(self.head_name, torch.cat([effects, none]))
         result = lesion_info_nce(
-            with_lesion[by_lesion], without[by_lesion], lesioned.placed[by_lesion].all(dim=0), own.temperature
+            projected[:-1].unflatten(0, (2, -1)), projected[-1], lesioned.placed[by_lesion].all(dim=0), own.temperature
         )
         figures = {
             "loss/lesions": result.loss.detach(),
@@ -135,7 +144,7 @@ def _require_two_heads(examples: int) -> None:
 
 
 def at_places(maps: Tensor, masks: Tensor, stride: int) -> Tensor:
-    """The mean of features over the cells that a mask touches, each by the share of it that is covered.
+    """The mean of maps over the cells that a mask touches, each by the share of it that is covered.
 
     Args:
         maps: (N, C, x, y, z).
@@ -149,18 +158,18 @@ def at_places(maps: Tensor, masks: Tensor, stride: int) -> Tensor:
     return (maps.float() * cells).sum(dim=(2, 3, 4)) / cells.sum(dim=(2, 3, 4)).clamp_min(1e-6)
 
 
-def lesion_info_nce(with_lesion: Tensor, without: Tensor, placed: Tensor, temperature: float) -> InfoNCE:
-    """Tell each lesion in its other head from both heads of all lesions without them and from the other lesions.
+def lesion_info_nce(lesions: Tensor, none: Tensor, placed: Tensor, temperature: float) -> InfoNCE:
+    """Tell each lesion in its other head from the other lesions in either head, and from none.
 
     Args:
-        with_lesion: (2, L, D) on the unit sphere: each lesion in its first and its second head.
-        without: (2, L, D) the same heads at the same places without it.
+        lesions: (2, L, D) on the unit sphere: what each changes in its first and in its second head.
+        none: (D,) on the unit sphere: the same heads without it, where nothing changes.
         placed: (L,) bool: lesions that found no place in both heads have no part.
         temperature: of the softmax.
     """
-    count = len(placed)
-    lesions = with_lesion.flatten(0, 1)
-    similarity = lesions @ torch.cat([lesions, without.flatten(0, 1)]).T
-    itself = torch.eye(2 * count, 4 * count, dtype=torch.bool, device=placed.device)
+    queries, count = lesions.flatten(0, 1), len(placed)
+    similarity = queries @ torch.cat([queries, none[None]]).T
+    itself = torch.eye(2 * count, 2 * count + 1, dtype=torch.bool, device=placed.device)
+    missing = F.pad(~placed.repeat(2), (0, 1), value=False)
     match = torch.arange(2 * count, device=placed.device).roll(count)
-    return in_batch_info_nce(similarity, match, itself | ~placed.repeat(4), placed.repeat(2), temperature)
+    return in_batch_info_nce(similarity, match, itself | missing, placed.repeat(2), temperature)

@@ -66,49 +66,51 @@ def test_who_sees_the_lesion_alone_finds_it():
     assert figures["loss/lesions"] < 0.01
 
 
-def test_who_sees_the_head_alone_does_no_better_than_guessing():
-    figures = loss_of(lambda place, lesion: direction(place % 4))  # both views of a pair are one head
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_who_sees_the_head_alone_guesses(heads):
+    """Whether all are one to it, the two views of a pair, or none."""
+    figures = loss_of(lambda place, lesion: direction(place % heads))
     assert figures["lesions/accuracy"] == 0
-    assert figures["loss/lesions"] >= math.log(4 * 4 - 1)
+    assert figures["loss/lesions"] == pytest.approx(math.log(2 * 4), rel=1e-5)
+    assert figures["lesions/loss_over_guessing"] == pytest.approx(1, rel=1e-5)
+
+
+def test_who_sees_that_there_is_a_lesion_and_not_which_knows_it_from_none_alone():
+    figures = loss_of(lambda place, lesion: direction(lesion.any()))
+    assert figures["loss/lesions"] == pytest.approx(math.log(2 * 4 - 1), abs=0.01)
+
+
+def test_whose_features_of_a_lesion_are_of_the_head_as_well_does_not_find_it():
+    figures = loss_of(lambda place, lesion: direction(lesion.sum() * (1 + place)))
     assert figures["lesions/loss_over_guessing"] > 1
-
-
-def test_who_sees_nothing_guesses():
-    figures = loss_of(lambda place, lesion: direction(0))
-    assert figures["loss/lesions"] == pytest.approx(math.log(4 * 4 - 1), rel=1e-5)
 
 
 def test_single_scans_serve_as_heads_too_and_an_odd_one_is_left_out():
     for scans, lesions in ((4, 2), (5, 2)):
         figures = loss_of(lambda place, lesion: direction(0), pairs=scans, views=1)
-        assert figures["loss/lesions"] == pytest.approx(math.log(4 * lesions - 1), rel=1e-5)
+        assert figures["loss/lesions"] == pytest.approx(math.log(2 * lesions), rel=1e-5)
 
 
 def test_the_loss_is_cross_entropy_over_the_stated_negatives():
     generator = torch.Generator().manual_seed(0)
-    with_lesion, without = (F.normalize(torch.randn(2, 5, 6, generator=generator), dim=-1) for _ in range(2))
+    lesions = F.normalize(torch.randn(2, 5, 6, generator=generator), dim=-1)
+    none = F.normalize(torch.randn(6, generator=generator), dim=-1)
     placed = torch.tensor([True, False, True, True, True])
+    those = torch.nonzero(placed)[:, 0]
     terms = []
     for head in range(2):
-        for lesion in torch.nonzero(placed)[:, 0]:
-            query = with_lesion[head, lesion]
-            others = [
-                with_lesion[there, other]
-                for there in range(2)
-                for other in torch.nonzero(placed)[:, 0]
-                if other != lesion
-            ]
-            clean = [without[there, other] for there in range(2) for other in torch.nonzero(placed)[:, 0]]
-            candidates = torch.stack([with_lesion[1 - head, lesion], *others, *clean])
-            terms.append(-(candidates @ query / 0.3).log_softmax(0)[0])
-    result = lesion_info_nce(with_lesion, without, placed, 0.3)
+        for lesion in those:
+            others = [lesions[there, other] for there in range(2) for other in those if other != lesion]
+            candidates = torch.stack([lesions[1 - head, lesion], *others, none])
+            terms.append(-(candidates @ lesions[head, lesion] / 0.3).log_softmax(0)[0])
+    result = lesion_info_nce(lesions, none, placed, 0.3)
     torch.testing.assert_close(result.loss, torch.stack(terms).mean())
-    assert result.negatives == 4 * 4 - 2
+    assert result.negatives == 2 * (4 - 1) + 1
 
 
 def test_without_any_lesion_the_loss_is_zero_and_finite():
     features = F.normalize(torch.randn(2, 3, 6), dim=-1).requires_grad_()
-    result = lesion_info_nce(features, features.detach(), torch.zeros(3, dtype=torch.bool), 0.2)
+    result = lesion_info_nce(features, features[0, 0].detach(), torch.zeros(3, dtype=torch.bool), 0.2)
     result.loss.backward()
     assert result.loss == 0 and features.grad.isfinite().all()
 
@@ -177,6 +179,7 @@ def test_the_loss_follows_from_seed_step_and_place(tiny):
         ("mcl_path", ["lesions.contrast=[0, 3]"], r"lesions.contrast\[0\] is 0.0; it must be positive"),
         ("mcl_path", ["lesions.opposite=2"], "lesions.opposite is 2.0; it must be between 0 and 1"),
         ("mcl_path", ["lesions=3"], "lesions is 3; it takes keys"),
+        ("mcl_path", ["contrastive.pairs=none"], r"beyond it untrained: set lesions.stride=32, contrastive.pairs, or"),
         ("mcl", ["lesions.wieght=3"], "did you mean 'lesions.weight'"),
         (
             "mim",
