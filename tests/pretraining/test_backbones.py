@@ -75,8 +75,8 @@ def test_primus_learns_and_is_read_by_its_original(write_prepared, train, recipe
     write_prepared()
     pretrained = read_checkpoint(train(recipe, *PRIMUS) / "encoder.safetensors")
     original = Primus(1, 24, (8, 8, 8), 1, 2, 2, input_shape=(32, 32, 32), init_values=0.1, scale_attn_inner=True)
-    mask_token = pretrained.tensors.pop("mask_token")
-    assert mask_token.any()
+    if recipe.endswith("mim"):
+        assert pretrained.tensors.pop("mask_token").any()
     missing = original.load_state_dict(pretrained.tensors, strict=False).missing_keys
     assert all(name.startswith(("up_projection", "mask_token")) for name in missing)
 

@@ -184,6 +184,16 @@ def test_several_processes_train_as_one_does(command, results, write_prepared):
 
 
 @pytest.mark.slow
+def test_branches_whose_negatives_are_of_the_batch_train_in_several_processes(command, results, write_prepared):
+    write_prepared()
+    with_dense = ["batch_size=4", "dense.weight=1", "augmentation.shared_affine=true"]
+    shown = output_of(command("mcl_path", "-num_gpus", "2", overrides=with_dense))
+    assert shown.count("Finished.") == 1
+    assert re.search(r"step 4: contrastive \S+, accuracy \S+, lesions \S+, found \S+, dense \S+, place", shown)
+    assert (results / "mcl_path" / "encoder.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_a_mistake_is_one_line_from_several_processes_too(command, write_prepared):
     write_prepared(modalities=("t1",))
     shown = output_of(command("mcl", "-num_gpus", "2"), code=1)
