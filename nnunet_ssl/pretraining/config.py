@@ -63,8 +63,8 @@ class PretrainingConfig:
     resenc: ResEncConfig = ResEncConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     masked: MaskedConfig = MaskedConfig()
-    lesions: LesionSearchConfig | None = None
-    dense: DenseConfig | None = None
+    lesions: LesionSearchConfig | None = None  # null: no such branch
+    dense: DenseConfig | None = None  # null: no such branch
     others: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})  # the sections of what other
     # packages announce, by name; each has a key of its own beside ours
     shared_pass: bool = False  # one masked pass of the query network for all branches: faster, not the paper's

@@ -37,9 +37,9 @@ FOREGROUND = 0.5
 class DenseConfig:
     """The dense branch: corresponding cells of two views have the same features."""
 
-    weight: float = ranged(1.0, "0 or more")
+    weight: float = ranged(1.0, "0 or more")  # of the branch
     stride: int = ranged(8, "at least 1")  # voxels per cell of the map that is compared
-    temperature: float = ranged(0.2, "positive")
+    temperature: float = ranged(0.2, "positive")  # of the softmax over cells
     hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
     dim: int = ranged(128, "at least 1")  # of queries and keys
     cells: int = ranged(64, "at least 1")  # drawn of each pair, at each step

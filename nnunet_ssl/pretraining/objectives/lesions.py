@@ -36,9 +36,9 @@ SMALLEST_PATCH = 8
 class LesionSearchConfig:
     """The branch of synthetic lesions, which are found again in another head."""
 
-    weight: float = ranged(1.0, "0 or more")
+    weight: float = ranged(1.0, "0 or more")  # of the branch
     stride: int = ranged(8, "at least 1")  # voxels per place of the map whose features are compared
-    temperature: float = ranged(0.2, "positive")
+    temperature: float = ranged(0.2, "positive")  # of the softmax over lesions
     hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
     dim: int = ranged(128, "at least 1")  # in which lesions are compared
     diameter: tuple[float, float] = ranged((3.0, 12.0), "at least 1")  # voxels, of the ball of the same volume, drawn
