@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def write_page(path: Path, markdown: str, title: str) -> None:
             f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n",
             encoding="utf-8",
         )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write a table as lines of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def _embedded(picture: Path) -> str:

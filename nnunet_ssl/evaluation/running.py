@@ -23,8 +23,11 @@ from typing import Any, Literal
 from nnunet_ssl.commands import last_line, run_command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.stages import Stage, stages_of
-from nnunet_ssl.evaluation.study import AlignmentRun, Run, Study
+from nnunet_ssl.evaluation.study import AnyRun, Study
 from nnunet_ssl.files import written_beside
+
+PAUSE_S = 5
+"""How often it is asked whether another runner has made what all that is left here waits for."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +40,7 @@ class State:
     detail: str = ""
 
 
-def state_of(
-    run: Run | AlignmentRun, study: Study, folder: Path, device: str, queue: frozenset[str] = frozenset()
-) -> State:
+def state_of(run: AnyRun, study: Study, folder: Path, device: str, queue: frozenset[str] = frozenset()) -> State:
     """Look at a run's files, its lock and its record.
 
     Args:
@@ -61,25 +62,40 @@ def state_of(
     return State("missing")
 
 
-def execute_all(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, device: str) -> list[str]:
+def execute_all(runs: Sequence[AnyRun], study: Study, folder: Path, device: str) -> list[str]:
     """Execute what is missing of `runs`; return the identifiers of those that failed.
 
-    What another runner works on, or has tried in vain since this call began, is left to it.
+    What another runner works on, or has tried in vain since this call began, is left to it. A run that waits for an
+    earlier one is tried again when that is done, by whomever.
     """
-    began, failed = time.time(), []
-    for place, run in enumerate(runs, start=1):
-        if read_record(folder, run).get("ended_at", 0) > began:
-            continue
-        each = (time.time() - began) / max(1, place - 1)
-        left = f" (about {each * (len(runs) - place + 1) / 3600:.1f} h left)" if place > 1 else ""
-        logger.info("[%d/%d] %s%s", place, len(runs), run.id, left)
-        if execute(run, study, folder, device) == "failed":
-            failed.append(run.id)
+    began, failed, ended = time.time(), [], 0
+    pending = list(runs)
+    while pending:
+        left = []
+        for run in pending:
+            if read_record(folder, run).get("ended_at", 0) > began:
+                continue
+            each = (time.time() - began) / max(1, ended)
+            hours = f" (about {each * (len(runs) - ended) / 3600:.1f} h left)" if ended else ""
+            try:
+                stages_of(run, study, folder, device)
+            except UserError:
+                left.append(run)
+                continue
+            logger.info("[%d/%d] %s%s", ended + 1, len(runs), run.id, hours)
+            ended += 1
+            if execute(run, study, folder, device) == "failed":
+                failed.append(run.id)
+        if len(left) == len(pending):
+            if not any(state_of(run, study, folder, device).kind == "running" for run in runs):
+                break
+            time.sleep(PAUSE_S)
+        pending = left
     return failed
 
 
 def execute(
-    run: Run | AlignmentRun, study: Study, folder: Path, device: str
+    run: AnyRun, study: Study, folder: Path, device: str
 ) -> Literal["finished", "failed", "left to another runner"]:
     """Do what is missing of one run, and write down how it went.
 
@@ -110,24 +126,24 @@ def execute(
         return "finished"
 
 
-def log_of(folder: Path, run: Run | AlignmentRun) -> Path:
+def log_of(folder: Path, run: AnyRun) -> Path:
     """Where the commands of a run write, one after another and try after try."""
     return folder / "logs" / f"{run.id}.log"
 
 
-def read_record(folder: Path, run: Run | AlignmentRun) -> dict[str, Any]:
+def read_record(folder: Path, run: AnyRun) -> dict[str, Any]:
     """What the last try of a run left: its state, the seconds of its stages; empty before the first."""
     path = folder / "runs" / f"{run.id}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_record(folder: Path, run: Run | AlignmentRun, record: dict[str, Any]) -> None:
+def write_record(folder: Path, run: AnyRun, record: dict[str, Any]) -> None:
     """Write down how a run stands."""
     with written_beside(folder / "runs" / f"{run.id}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2))
 
 
-def _record_end(folder: Path, run: Run | AlignmentRun, seconds: Mapping[str, int], **how: str) -> None:
+def _record_end(folder: Path, run: AnyRun, seconds: Mapping[str, int], **how: str) -> None:
     where_and_when = {"host": socket.gethostname(), "ended_at": time.time()}
     write_record(folder, run, how | {"seconds": seconds} | where_and_when)
 
@@ -145,7 +161,8 @@ def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
     """Run one command with its output in `log`; return why it failed, or None."""
     if stage.unfinished is not None:
         shutil.rmtree(stage.unfinished, ignore_errors=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    for path in (log, *(stage.outputs if stage.lock is None else ())):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         output.write("\n")
         status = run_command(stage.command, output, stage.variables, kept_open=locks)
@@ -154,11 +171,13 @@ def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
     if stage.unfinished is not None:
         stage.remove_outputs()
         stage.unfinished.rename(stage.outputs[0])
+    if stage.marked:
+        stage.outputs[0].touch()
     missing = [str(path) for path in stage.outputs if not path.exists()]
     return f"it ended well and left no {missing[0]}" if missing else None
 
 
-def _locks_of(run: Run | AlignmentRun, folder: Path, stages: Sequence[Stage]) -> list[Path]:
+def _locks_of(run: AnyRun, folder: Path, stages: Sequence[Stage]) -> list[Path]:
     """The lock of the run in its study, and that of its fold while something is missing there, which may be another
     study's work as well; a finished fold may be somebody else's, and only readable."""
     folds = {stage.lock for stage in stages if stage.lock is not None and not stage.is_done()}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.running import execute, read_record, write_record
-from nnunet_ssl.evaluation.study import AlignmentRun, Run, Study
+from nnunet_ssl.evaluation.study import AnyRun, Study
 
 logger = logging.getLogger(__name__)
 
 
-def submit(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, device: str) -> list[str]:
+def submit(runs: Sequence[AnyRun], study: Study, folder: Path, device: str) -> list[str]:
     """Submit one job per run, as one array; return the jobs' numbers.
 
     Args:

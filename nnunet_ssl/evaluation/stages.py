@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.study import AlignmentRun, Arm, Run, Study
+from nnunet_ssl.evaluation.study import CLASSES, AnyRun, Arm, Dataset, Making, Measurement, Pretraining, Run, Study
 from nnunet_ssl.nnunet_folders import (
     FORMER_PLANS_NAME,
     PLANS_NAME,
@@ -40,13 +41,14 @@ class Stage:
     """One command of a run.
 
     Attributes:
-        name: train, predict, evaluate or measure.
+        name: make, pretrain, train, predict, evaluate or measure.
         command: program and arguments.
         outputs: the files or folders that are there when it is done.
         inputs: what they are made from, as far as it can change: what an earlier stage writes, or a checkpoint.
         variables: added to the environment.
         unfinished: where the command writes what is renamed to the first output when it has succeeded.
         lock: beside the folder of a fold, which studies share; None for what lies in this study alone.
+        marked: the output is a mark that the runner leaves: nothing that the command writes tells that it is done.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage:
     variables: Mapping[str, str] = field(default_factory=dict)
     unfinished: Path | None = None
     lock: Path | None = None
+    marked: bool = False
 
     def is_done(self) -> bool:
         """Tell whether the outputs are there, and none is older than an input."""
@@ -73,7 +76,7 @@ class Stage:
                 path.unlink(missing_ok=True)
 
 
-def stages_of(run: Run | AlignmentRun, study: Study, folder: Path, device: str) -> list[Stage]:
+def stages_of(run: AnyRun, study: Study, folder: Path, device: str) -> list[Stage]:
     """List the commands of a run, in order.
 
     Args:
@@ -83,32 +86,80 @@ def stages_of(run: Run | AlignmentRun, study: Study, folder: Path, device: str) 
     Raises:
         UserError: the data set is not prepared, or the arm has no checkpoint yet.
     """
-    if isinstance(run, AlignmentRun):
-        return _alignment(run, study, folder, device)
+    match run:
+        case Making():
+            return _making(run, folder)
+        case Pretraining():
+            return [_pretraining(run, folder, device)]
+        case Measurement():
+            return [_measurement(run, study, folder, device)]
     return _segmentation(run, study, folder, device)
 
 
-def results_of(run: Run | AlignmentRun, folder: Path) -> Path:
+def results_of(run: AnyRun, folder: Path) -> Path:
     """Where the evaluations of a run lie."""
     return folder / "results" / run.id
 
 
-def _alignment(run: AlignmentRun, study: Study, folder: Path, device: str) -> list[Stage]:
+def pretrained(run: Pretraining, folder: Path) -> Path:
+    """The folder of a pre-training's results; it is there once the pre-training has begun."""
+    found = sorted((folder / "pretrained").glob(f"Dataset{run.corpus:03d}_*/{run.name}"))
+    return found[0] if found else folder / "pretrained" / f"Dataset{run.corpus:03d}" / run.name
+
+
+def own_nnunet_folders(folder: Path) -> dict[str, str]:
+    """nnU-Net's folders of a study that makes its data itself, by the variables that name them."""
+    return {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+
+
+def _making(run: Making, folder: Path) -> list[Stage]:
+    """One stage per command, each with a mark that it is done; what is made anew takes the marks of what follows."""
+    marks = [folder / "made" / f"{run.name}_{place}" for place, _ in enumerate(run.commands, start=1)]
+    return [
+        Stage(
+            name=f"make {run.name} ({place} of {len(marks)})",
+            command=tuple(shlex.split(command.replace("$work", str(folder / "work")))),
+            outputs=(mark,),
+            inputs=tuple(marks[: place - 1]),
+            marked=True,
+        )
+        for place, (command, mark) in enumerate(zip(run.commands, marks, strict=True), start=1)
+    ]
+
+
+def _pretraining(run: Pretraining, folder: Path, device: str) -> Stage:
+    """The results lie in the study, for what a user pre-trains by hand under nnU-Net's results is another run."""
+    corpus = dataset_folder(run.corpus, "nnUNet_preprocessed")
+    results = folder / "pretrained" / corpus.name / run.name
+    resume = ("--c",) if any(results.glob("checkpoint_*.pth")) else ()
+    settings = (f"recipe={run.name}", f"seed={run.seed}", *run.settings)
+    return Stage(
+        name="pretrain",
+        command=(
+            *("nnssl_pretrain", "-c", run.recipe, "-d", str(run.corpus), "-device", device),
+            *(*resume, "--set", *settings),
+        ),
+        outputs=(results / "encoder.safetensors",),
+        variables={"nnUNet_results": str(folder / "pretrained")},
+    )
+
+
+def _measurement(run: Measurement, study: Study, folder: Path, device: str) -> Stage:
     dataset_folder(run.corpus, "nnUNet_preprocessed")
     out = results_of(run, folder)
-    checkpoint = _checkpoint(study.arms[run.arm], residual=_trains_residual(study))
+    checkpoint = _checkpoint(run, study, folder, residual=_trains_residual(study))
     command = (
-        *("nnssl_evaluate", "alignment", "--checkpoint", str(checkpoint)),
-        *("-d", str(run.corpus), "--subjects", run.subjects, "-device", device, "-o", str(out)),
+        *("nnssl_evaluate", run.kind, "--checkpoint", str(checkpoint), "-d", str(run.corpus)),
+        *(*shlex.split(run.options), "-device", device, "-o", str(out)),
     )
-    return [Stage(name="measure", command=command, outputs=(out / "alignment.json",), inputs=(checkpoint,))]
+    return Stage(name="measure", command=command, outputs=(out / f"{run.kind}.json",), inputs=(checkpoint,))
 
 
 def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Stage]:
     arm, dataset = study.arms[run.arm], study.datasets[run.dataset]
     raw, preprocessed = (dataset_folder(dataset.id, name) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans = _plans(preprocessed, study)
-    variables = _variables(run, arm, folder)
+    variables = _variables(run, study, folder)
     final = _plans_name(plans, run, arm)
     fold = (
         Path(variables.get("nnUNet_results") or folder_of("nnUNet_results"))
@@ -119,7 +170,7 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
     train = ("nnUNetv2_train", str(dataset.id), study.configuration, str(run.fold), "-tr", arm.trainer)
     resume = ("--c",) if any(fold.glob("checkpoint_*.pth")) else ()
     if not resume and _needs_checkpoint(arm):
-        _checkpoint(arm, residual=plans_residual_unet(plans))
+        _checkpoint(run, study, folder, residual=plans_residual_unet(plans))
     final_weights, validated = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
     in_fold = partial(Stage, variables=variables, lock=fold.with_name(f".{fold.name}.lock"))
     evaluation = partial(_evaluation, out=results_of(run, folder), preset=dataset.preset)
@@ -132,21 +183,30 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
         ),
         evaluation("validation", reference=preprocessed / "gt_segmentations", predicted=fold / "validation"),
     ]
-    if any((raw / "labelsTs").glob("[!.]*")):
-        model = ("-d", str(dataset.id), "-c", study.configuration, "-f", str(run.fold), "-tr", arm.trainer, "-p", final)
-        unfinished = fold / "test.unfinished"
-        files = ("-i", str(raw / "imagesTs"), "-o", str(unfinished))
+    model = ("-d", str(dataset.id), "-c", study.configuration, "-f", str(run.fold), "-tr", arm.trainer, "-p", final)
+    for part, images, labels in _test_sets(study, dataset, raw):
+        unfinished = fold / f"{part}.unfinished"
+        files = ("-i", str(images), "-o", str(unfinished))
         stages += [
             in_fold(
                 name="predict",
-                command=("nnUNetv2_predict", *files, *model, "-device", device),
-                outputs=(fold / "test",),
+                command=("nnUNetv2_predict", *files, *model, *shlex.split(study.prediction), "-device", device),
+                outputs=(fold / part,),
                 inputs=(final_weights,),
                 unfinished=unfinished,
             ),
-            evaluation("test", reference=raw / "labelsTs", predicted=fold / "test"),
+            evaluation(part, reference=labels, predicted=fold / part),
         ]
     return stages
+
+
+def _test_sets(study: Study, dataset: Dataset, raw: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Name, images and labels: the data set's own labelled test set, and the data sets that it names as tests."""
+    if any((raw / "labelsTs").glob("[!.]*")):
+        yield "test", raw / "imagesTs", raw / "labelsTs"
+    for part, name in dataset.tests.items():
+        other = dataset_folder(study.datasets[name].id, "nnUNet_raw")
+        yield part, other / "imagesTr", other / "labelsTr"
 
 
 def _evaluation(part: str, *, reference: Path, predicted: Path, preset: str, out: Path) -> Stage:
@@ -155,25 +215,36 @@ def _evaluation(part: str, *, reference: Path, predicted: Path, preset: str, out
     A validation writes its masks over those of an earlier one, which leaves their folder's time: its summary tells.
     """
     validation = part == "validation"
+    made_from = (predicted / "summary.json" if validation else predicted,)
+    if preset == CLASSES:
+        model = predicted.parent.parent
+        files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"))
+        summary = out / part / "summary.json"
+        command = ("nnUNetv2_evaluate_folder", str(reference), str(predicted), *files, "-o", str(summary))
+        return Stage(name="evaluate", command=(*command, "--chill"), outputs=(summary,), inputs=made_from)
     command = ("nnssl_evaluate", "lesions", "-ref", str(reference), "-pred", str(predicted), "--preset", preset)
     return Stage(
         name="evaluate",
         command=(*command, "-o", str(out / part), *(("--chill",) if validation else ())),
         outputs=(out / part / "lesions.json",),
-        inputs=(predicted / "summary.json" if validation else predicted,),
+        inputs=made_from,
     )
 
 
-def _variables(run: Run, arm: Arm, folder: Path) -> dict[str, str]:
+def _variables(run: Run, study: Study, folder: Path) -> dict[str, str]:
     """Settings and checkpoint of a training.
 
     nnU-Net's folder names do not tell checkpoints apart, so an arm that names one keeps its models in the study.
     """
-    settings = {VARIABLE: run.settings}
-    if arm.checkpoint is None:
+    settings, arm = {VARIABLE: run.settings}, study.arms[run.arm]
+    if pretraining := study.pretraining_of(run.arm, run.seed):
+        checkpoint = pretrained(pretraining, folder) / "encoder.safetensors"
+    elif arm.checkpoint is not None:
+        checkpoint = _named(arm.checkpoint, arm)
+    else:
         return settings
     models = folder / "models" / run.arm
-    return settings | {checkpoints.VARIABLE: str(_named(arm.checkpoint, arm)), "nnUNet_results": str(models)}
+    return settings | {checkpoints.VARIABLE: str(checkpoint), "nnUNet_results": str(models)}
 
 
 def _plans(preprocessed: Path, study: Study) -> dict[str, Any]:
@@ -208,12 +279,18 @@ def _plans_name(plans: Mapping[str, Any], run: Run, arm: Arm) -> str:
     return plans_with_settings(plans, Settings.of_plans(plans).updated(run.settings))["plans_name"]
 
 
-def _checkpoint(arm: Arm, *, residual: bool) -> Path:
+def _checkpoint(run: Run | Measurement, study: Study, folder: Path, *, residual: bool) -> Path:
     """The file that an arm starts from, found as its trainer finds it (see :func:`checkpoints.find_checkpoint`).
 
     Raises:
         UserError: there is none.
     """
+    arm = study.arms[run.arm]
+    if pretraining := study.pretraining_of(run.arm, run.seed):
+        path = pretrained(pretraining, folder) / "encoder.safetensors"
+        if not path.is_file():
+            raise UserError(f"The arm {arm.label} is pre-trained first: {pretraining.id}.")
+        return path
     if arm.checkpoint is not None:
         return _named(arm.checkpoint, arm)
     recipe = getattr(_own_trainers().get(arm.trainer), "recipe", None)

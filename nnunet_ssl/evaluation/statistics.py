@@ -71,6 +71,19 @@ def clustered_interval(values: ArrayLike, units: Sequence[str], **options: Any) 
     return bootstrap_interval(lambda weights: weights @ sums / (weights @ counts), len(counts), **options)
 
 
+def repeats_interval(values: ArrayLike) -> tuple[float, float]:
+    """Return Student's interval (95 %) of the mean of a few repeats, such as seeds; nan values are none.
+
+    A bootstrap of five values is too narrow: it knows no spread beyond theirs.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if len(known) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + LEVEL) / 2, len(known) - 1) * stats.sem(known)
+    return float(known.mean() - half), float(known.mean() + half)
+
+
 def rate_interval(values: ArrayLike) -> tuple[float, float]:
     """Return Wilson's interval (95 %) of a rate from one 0 or 1 per unit; nan values are not units.
 
@@ -118,6 +131,12 @@ def paired_wilcoxon(first: ArrayLike, second: ArrayLike) -> float:
     if not np.any(differences):
         return 1.0
     return float(stats.wilcoxon(differences).pvalue)
+
+
+def paired_t(differences: ArrayLike) -> float:
+    """Return the two-sided p of the paired t-test, from the differences of a few repeats; 1 without any difference."""
+    known = np.asarray(differences, dtype=np.float64)
+    return float(stats.ttest_1samp(known, 0).pvalue) if np.any(known) else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

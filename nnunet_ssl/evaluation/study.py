@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
-import yaml
-
-from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.lesions import PRESETS
-from nnunet_ssl.evaluation.segmentations import METRICS
 from nnunet_ssl.trainers.settings import Settings
-from nnunet_ssl.typed import build
+
+CLASSES = "classes"
+"""The preset of a data set whose labels are no lesions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing that is compared.
+    """One thing that is compared: a pre-training, or an encoder that is there, and how it is fine-tuned.
 
     Attributes:
         label: its name in tables.
         trainer: nnU-Net trainer class; one of another package takes no settings.
+        recipe: what the study pre-trains for it, once for every seed (``nnssl_pretrain -c``).
+        pretraining: settings of that pre-training, as its ``--set`` takes them, on top of the study's.
         checkpoint: what ``nnssl_checkpoint`` names for its trainings, also published weights (openmind-mae).
-            Without, the trainer chooses: the newest finished pre-training of its recipe.
-        settings: on top of the study's.
+            Without recipe and checkpoint, the trainer chooses: the newest finished pre-training of its recipe.
+        settings: of fine-tuning, on top of the study's.
     """
 
     label: str
-    trainer: str
+    trainer: str = "nnUNetTrainerSSL"
+    recipe: str | None = None
+    pretraining: str = ""
     checkpoint: str | None = None
     settings: str = ""
 
@@ -43,12 +42,21 @@ class Dataset:
     Attributes:
         label: its name in tables.
         id: nnU-Net's number.
-        preset: how its lesions are evaluated (``nnssl_evaluate lesions --preset``).
+        preset: how its lesions are evaluated (``nnssl_evaluate lesions --preset``); "classes": the Dice of every label
+            by nnU-Net's own evaluation, for what is no lesion.
+        tests: data sets on whose ``imagesTr`` and ``labelsTr`` its models are tried as well, by what tables call the
+            column: other subjects, or another modality.
     """
 
     label: str
     id: int
     preset: str = "isles"
+    tests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[str]:
+        """What a training is evaluated on: its fold, the data set's own labelled test set if it has one, its tests."""
+        return ["test", "validation", *self.tests]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +73,25 @@ class Experiment:
 
     Attributes:
         title: of the table.
-        kind: "segmentation" fine-tunes and evaluates; "alignment" measures the arms' pre-trainings.
+        kind: "segmentation" fine-tunes and evaluates; "alignment", "probe" and "finetune" measure the arms' encoders by
+            ``nnssl_evaluate``; "pretraining" and "gradients" read what the arms' pre-trainings recorded.
         arms: all by default.
         datasets: needed by a segmentation.
         fractions: per cent of the training subjects.
         folds: of nnU-Net's cross-validation.
-        seeds: of the subset of training subjects and of what is initialised at random.
-        metrics: the first is tested and drawn.
-        compare: pairs of arms that are tested against each other; by default each arm against the first.
-        corpus: data set of an alignment.
+        seeds: of the subset of training subjects, of what is initialised at random, and of the study's pre-trainings.
+        metrics: the first is tested and drawn. Of a pre-training: columns of its progress.csv, whose last values count.
+        compare: pairs that are tested against each other, of arms, or of data sets if those go `down`; by default each
+            against the first.
+        down: what the rows of a segmentation's table are; the other goes across.
+        corpus: data set of whatever measures encoders.
         subjects: of an alignment, "all" or "validation".
+        options: further ones of ``nnssl_evaluate``, such as ``--target age``.
         published: figures of others, of the first metric; of an alignment, mean and standard deviation.
     """
 
     title: str
-    kind: Literal["segmentation", "alignment"] = "segmentation"
+    kind: Literal["segmentation", "alignment", "probe", "finetune", "pretraining", "gradients"] = "segmentation"
     arms: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     fractions: tuple[int, ...] = (100,)
@@ -87,14 +99,48 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     metrics: tuple[str, ...] = ("dice", "lesion_f1")
     compare: tuple[tuple[str, str], ...] = ()
+    down: Literal["arms", "datasets"] = "arms"
     corpus: int = 500
     subjects: Literal["all", "validation"] = "validation"
+    options: str = ""
     published: Published | None = None
 
     @property
     def columns(self) -> list[tuple[str, int]]:
         """(data set, fraction), in the order of the table."""
         return [(dataset, fraction) for dataset in self.datasets for fraction in self.fractions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """The commands that make one of a study's own synthetic data sets."""
+
+    name: str
+    commands: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        return f"make__{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """One pre-training; arms that ask for the same share it."""
+
+    arm: str  # the first that asks for it
+    recipe: str
+    corpus: int
+    seed: int
+    settings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its results."""
+        return f"{self.arm}_seed{self.seed}"
+
+    @property
+    def id(self) -> str:
+        return f"pretrain__{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,46 +165,102 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignmentRun:
-    """One measurement of a pre-training's alignment."""
+class Measurement:
+    """One measurement of an arm's encoder by ``nnssl_evaluate``."""
 
+    name: str  # of what is measured, alike for all arms and seeds
+    kind: str
     arm: str
     corpus: int
-    subjects: str
+    options: str
+    seed: int = 0
 
     @property
     def id(self) -> str:
-        return f"alignment__{self.corpus}_{self.subjects}__{self.arm}"
+        return f"{self.name}__{self.arm}" + f"__seed{self.seed}" * (self.seed != 0)
+
+
+AnyRun: TypeAlias = Making | Pretraining | Run | Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A whole YAML file; see ``studies/paper.yaml`` for one with comments."""
+    """A whole YAML file; see ``studies/paper.yaml`` for one with comments.
+
+    Attributes:
+        settings: of every fine-tuning, as ``nnssl_settings`` takes them.
+        pretraining: settings of every pre-training of the study, as ``nnssl_pretrain --set`` takes them.
+        prediction: further options of ``nnUNetv2_predict``.
+        corpus: data set of the study's pre-trainings.
+        synthetic: commands by the data set that they make, in nnU-Net's folders within the study's own. ``$work`` is
+            a folder of the study for whatever else they write.
+    """
 
     name: str
     configuration: str = "3d_fullres"
     plans: str = "nnUNetPlans"
     settings: str = ""
+    pretraining: str = ""
+    prediction: str = ""
+    corpus: int = 500
+    synthetic: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
     datasets: dict[str, Dataset] = field(default_factory=dict)
     experiments: dict[str, Experiment] = field(default_factory=dict)
     slurm: dict[str, Any] = field(default_factory=dict)
 
-    def runs(self) -> list[Run | AlignmentRun]:
-        """Every run once, though experiments may share it; first folds and first seeds come first."""
+    def runs(self) -> list[AnyRun]:
+        """Every run once, though experiments may share it: data, then pre-trainings; first folds and seeds first."""
+        making: list[AnyRun] = [Making(name=name, commands=commands) for name, commands in self.synthetic.items()]
         listed = [(place, run) for experiment in self.experiments.values() for place, run in self._runs_of(experiment)]
-        return list(dict.fromkeys(run for _, run in sorted(listed, key=lambda item: item[0])))
+        ordered = [run for _, run in sorted(listed, key=lambda item: (item[0], not isinstance(item[1], Pretraining)))]
+        return making + list(dict.fromkeys(ordered))
 
-    def runs_of(self, experiment: Experiment) -> list[Run | AlignmentRun]:
+    def runs_of(self, experiment: Experiment) -> list[AnyRun]:
         """The runs of one experiment, shared ones included."""
         return [run for _, run in self._runs_of(experiment)]
 
-    def _runs_of(self, experiment: Experiment) -> Iterator[tuple[int, Run | AlignmentRun]]:
+    def pretraining_of(self, arm: str, seed: int) -> Pretraining | None:
+        """The pre-training of an arm, if the study has one for it."""
+        recipe = self.arms[arm].recipe
+        if recipe is None:
+            return None
+        wanted = _pretraining_settings(self, arm)
+        first = next(
+            name
+            for name, other in self.arms.items()
+            if other.recipe == recipe and _pretraining_settings(self, name) == wanted
+        )
+        return Pretraining(arm=first, recipe=recipe, corpus=self.corpus, seed=seed, settings=wanted)
+
+    def _runs_of(self, experiment: Experiment) -> Iterator[tuple[int, AnyRun]]:
         """With each run, how many folds and seeds of its table come before."""
-        if experiment.kind == "alignment":
+        for place, seed in enumerate(experiment.seeds):
             for arm in experiment.arms:
-                yield 0, AlignmentRun(arm=arm, corpus=experiment.corpus, subjects=experiment.subjects)
-            return
+                if pretraining := self.pretraining_of(arm, seed):
+                    yield place * len(experiment.folds), pretraining
+        if experiment.kind == "segmentation":
+            yield from self._trainings_of(experiment)
+        elif experiment.kind in ("alignment", "probe", "finetune"):
+            yield from self._measurements_of(experiment)
+
+    def _measurements_of(self, experiment: Experiment) -> Iterator[tuple[int, Measurement]]:
+        if experiment.kind == "alignment":
+            name = f"alignment__{experiment.corpus}_{experiment.subjects}"
+            options = f"--subjects {experiment.subjects} {experiment.options}".strip()
+        else:
+            name = "_".join([experiment.kind, *re.findall(r"\w+", experiment.options)])
+            options = experiment.options
+        for place, seed in enumerate(experiment.seeds):
+            for arm in experiment.arms:
+                yield (
+                    place,
+                    Measurement(
+                        name=name, kind=experiment.kind, arm=arm, corpus=experiment.corpus, options=options, seed=seed
+                    ),
+                )
+
+    def _trainings_of(self, experiment: Experiment) -> Iterator[tuple[int, Run]]:
         repeats = [(seed, fold) for seed in experiment.seeds for fold in experiment.folds]
         for place, (seed, fold) in enumerate(repeats):
             for dataset, fraction in experiment.columns:
@@ -175,137 +277,10 @@ class Study:
                     )
 
 
-def shipped() -> dict[str, Path]:
-    """Return the studies that come with the package, by name."""
-    return {path.stem: path for path in sorted(Path(str(resources.files(__package__) / "studies")).glob("*.yaml"))}
-
-
-def read_study(path_or_name: str) -> Study:
-    """Read a study from a YAML file, or one that comes with the package by its name.
-
-    Raises:
-        UserError: there is no such file, or it does not describe a study.
-    """
-    path = shipped().get(path_or_name, Path(path_or_name))
-    if not path.is_file():
-        raise UserError(
-            f"There is no file {path}, and no study of that name comes with nnunet_ssl (there are: "
-            f"{', '.join(shipped())})."
-        )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path} does not describe a study: it holds no keys.")
-    try:
-        return study_from(values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def study_from(values: Mapping[str, Any]) -> Study:
-    """Build a study from what its YAML holds.
-
-    Raises:
-        UserError: an unknown key, a name that is not defined, a value out of range, or two runs in one folder.
-    """
-    parts = {key: _mapping(values, key) for key in ("arms", "datasets", "experiments")}
-    study = replace(
-        build(Study, {key: value for key, value in values.items() if key not in (*parts, "slurm")}),
-        arms={name: _labelled(Arm, one, f"arms.{name}") for name, one in parts["arms"].items()},
-        datasets={name: _labelled(Dataset, one, f"datasets.{name}") for name, one in parts["datasets"].items()},
-        experiments={
-            name: _experiment(one, f"experiments.{name}", tuple(parts["arms"]))
-            for name, one in parts["experiments"].items()
-        },
-        slurm=dict(_mapping(values, "slurm")) if values.get("slurm") else {},
-    )
-    _check(study)
-    return study
-
-
-_NAME = re.compile(r"[A-Za-z0-9_+-]+")
-
-
-def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
-    found = values.get(key)
-    if not isinstance(found, Mapping) or not found:
-        raise UserError(f"'{key}' must name at least one.")
-    return {str(name): one for name, one in found.items()}
-
-
-Labelled = TypeVar("Labelled", Arm, Dataset)
-
-
-def _labelled(kind: type[Labelled], values: Any, where: str) -> Labelled:
-    """Build what is called by its own name unless it has a label."""
-    named = {"label": where.partition(".")[2], **values} if isinstance(values, Mapping) else values
-    return build(kind, named, f"{where}.")
-
-
-def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experiment:
-    published = values.get("published") if isinstance(values, Mapping) else None
-    if published is not None:
-        if not isinstance(published, Mapping) or set(published) != {"source", "values"}:
-            raise UserError(f"{where}.published takes the keys source and values.")
-        if not isinstance(published["values"], Mapping):
-            raise UserError(f"{where}.published.values is {published['values']!r}; it takes a list of numbers per arm.")
-        published = Published(source=str(published["source"]), values=dict(published["values"]))
-        values = {key: value for key, value in values.items() if key != "published"}
-    named = {"title": where.partition(".")[2], **values} if isinstance(values, Mapping) else values
-    experiment = build(Experiment, named, f"{where}.")
-    arms = experiment.arms or all_arms
-    compare = experiment.compare or tuple((arm, arms[0]) for arm in arms[1:])
-    return replace(experiment, arms=arms, compare=compare, published=published)
-
-
-def _check(study: Study) -> None:
-    """Refuse what could only fail later."""
-    for name in (study.name, *study.arms, *study.datasets, *study.experiments):
-        if not _NAME.fullmatch(name):
-            raise UserError(f"'{name}' becomes part of file names: use letters, digits, _, + and -.")
-    for name, dataset in study.datasets.items():
-        if dataset.preset not in PRESETS:
-            raise UserError(f"datasets.{name}.preset is '{dataset.preset}'; it can be {', '.join(PRESETS)}.")
-    for name, experiment in study.experiments.items():
-        _check_experiment(study, f"experiments.{name}", experiment)
-    folders: dict[tuple[Any, ...], Run] = {}
-    for run in study.runs():
-        if isinstance(run, Run):
-            arm = study.arms[run.arm]
-            owner = run.arm if arm.checkpoint else None
-            folder = (study.datasets[run.dataset].id, arm.trainer, run.suffix, run.fold, owner)
-            other = folders.setdefault(folder, run)
-            if other != run:
-                raise UserError(
-                    f"{other.id} and {run.id} have one trainer and equal settings, so nnU-Net would keep them in one "
-                    "folder. Give the arms different settings, or their checkpoints."
-                )
-
-
-def _check_experiment(study: Study, where: str, experiment: Experiment) -> None:
-    for key in ("datasets", "fractions", "folds", "seeds", "metrics") if experiment.kind == "segmentation" else ():
-        if not getattr(experiment, key):
-            raise UserError(f"{where}.{key} must name at least one.")
-    compared = [arm for pair in experiment.compare for arm in pair]
-    published = experiment.published.values if experiment.published else {}
-    for kind, names, known in (
-        ("arms", [*experiment.arms, *compared, *published], study.arms),
-        ("datasets", experiment.datasets, study.datasets),
-        ("metrics", experiment.metrics, METRICS),
-    ):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise UserError(f"{where} speaks of '{unknown[0]}', which is none of the {kind}: {', '.join(known)}.")
-    length = 2 if experiment.kind == "alignment" else len(experiment.columns)
-    for arm, numbers in published.items():
-        if not isinstance(numbers, list) or len(numbers) != length or not all(map(_is_number, numbers)):
-            raise UserError(f"{where}.published.values.{arm} must be a list of {length} numbers.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _pretraining_settings(study: Study, arm: str) -> tuple[str, ...]:
+    """As ``--set`` takes them, one word each; of two values for one key the later holds."""
+    words = f"{study.pretraining} {study.arms[arm].pretraining}".split()
+    return tuple({word.partition("=")[0]: word for word in words}.values())
 
 
 def _joined(*settings: str) -> str:

@@ -18,9 +18,9 @@ from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
     from nnunet_ssl.evaluation.running import State
-    from nnunet_ssl.evaluation.study import AlignmentRun, Experiment, Run, Study
+    from nnunet_ssl.evaluation.study import AnyRun, Experiment, Study
 
-    States: TypeAlias = dict[Run | AlignmentRun, State]
+    States: TypeAlias = dict[AnyRun, State]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ def study() -> None:
         help="a YAML file, or one that comes with the package: missing, paper, published, recipes",
     )
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
+    parser.add_argument(
+        "--full", action="store_true", help="at the size that the file names under 'full', on data of your own"
+    )
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="(default: cuda)")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="(default: local)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of what is missing, do nothing")
@@ -65,30 +68,36 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
     from nnunet_ssl.evaluation.running import state_of
     from nnunet_ssl.evaluation.slurm import queued_jobs
-    from nnunet_ssl.evaluation.study import read_study
+    from nnunet_ssl.evaluation.stages import own_nnunet_folders
+    from nnunet_ssl.evaluation.study_file import read_study
     from nnunet_ssl.nnunet_folders import folder_of
     from nnunet_ssl.trainers import checkpoints, settings
 
     for name in (settings.VARIABLE, checkpoints.VARIABLE):
         if os.environ.pop(name, None) is not None:
             logger.warning("%s is set here and not used: a study names settings and checkpoints itself.", name)
-    study = read_study(arguments.study)
+    study = read_study(arguments.study, full=arguments.full)
     folder = (arguments.o or folder_of("nnUNet_results") / "studies" / study.name).absolute()
+    if study.synthetic:
+        os.environ.update(own_nnunet_folders(folder))
+        for path in own_nnunet_folders(folder).values():
+            Path(path).mkdir(parents=True, exist_ok=True)
     queue = queued_jobs()
     states = {run: state_of(run, study, folder, arguments.device, queue) for run in study.runs()}
     return study, folder, states
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.running import execute_all
+    from nnunet_ssl.evaluation.running import execute_all, state_of
 
     study, folder, states = _open(arguments)
     logger.info("%s: %s; in %s", study.name, _counted(states), folder)
-    _explain(states, "waiting")
     todo = [run for run, state in states.items() if state.kind in ("missing", "failed")]
     if arguments.dry_run:
         _print_commands(todo, study, folder, arguments.device)
         return
+    if arguments.executor == "local":
+        todo += [run for run, state in states.items() if state.kind == "waiting"]
     if arguments.executor == "slurm" and todo:
         from nnunet_ssl.evaluation.slurm import submit
 
@@ -99,7 +108,9 @@ def _run(arguments: argparse.Namespace) -> None:
         failed = execute_all(todo, study, folder, arguments.device)
         if failed:
             raise UserError(f"{len(failed)} runs failed: {', '.join(failed)}. Their logs are in {folder / 'logs'}.")
+    states = {run: state_of(run, study, folder, arguments.device) for run in states}
     if waiting := sum(state.kind == "waiting" for state in states.values()):
+        _explain(states, "waiting")
         raise UserError(f"{waiting} runs wait for what is said above; then call this again.")
 
 
@@ -124,7 +135,7 @@ def _collect(arguments: argparse.Namespace) -> None:
     logger.info("%d of %d runs are finished. Written to %s", finished, len(states), path.parent)
 
 
-def _print_commands(runs: Sequence[Run | AlignmentRun], study: Study, folder: Path, device: str) -> None:
+def _print_commands(runs: Sequence[AnyRun], study: Study, folder: Path, device: str) -> None:
     from nnunet_ssl.evaluation.stages import stages_of
 
     for run in runs:
@@ -139,15 +150,20 @@ def _matrix(study: Study, experiment: Experiment, states: States) -> str:
     """Arms down, data sets and fractions across: how many runs are finished, of how many, and what the others do."""
     import pandas as pd
 
-    from nnunet_ssl.evaluation.study import AlignmentRun
+    from nnunet_ssl.evaluation.study import Measurement, Pretraining, Run
+
+    def column(run: AnyRun) -> str:
+        match run:
+            case Run():
+                return study.datasets[run.dataset].label + f" {run.fraction} %" * (len(experiment.fractions) > 1)
+            case Measurement():
+                return f"Dataset{run.corpus}"
+        return "pre-training"
 
     cells: dict[tuple[str, str], list[str]] = {}
     for run in study.runs_of(experiment):
-        if isinstance(run, AlignmentRun):
-            column = f"Dataset{run.corpus}"
-        else:
-            column = study.datasets[run.dataset].label + f" {run.fraction} %" * (len(experiment.fractions) > 1)
-        cells.setdefault((study.arms[run.arm].label, column), []).append(states[run].kind)
+        if isinstance(run, Run | Measurement | Pretraining):
+            cells.setdefault((study.arms[run.arm].label, column(run)), []).append(states[run].kind)
     table = pd.Series({key: _cell(kinds) for key, kinds in cells.items()}).unstack()
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells))
     return table.loc[rows, columns].to_string()

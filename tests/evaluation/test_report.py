@@ -10,10 +10,13 @@ from nnunet_ssl.evaluation.alignment import measure_alignment
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.figures.study import draw_fractions
 from nnunet_ssl.evaluation.figures.style import PALETTE
-from nnunet_ssl.evaluation.report import collect, compare_arms, markdown, read_cases, summarize_cells
+from nnunet_ssl.evaluation.report import collect
 from nnunet_ssl.evaluation.results import write_json
+from nnunet_ssl.evaluation.segmentation_tables import compare_rows, read_cases, summarize_cells
 from nnunet_ssl.evaluation.stages import results_of
-from nnunet_ssl.evaluation.study import AlignmentRun, study_from
+from nnunet_ssl.evaluation.study import Run
+from nnunet_ssl.evaluation.study_file import study_from
+from nnunet_ssl.pages import markdown_table
 
 STUDY = """
 name: small
@@ -56,7 +59,7 @@ def case(name, dice, lesions=1, predicted=1):
 def write_results(folder, *, gain, skip=()):
     """Every run's validation; an arm scores about its gain above what is random and the same for all arms."""
     for run in study().runs():
-        if isinstance(run, AlignmentRun) or run.arm in skip:
+        if not isinstance(run, Run) or run.arm in skip:
             continue
         rng = np.random.default_rng([run.fold, run.fraction])
         dice = rng.uniform(0.2, 0.5, N) + gain[run.arm] * rng.uniform(0.5, 1.5, N)
@@ -114,7 +117,7 @@ def test_controls_count_for_specificity_alone(results):
 
 def test_the_paired_tests_are_scipys_and_corrected_over_the_experiment(results):
     cases = read_cases(study(), results)
-    tests = compare_arms(study(), study().experiments["fractions"], cases)
+    tests = compare_rows(study(), study().experiments["fractions"], cases)
     assert len(tests) == 2 * 2
     gained = cell(tests, arm="cl", fraction=100)
     assert gained["difference"] == pytest.approx(0.1, abs=0.02)
@@ -135,7 +138,7 @@ def test_arms_are_compared_on_the_cases_that_both_have(results):
     missing = results / "results" / "atlas__cl__fraction100__seed0__fold1" / "validation" / "lesions.json"
     missing.unlink()
     cases = read_cases(study(), results)
-    tests = compare_arms(study(), study().experiments["fractions"], cases)
+    tests = compare_rows(study(), study().experiments["fractions"], cases)
     assert cell(tests, arm="cl", fraction=100)["n_cases"] == N
     assert cell(tests, arm="cl", fraction=50)["n_cases"] == 2 * N
 
@@ -150,7 +153,7 @@ def test_the_order_of_cases_changes_nothing(results):
             for table in (cases, shuffled)
         )
     )
-    pd.testing.assert_frame_equal(*(compare_arms(study(), experiment, table) for table in (cases, shuffled)))
+    pd.testing.assert_frame_equal(*(compare_rows(study(), experiment, table) for table in (cases, shuffled)))
 
 
 def alignment(mean):
@@ -212,7 +215,8 @@ def test_figures_that_do_not_exist_for_one_patient_are_not_available(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(2, 8))
     scans = pd.DataFrame({"patient_id": "p", "session_id": "s", "filename": ["a", "b"], "modality": ["t1", "t2"]})
     measured = measure_alignment(Embeddings(vectors=vectors, scans=scans))
-    path = results_of(AlignmentRun(arm="mcl", corpus=500, subjects="validation"), tmp_path) / "alignment.json"
+    (run,) = (run for run in study().runs() if run.id == "alignment__500_validation__mcl")
+    path = results_of(run, tmp_path) / "alignment.json"
     write_json(measured, path)
     report = collect(study(), tmp_path)
     mean = measured["cross_modality"]["mean"]
@@ -221,4 +225,4 @@ def test_figures_that_do_not_exist_for_one_patient_are_not_available(tmp_path):
 
 
 def test_markdown_tables():
-    assert markdown(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |", ""]
+    assert markdown_table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |", ""]

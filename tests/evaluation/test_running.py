@@ -17,8 +17,8 @@ from nnunet_ssl import commands
 from nnunet_ssl.evaluation import running
 from nnunet_ssl.evaluation.running import execute, execute_all, log_of, read_record, state_of
 from nnunet_ssl.evaluation.stages import stages_of
-from nnunet_ssl.evaluation.study import study_from
 from nnunet_ssl.evaluation.study_cli import study as command
+from nnunet_ssl.evaluation.study_file import study_from
 from nnunet_ssl.nnunet_folders import folder_of
 
 STUDY = """
@@ -330,7 +330,7 @@ def start_runner(tmp_path, programs, folder):
         from pathlib import Path
         from nnunet_ssl import commands
         from nnunet_ssl.evaluation import running
-        from nnunet_ssl.evaluation.study import read_study
+        from nnunet_ssl.evaluation.study_file import read_study
         from nnunet_ssl.evaluation.study_cli import _interrupt
         signal.signal(signal.SIGTERM, _interrupt)
         commands.find_program = lambda name: {str(programs)!r} + "/" + name

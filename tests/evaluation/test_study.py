@@ -8,7 +8,8 @@ from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepo
 from nnunet_ssl.conversion.fcd_bonn import INFO as BONN
 from nnunet_ssl.conversion.isles2022 import INFO as ISLES
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.study import AlignmentRun, Run, read_study, shipped, study_from
+from nnunet_ssl.evaluation.study import Measurement, Run
+from nnunet_ssl.evaluation.study_file import read_study, shipped, study_from
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.zoo import entries, named_checkpoint
 
@@ -46,7 +47,7 @@ def test_the_shipped_study_is_the_papers_three_experiments():
     assert Counter(run.arm for run in trainings) == dict.fromkeys(study.arms, 9)
     assert Counter(run.fraction for run in trainings) == {100: 36, 75: 6, 50: 6, 25: 6}
     assert {(run.fold, run.seed) for run in trainings} == {(0, 0)}
-    assert [run.arm for run in runs if isinstance(run, AlignmentRun)] == ["cl", "mcl", "mim", "cl_mim", "mcl_mim"]
+    assert [run.arm for run in runs if isinstance(run, Measurement)] == ["cl", "mcl", "mim", "cl_mim", "mcl_mim"]
     assert len({run.id for run in runs}) == len(runs) == 59
 
 

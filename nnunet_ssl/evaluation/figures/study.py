@@ -20,7 +20,7 @@ MARKERS = ("o", "s", "^")
 def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, path: Path) -> None:
     """Draw the first metric against the share of the training subjects, with intervals; published figures dashed."""
     metric = experiment.metrics[0]
-    panels = _panels(experiment, summary)
+    panels = _panels(study, experiment, summary)
     with figure(path, (5.2 * len(panels) + 1.6, 4.4)) as drawing:
         for axes, (dataset, part) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels):
             rows = _rows(summary, dataset=dataset, part=part, metric=metric)
@@ -40,30 +40,24 @@ def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, 
         )
 
 
-def draw_modalities(study: Study, experiment: Experiment, summary: pd.DataFrame, path: Path) -> None:
-    """Draw the first metric of arms (rows) by data set (columns); colour: the difference from the first arm."""
-    metric, fraction = experiment.metrics[0], max(experiment.fractions)
-    rows = _rows(summary, metric=metric, fraction=fraction)
-    columns = [panel for panel in _panels(experiment, summary) if len(_rows(rows, dataset=panel[0], part=panel[1]))]
-    values = np.full((len(experiment.arms), len(columns)), np.nan)
-    for (i, arm), (j, (dataset, part)) in ((a, c) for a in enumerate(experiment.arms) for c in enumerate(columns)):
-        cell = _rows(rows, arm=arm, dataset=dataset, part=part)["mean"]
-        values[i, j] = cell.item() if len(cell) else np.nan
+def draw_heat_map(means: pd.DataFrame, path: Path, title: str) -> None:
+    """Draw a table of means, with labels, as a heat map; colour: the difference from the first row."""
+    values = means.to_numpy()
     change = values - values[0]
     reach = max(0.01, np.nanmax(np.abs(change), initial=0.0))
-    with figure(path, (1.5 * len(columns) + 2.6, 0.5 * len(experiment.arms) + 1.6)) as drawing:
+    with figure(path, (1.5 * values.shape[1] + 2.6, 0.5 * values.shape[0] + 1.6)) as drawing:
         axes = drawing.subplots()
         image = axes.imshow(change, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             dark = abs(change[row, column]) > 0.7 * reach
             text = "-" if np.isnan(value) else f"{value:.3f}"
             axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
-        axes.set_xticks(range(len(columns)), [_title(study, *column).replace(" ", "\n", 1) for column in columns])
-        axes.set_yticks(range(len(experiment.arms)), [study.arms[arm].label for arm in experiment.arms])
+        axes.set_xticks(range(values.shape[1]), [label.replace(" ", "\n", 1) for label in means.columns])
+        axes.set_yticks(range(values.shape[0]), list(means.index))
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_title(f"{NAMES[metric]} at {fraction} % of the training subjects")
-        drawing.colorbar(image, label=f"difference from {study.arms[experiment.arms[0]].label}")
+        axes.set_title(title)
+        drawing.colorbar(image, label=f"difference from {means.index[0]}")
 
 
 def _draw_published(axes: Axes, experiment: Experiment, dataset: str, arm: str, colour: str) -> None:
@@ -74,10 +68,12 @@ def _draw_published(axes: Axes, experiment: Experiment, dataset: str, arm: str, 
     axes.plot(fractions, [figures[dataset, fraction] for fraction in fractions], color=colour, ls="--", lw=1, alpha=0.6)
 
 
-def _panels(experiment: Experiment, summary: pd.DataFrame) -> list[tuple[str, str]]:
+def _panels(study: Study, experiment: Experiment, summary: pd.DataFrame) -> list[tuple[str, str]]:
     """(data set, part), in the experiment's order, of what is there."""
     present = set(zip(summary["dataset"], summary["part"]))
-    return [(name, part) for name in experiment.datasets for part in ("test", "validation") if (name, part) in present]
+    return [
+        pair for name in experiment.datasets for part in study.datasets[name].parts if (pair := (name, part)) in present
+    ]
 
 
 def _rows(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
@@ -87,4 +83,4 @@ def _rows(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 
 def _title(study: Study, dataset: str, part: str) -> str:
-    return study.datasets[dataset].label + (" (test set)" if part == "test" else "")
+    return study.datasets[dataset].label + {"validation": "", "test": " (test set)"}.get(part, f" ({part})")
