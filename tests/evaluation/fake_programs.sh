@@ -20,8 +20,17 @@ nnUNetv2_train)
 nnUNetv2_predict)
     mkdir -p "$(option -o "$@")"
     echo predicted > "$(option -o "$@")/case.nii.gz" ;;
+nnssl_pretrain)
+    for word; do case $word in recipe=*) run=${word#recipe=} ;; esac; done
+    results=$nnUNet_results/$(basename "$nnUNet_preprocessed"/Dataset"$(option -d "$@")"_*)/$run
+    mkdir -p "$results"
+    printf 'step,validation/error/t1\n10,0.5\n20,0.4\n' > "$results/progress.csv"
+    echo done > "$results/encoder.safetensors" ;;
+maker)
+    mkdir -p "$nnUNet_preprocessed/Dataset500_Made" ;;
 nnssl_evaluate)
     mkdir -p "$(option -o "$@")"
     echo '{"cases": []}' > "$(option -o "$@")/lesions.json"
-    echo '{}' > "$(option -o "$@")/alignment.json" ;;
+    echo '{}' > "$(option -o "$@")/alignment.json"
+    echo '{"scores": {"R2": {"value": 0.5}}}' > "$(option -o "$@")/probe.json" ;;
 esac

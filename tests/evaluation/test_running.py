@@ -40,7 +40,7 @@ def programs(tmp_path, monkeypatch):
     """A folder of fake programs in the place of the real ones; the file of their calls."""
     folder = tmp_path / "programs"
     folder.mkdir()
-    for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnssl_evaluate"):
+    for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnssl_evaluate", "nnssl_pretrain", "maker"):
         shutil.copy(PROGRAMS, folder / name)
         (folder / name).chmod(0o755)
     monkeypatch.setattr(commands, "find_program", lambda name: str(folder / name))
@@ -501,3 +501,129 @@ def test_without_slurm_the_command_says_so(tmp_path, folder, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="error: --executor slurm: there is no sbatch here"):
         call(monkeypatch, tmp_path, "run", "--executor", "slurm", "-device", "cpu")
+
+
+MAKING = """
+name: making
+synthetic: {corpus: [maker a, maker $work/b]}
+pretraining: batch_size=4 steps=20
+arms:
+  mcl: {recipe: mcl}
+  same: {recipe: mcl, trainer: nnUNetTrainerMCL}
+  warm: {recipe: mcl, pretraining: contrastive.temperature=0.5 steps=30}
+experiments:
+  age: {kind: probe, options: --target age, seeds: [0, 1]}
+  course: {kind: pretraining, metrics: [validation/error/t1], seeds: [0, 1]}
+"""
+
+
+@pytest.fixture
+def making(tmp_path, nnunet_folders, programs, monkeypatch):
+    """Runs nnssl_study on MAKING, with a further word or two; the folder of the study."""
+
+    def run(action, *words, text=MAKING):
+        with monkeypatch.context() as patch:  # a study that makes its data sets nnU-Net's folders for its process
+            for name, path in nnunet_folders.items():
+                patch.setenv(name, str(path))
+            call(patch, tmp_path, action, "-device", "cpu", *words, text=text)
+        return nnunet_folders["nnUNet_results"] / "studies" / "making"
+
+    return run
+
+
+def test_a_study_makes_its_data_then_pre_trains_every_arm_and_seed_then_measures(making, calls):
+    folder = making("run")
+    made = calls()
+    assert made[:2] == ["maker a settings= checkpoint=", f"maker {folder}/work/b settings= checkpoint="]
+    pretrained = [line for line in made if line.startswith("nnssl_pretrain")]
+    assert len(pretrained) == 4, "two arms share theirs"
+    assert "-c mcl -d 500 -device cpu --set recipe=mcl_seed0 seed=0 batch_size=4 steps=20" in pretrained[0]
+    assert "recipe=warm_seed1 seed=1 batch_size=4 steps=30 contrastive.temperature=0.5" in pretrained[3]
+    measured = [line for line in made if line.startswith("nnssl_evaluate")]
+    assert len(measured) == 6
+    encoder = folder / "pretrained" / "Dataset500_Made" / "warm_seed1" / "encoder.safetensors"
+    assert f"nnssl_evaluate probe --checkpoint {encoder} -d 500 --target age -device cpu" in measured[-1]
+    making("run")
+    assert calls() == [], "nothing is made twice"
+
+
+def test_what_was_made_by_halves_is_made_from_there(making, calls, monkeypatch):
+    monkeypatch.setenv("FAKE_FAILS", "maker*/b*")
+    with pytest.raises(SystemExit, match="1 runs failed: make__corpus"):
+        making("run")
+    calls()
+    monkeypatch.delenv("FAKE_FAILS")
+    making("run")
+    assert [line.split()[1] for line in calls() if line.startswith("maker")] == [
+        str(folder_of("nnUNet_results") / "studies" / "making" / "work" / "b")
+    ]
+
+
+def test_the_users_own_folders_are_not_touched_by_a_study_that_makes_its_data(making, nnunet_folders):
+    making("run")
+    assert not list(nnunet_folders["nnUNet_preprocessed"].iterdir())
+    assert [path.name for path in nnunet_folders["nnUNet_results"].iterdir()] == ["studies"]
+
+
+def test_figures_are_collected_over_seeds_and_arms_compared_seed_by_seed(making, calls, capsys):
+    making("run")
+    making("collect")
+    report = capsys.readouterr().out
+    assert "| arm | R2 |" in report and "0.5 [0.5, 0.5]" in report
+    assert "| arm | validation/error/t1 |" in report and "| warm | 0.4 [0.4, 0.4] |" in report
+    assert "warm - mcl | R2 | +0 [+0, +0] | 1 | 1" in report
+    assert "synthetic" in report
+
+
+def test_full_size_is_a_study_of_its_own_on_the_users_data(making, calls, monkeypatch):
+    full = MAKING + "full: {synthetic: null, pretraining: steps=40, experiments: {course: null}}\n"
+    with pytest.raises(SystemExit, match="10 runs wait"):
+        making("run", "--full", text=full)
+    assert calls() == [], "there is no corpus"
+    (folder_of("nnUNet_preprocessed") / "Dataset500_FOMO60K").mkdir()
+    making("run", "--full", text=full)
+    assert "--set recipe=mcl_seed0 seed=0 steps=40" in calls()[0]
+    assert (folder_of("nnUNet_results") / "studies" / "making_full" / "pretrained" / "Dataset500_FOMO60K").is_dir()
+    with pytest.raises(SystemExit, match="no key 'full'"):
+        making("run", "--full")
+
+
+def test_a_second_runner_waits_for_what_the_first_one_makes(tmp_path, nnunet_folders, programs, calls, monkeypatch):
+    monkeypatch.setattr(running, "PAUSE_S", 0.1)
+    study = study_from(yaml.safe_load(MAKING))
+    folder = tmp_path / "shared"
+    looks = []
+
+    def state(run, *arguments):
+        looks.append(run.id)
+        (folder_of("nnUNet_preprocessed") / "Dataset500_Made").mkdir(exist_ok=True)  # the other one is done meanwhile
+        return running.State("running")
+
+    monkeypatch.setattr(running, "state_of", state)
+    pretrainings = [run for run in study.runs() if run.id.startswith("pretrain")]
+    assert execute_all(pretrainings, study, folder, "cpu") == []
+    assert len([line for line in calls() if line.startswith("nnssl_pretrain")]) == 4
+    assert len(looks) == 1
+
+
+TESTED = """
+name: tested
+arms: {one: {trainer: nnUNetTrainerSwinFPNScratch, checkpoint: ENCODER}}
+datasets:
+  atlas: {label: ATLAS, id: 501, preset: atlas, tests: {others: held_out}}
+  held_out: {id: 901}
+experiments: {all: {datasets: [atlas]}}
+prediction: --disable_tta
+"""
+
+
+def test_models_are_tried_on_the_data_sets_that_are_named_as_tests(prepared, folder, nnunet_folders, calls):
+    raw = nnunet_folders["nnUNet_raw"] / "Dataset901_Others"
+    (raw / "labelsTr").mkdir(parents=True)
+    encoder = prepared / "Dataset500_FOMO60K" / "mcl_mim" / "encoder.safetensors"
+    study = study_from(yaml.safe_load(TESTED.replace("ENCODER", str(encoder))) | {"plans": "nnUNetSSLPlans"})
+    (run,) = study.runs()
+    assert execute(run, study, folder, "cpu") == "finished"
+    predicted, evaluated = calls()[-2:]
+    assert f"nnUNetv2_predict -i {raw / 'imagesTr'}" in predicted and "--disable_tta" in predicted
+    assert f"-ref {raw / 'labelsTr'}" in evaluated and f"-o {folder}/results/{run.id}/others" in evaluated

@@ -151,6 +151,19 @@ def test_arms_that_nnunet_would_keep_in_one_folder_need_their_own_checkpoints():
             "published.values.scratch must be a list of 2 numbers",
         ),
         ({"experiments__fractions__published": {"source": "s"}}, "published takes the keys source and values"),
+        ({"synthetic": {"corpus": "make it"}}, "synthetic.corpus is 'make it'; it takes a list of commands"),
+        ({"arms__scratch__pretraining": "steps=5"}, "arms.scratch has settings of a pre-training and no recipe"),
+        ({"arms__scratch": {"recipe": "mcl", "checkpoint": "a"}}, "arms.scratch has a recipe and a checkpoint"),
+        ({"arms__scratch": {"recipe": "mcl", "pretraining": "stps=5"}}, "arms.scratch cannot be pre-trained: .*steps"),
+        ({"arms__scratch": {"recipe": "ncl"}}, "arms.scratch cannot be pre-trained: There is no recipe 'ncl'"),
+        ({"datasets__dwi__tests": {"x": "flair"}}, "datasets.dwi.tests speaks of 'flair'"),
+        ({"datasets__dwi__tests": {"validation": "atlas"}}, "datasets.dwi.tests.validation names a folder"),
+        ({"datasets__dwi__tests": ["atlas"]}, "datasets.dwi.tests is .'atlas'.; it takes names"),
+        ({"experiments__fractions__kind": "gradients"}, "reads what pre-trainings recorded, and arms.scratch has no"),
+        (
+            {"experiments__fractions__down": "datasets", "experiments__fractions__compare": [["mcl_mim", "scratch"]]},
+            "speaks of 'mcl_mim', which is none of the datasets",
+        ),
     ],
 )
 def test_mistakes_in_a_study_are_named(changes, message):
