@@ -114,11 +114,15 @@ def own_nnunet_folders(folder: Path) -> dict[str, str]:
 
 def _making(run: Making, folder: Path) -> list[Stage]:
     """One stage per command, each with a mark that it is done; what is made anew takes the marks of what follows."""
+
+    def filled(word: str) -> str:
+        return os.path.expandvars(word.replace("$work", str(folder / "work")))
+
     marks = [folder / "made" / f"{run.name}_{place}" for place, _ in enumerate(run.commands, start=1)]
     return [
         Stage(
             name=f"make {run.name} ({place} of {len(marks)})",
-            command=tuple(shlex.split(command.replace("$work", str(folder / "work")))),
+            command=tuple(map(filled, shlex.split(command))),
             outputs=(mark,),
             inputs=tuple(marks[: place - 1]),
             marked=True,

@@ -192,8 +192,8 @@ class Study:
         pretraining: settings of every pre-training of the study, as ``nnssl_pretrain --set`` takes them.
         prediction: further options of ``nnUNetv2_predict``.
         corpus: data set of the study's pre-trainings.
-        synthetic: commands by the data set that they make, in nnU-Net's folders within the study's own. ``$work`` is
-            a folder of the study for whatever else they write.
+        synthetic: commands by the data set that they make. nnU-Net's folders, ``$nnUNet_raw`` and the others, are then
+            within the study's own, and ``$work`` is another one there.
     """
 
     name: str
