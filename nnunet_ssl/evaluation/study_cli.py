@@ -31,6 +31,8 @@ examples:
   CUDA_VISIBLE_DEVICES=1 nnssl_study run paper    a second runner shares the work
   nnssl_study run paper --executor slurm          one job per run, with the YAML's slurm options
   nnssl_study run recipes --dry_run               settings of fine-tuning against each other: only print the commands
+  nnssl_study run gradients -device cpu           from synthetic brains of its own, pre-trainings included
+  nnssl_study run gradients --full                the same question at full size, on your prepared corpus
   nnssl_study collect paper                       tables beside the published ones, tests, figures
 
 It may be interrupted at any time; the same call goes on where it stopped, and tries failed runs again.
@@ -51,7 +53,8 @@ def study() -> None:
     parser.add_argument(
         "study",
         metavar="STUDY",
-        help="a YAML file, or one that comes with the package: missing, paper, published, recipes",
+        help="a YAML file, or one that comes with the package: gradients, missing, paper, pathology, published, raters, "
+        "recipes, tasks, tokens",
     )
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
     parser.add_argument(
