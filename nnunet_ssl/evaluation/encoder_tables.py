@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_ssl.evaluation.gradients import FILE
+from nnunet_ssl.evaluation.gradients import ENCODER, FILE, PARTS, read_runs, summarise_seeds
 from nnunet_ssl.evaluation.results import read_table
 from nnunet_ssl.evaluation.running import read_record
 from nnunet_ssl.evaluation.stages import pretrained, results_of
-from nnunet_ssl.evaluation.statistics import holm, paired_t, repeats_interval
+from nnunet_ssl.evaluation.statistics import holm, paired_t, t_interval
 from nnunet_ssl.evaluation.study import Experiment, Measurement, Study
 from nnunet_ssl.pages import markdown_table
 
@@ -23,7 +23,7 @@ def read_alignments(study: Study, experiment: Experiment, folder: Path) -> dict[
     found = {}
     for run in study.runs_of(experiment):
         path = results_of(run, folder) / "alignment.json"
-        if path.is_file():
+        if isinstance(run, Measurement) and path.is_file():
             found[run.arm] = json.loads(path.read_text())
     return found
 
@@ -56,7 +56,7 @@ def summarize_figures(figures: pd.DataFrame) -> pd.DataFrame:
     """Return one row per arm and figure: the mean over seeds with Student's 95 % interval."""
     rows = []
     for (arm, figure), own in figures.groupby(["arm", "figure"], sort=False):
-        low, high = repeats_interval(own["value"])
+        low, high = t_interval(own["value"])
         rows.append(
             {"arm": arm, "figure": figure, "mean": own["value"].mean(), "low": low, "high": high, "n_seeds": len(own)}
         )
@@ -75,7 +75,7 @@ def compare_figures(experiment: Experiment, figures: pd.DataFrame) -> pd.DataFra
             difference = (table[arm] - table[against]).dropna()
             if len(difference) < 2:
                 continue
-            low, high = repeats_interval(difference)
+            low, high = t_interval(difference)
             rows.append(
                 {"arm": arm, "against": against, "figure": figure, "difference": difference.mean()}
                 | {"low": low, "high": high, "n_seeds": len(difference), "p": paired_t(difference)}
@@ -111,6 +111,46 @@ def figure_tables(study: Study, experiment: Experiment, summary: pd.DataFrame, t
     ]
     note = f"Paired t-tests, seed by seed; Holm's correction over these {len(rows)} tests."
     return [*lines, *markdown_table(["arms", "figure", "difference", "p", "p (Holm)"], rows), note, ""]
+
+
+def read_gradients(study: Study, experiment: Experiment, folder: Path) -> pd.DataFrame:
+    """Summarise what the pre-trainings of each arm recorded of their branches' gradients: the rows of
+    :func:`nnunet_ssl.evaluation.gradients.summarise_seeds` with their arm."""
+    tables = []
+    for arm in experiment.arms:
+        runs = [pretrained(run, folder) for seed in experiment.seeds if (run := study.pretraining_of(arm, seed))]
+        finished = [path for path in runs if (path / "encoder.safetensors").is_file()]
+        if finished:
+            tables.append(summarise_seeds(list(read_runs(finished).values())).assign(arm=arm))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def gradient_tables(study: Study, experiment: Experiment, found: pd.DataFrame) -> list[str]:
+    """Write each arm's branches by depth over the whole training, and on the whole encoder by thirds of it."""
+    if not len(found):
+        return ["No run is finished.", ""]
+    lines = []
+    for pair, own in found.groupby("pair", sort=False):
+        cells = {tuple(row[key] for key in ("arm", "depth", "part", "quantity")): row for row in own.to_dict("records")}
+        for name, places in (
+            ("depth", [(depth, PARTS[0]) for depth in dict.fromkeys(own["depth"])]),
+            ("part of the training", [(ENCODER, part) for part in PARTS[1:]]),
+        ):
+            quantities = (("ratio", f"norms {pair}"), ("cosine", "cosine"), ("opposed", "opposed rows"))
+            rows = [
+                [study.arms[arm].label, depth if name == "depth" else part]
+                + [_cell(cells.get((arm, depth, part, quantity))) for quantity, _ in quantities]
+                for arm in experiment.arms
+                for depth, part in places
+                if (arm, depth, part, "ratio") in cells
+            ]
+            lines += markdown_table(["arm", name, *(title for _, title in quantities)], rows)
+    seeds = " or ".join(str(n) for n in sorted(set(found["n_runs"])))
+    return [
+        *lines,
+        f"Mean over {seeds} seed(s) [95 % interval over seeds]; norms before balancing; opposed: cosine < 0.",
+        "",
+    ]
 
 
 def _measured_figures(study: Study, experiment: Experiment, folder: Path) -> Iterator[tuple[str, int, str, float]]:

@@ -11,8 +11,10 @@ from nnunet_ssl.evaluation.encoder_tables import (
     alignment_table,
     compare_figures,
     figure_tables,
+    gradient_tables,
     read_alignments,
     read_figures,
+    read_gradients,
     summarize_figures,
 )
 from nnunet_ssl.evaluation.segmentation_tables import (
@@ -47,6 +49,10 @@ def collect(study: Study, folder: Path) -> Path:
             found = read_alignments(study, experiment, folder)
             text += alignment_table(study, experiment, found)
             write_csv(alignment_rows(found), out / f"{name}.csv")
+        elif experiment.kind == "gradients":
+            gradients = read_gradients(study, experiment, folder)
+            text += gradient_tables(study, experiment, gradients)
+            write_csv(gradients, out / f"{name}.csv")
         else:
             text += _figures(study, name, experiment, folder, out)
     with written_beside(out / "report.md") as temporary:

@@ -40,8 +40,8 @@ def read_cases(study: Study, folder: Path) -> pd.DataFrame:
     :class:`Cell`), case and the metrics of :class:`nnunet_ssl.evaluation.lesions.CaseMetrics`; of what is no lesion,
     the mean Dice of a case's labels alone."""
     tables = []
-    for run in study.runs():
-        for part in study.datasets[run.dataset].parts if isinstance(run, Run) else ():
+    for run in (run for run in study.runs() if isinstance(run, Run)):
+        for part in study.datasets[run.dataset].parts:
             cases = _cases_of(results_of(run, folder) / part, study.datasets[run.dataset].preset)
             if cases is not None:
                 names = ("arm", "dataset", "fraction", "seed", "fold")

@@ -220,12 +220,12 @@ def _evaluation(part: str, *, reference: Path, predicted: Path, preset: str, out
     """
     validation = part == "validation"
     made_from = (predicted / "summary.json" if validation else predicted,)
+    command: tuple[str, ...]
     if preset == CLASSES:
-        model = predicted.parent.parent
-        files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"))
-        summary = out / part / "summary.json"
-        command = ("nnUNetv2_evaluate_folder", str(reference), str(predicted), *files, "-o", str(summary))
-        return Stage(name="evaluate", command=(*command, "--chill"), outputs=(summary,), inputs=made_from)
+        summary, model = out / part / "summary.json", predicted.parent.parent
+        files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"), "-o", str(summary))
+        command = ("nnUNetv2_evaluate_folder", str(reference), str(predicted), *files, "--chill")
+        return Stage(name="evaluate", command=command, outputs=(summary,), inputs=made_from)
     command = ("nnssl_evaluate", "lesions", "-ref", str(reference), "-pred", str(predicted), "--preset", preset)
     return Stage(
         name="evaluate",

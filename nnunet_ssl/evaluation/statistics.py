@@ -71,19 +71,6 @@ def clustered_interval(values: ArrayLike, units: Sequence[str], **options: Any) 
     return bootstrap_interval(lambda weights: weights @ sums / (weights @ counts), len(counts), **options)
 
 
-def repeats_interval(values: ArrayLike) -> tuple[float, float]:
-    """Return Student's interval (95 %) of the mean of a few repeats, such as seeds; nan values are none.
-
-    A bootstrap of five values is too narrow: it knows no spread beyond theirs.
-    """
-    known = np.asarray(values, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    if len(known) < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf((1 + LEVEL) / 2, len(known) - 1) * stats.sem(known)
-    return float(known.mean() - half), float(known.mean() + half)
-
-
 def rate_interval(values: ArrayLike) -> tuple[float, float]:
     """Return Wilson's interval (95 %) of a rate from one 0 or 1 per unit; nan values are not units.
 

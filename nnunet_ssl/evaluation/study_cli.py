@@ -53,8 +53,8 @@ def study() -> None:
     parser.add_argument(
         "study",
         metavar="STUDY",
-        help="a YAML file, or one that comes with the package: gradients, missing, paper, pathology, published, raters, "
-        "recipes, tasks, tokens",
+        help="a YAML file, or one that comes with the package: gradients, missing, paper, pathology, published, "
+        "raters, recipes, tasks, tokens",
     )
     parser.add_argument("-o", type=Path, metavar="FOLDER", help="(default: $nnUNet_results/studies/<its name>)")
     parser.add_argument(

@@ -171,7 +171,7 @@ def _check(study: Study) -> None:
             raise UserError(f"arms.{name} has settings of a pre-training and no recipe.")
         if pretraining := study.pretraining_of(name, seed=0):
             try:
-                load_config(pretraining.recipe, pretraining.settings)
+                load_config(pretraining.recipe, list(pretraining.settings))
             except UserError as error:
                 raise UserError(f"arms.{name} cannot be pre-trained: {error}") from error
     for name, experiment in study.experiments.items():
