@@ -7,14 +7,16 @@ work=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
 . "$root/docs/figures/synthetic.sh"
 
-python -m nnunet_ssl.phantom fomo "$work/fomo" -n 40 --voxel-mm 6
+python -m nnunet_ssl.phantom fomo "$work/fomo" -n 30 --voxel_mm 4
 python "$root/dataset_conversion/Dataset500_FOMO60K.py" -i "$work/fomo"
-nnssl_prepare -d 500 -np 2 --spacing 6 6 6
+nnssl_prepare -d 500 -np 2 --spacing 4 4 4
 pretrain mcl_mim steps=400 validation.every=200 validation.fraction=0.1
 
-python -m nnunet_ssl.phantom atlas "$work/ATLAS_2" -n 50 --voxel-mm 6
+python -m nnunet_ssl.phantom atlas "$work/ATLAS_2" -n 50 --voxel_mm 4
 python "$root/dataset_conversion/Dataset501_ATLASv2.py" -i "$work/ATLAS_2" -np 2
 nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres -np 2 -npfp 2
 
+nnssl_study run recipes -device "$device" & # a core each
 nnssl_study run recipes -device "$device"
+wait
 nnssl_study collect recipes -device "$device"

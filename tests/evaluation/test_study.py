@@ -59,9 +59,9 @@ def test_the_shipped_study_quotes_the_paper():
     assert experiments["alignment"].published.values == {"cl": [0.5995, 0.1576], "mcl": [0.0066, 0.0104]}
 
 
-def test_the_shipped_recipes_change_one_setting_each_and_all_take_nnunets_steps():
+def test_the_shipped_recipes_change_one_setting_each_and_all_take_as_many_steps():
     study = read_study("recipes")
-    lengths = {"steps": 250, "epoch_steps": 50}
+    lengths = {"steps": 500, "epoch_steps": 100}
     own = {name: Settings().updated(arm.settings) for name, arm in study.arms.items() if name != "nnunet"}
     assert all({key: getattr(one, key) for key in lengths} == lengths for one in own.values())
     assert study.arms["nnunet"].settings == "" and nnUNetTrainer_1epoch.__name__ == study.arms["nnunet"].trainer
