@@ -158,7 +158,7 @@ def _measured_figures(study: Study, experiment: Experiment, folder: Path) -> Ite
         path = results_of(run, folder) / f"{experiment.kind}.json"
         if isinstance(run, Measurement) and path.is_file():
             found = json.loads(path.read_text())
-            named = _of_alignment(found) if run.kind == "alignment" else _of_probe(found)
+            named = _of_alignment(found) if run.kind == "alignment" else _of_prediction(found)
             for figure, value in named.items():
                 if value is not None:
                     yield run.arm, run.seed, figure, value
@@ -173,8 +173,14 @@ def _of_alignment(found: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _of_probe(found: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: entry["value"] for name, entry in found["scores"].items()}
+def _of_prediction(found: Mapping[str, Any]) -> dict[str, float | None]:
+    """The scores, and the first of them for each modality that was trained on and each that was tested on."""
+    figures = {name: entry["value"] for name, entry in found["scores"].items()}
+    first = next(iter(figures))
+    for trained_on, tests in found.get("across", {}).items():
+        for tested_on, entry in tests.items():
+            figures[f"{first}, {trained_on} to {tested_on}"] = entry["scores"][first]
+    return figures
 
 
 def _recorded_figures(study: Study, experiment: Experiment, folder: Path) -> Iterator[tuple[str, int, str, float]]:

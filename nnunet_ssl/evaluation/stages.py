@@ -152,9 +152,11 @@ def _measurement(run: Measurement, study: Study, folder: Path, device: str) -> S
     dataset_folder(run.corpus, "nnUNet_preprocessed")
     out = results_of(run, folder)
     checkpoint = _checkpoint(run, study, folder, residual=_trains_residual(study))
+    trainer = _own_trainers().get(study.arms[run.arm].trainer)
+    scratch = ("--scratch",) if run.kind == "finetune" and trainer is not None and trainer.from_scratch else ()
     command = (
         *("nnssl_evaluate", run.kind, "--checkpoint", str(checkpoint), "-d", str(run.corpus)),
-        *(*shlex.split(run.options), "-device", device, "-o", str(out)),
+        *(*shlex.split(run.options), *scratch, "-device", device, "-o", str(out)),
     )
     return Stage(name="measure", command=command, outputs=(out / f"{run.kind}.json",), inputs=(checkpoint,))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from pathlib import Path
 
 from nnunet_ssl.console import OptionParser, command
@@ -85,27 +86,31 @@ examples:
     args = parser.parse_args()
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"{args.out} is not empty: name a new folder for the synthetic data set.")
-    _write(args)
+    unfinished = args.out.absolute().parent / f".unfinished.{args.out.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a try that was interrupted
+    _write(args, unfinished / args.out.name)
+    (unfinished / args.out.name).replace(args.out)
+    unfinished.rmdir()
     logger.info("Synthetic data set in %s", args.out)
 
 
-def _write(args: argparse.Namespace) -> None:
+def _write(args: argparse.Namespace, out: Path) -> None:
     from nnunet_ssl.phantom import layouts
 
     common = {"voxel_mm": args.voxel_mm, "seed": args.seed, "quirks": not args.clean} | _particular(args)
     if args.layout == "atlas":
-        layouts.write_atlas(args.out, n_train=args.n, n_test=args.n_test, **common)
+        layouts.write_atlas(out, n_train=args.n, n_test=args.n_test, **common)
     elif args.layout == "atlas3":
-        layouts.write_atlas3(args.out, n_cases=args.n, **common)
+        layouts.write_atlas3(out, n_cases=args.n, **common)
     elif args.layout == "isles":
-        layouts.write_isles(args.out, n_cases=args.n, **common)
+        layouts.write_isles(out, n_cases=args.n, **common)
     elif args.layout == "fcd":
-        layouts.write_fcd(args.out, n_patients=args.n, n_controls=args.n, **common)
+        layouts.write_fcd(out, n_patients=args.n, n_controls=args.n, **common)
     elif args.layout == "tissue":
         del common["quirks"]
-        layouts.write_tissue(args.out, n_train=args.n, n_test=args.n_test, **common)
+        layouts.write_tissue(out, n_train=args.n, n_test=args.n_test, **common)
     else:
-        layouts.write_fomo(args.out, n_subjects=args.n, layout="A" if args.layout == "fomo-a" else "B", **common)
+        layouts.write_fomo(out, n_subjects=args.n, layout="A" if args.layout == "fomo-a" else "B", **common)
 
 
 def _particular(args: argparse.Namespace) -> dict[str, object]:

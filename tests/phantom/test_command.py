@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from nnunet_ssl.phantom import __main__ as phantom
+from nnunet_ssl.phantom import layouts
 
 
 def run(*arguments):
@@ -80,3 +81,21 @@ def test_a_corpus_of_given_modalities_has_them_in_every_session_and_groups_that_
     assert set(people["dataset"]) == {"PT001_PHANTOM"}
     for session in (tmp_path / "out").glob("PT001_PHANTOM/sub_*/ses_*"):
         assert sorted(path.name for path in session.iterdir()) == ["flair.nii.gz", "t1.nii.gz"]
+
+
+def test_an_interrupted_call_leaves_no_data_set_and_the_next_one_begins_anew(tmp_path, monkeypatch):
+    out, write = tmp_path / "Dataset510_Out", layouts.tissue.write_nifti
+
+    def interrupted(path, *arguments, **options):
+        if "labels" in path.parent.name:
+            raise KeyboardInterrupt
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(layouts.tissue, "write_nifti", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        call(monkeypatch, "tissue", out, "-n", 1, "--n_test", 0, "--voxel_mm", 8)
+    assert not out.exists()
+    monkeypatch.setattr(layouts.tissue, "write_nifti", write)
+    call(monkeypatch, "tissue", out, "-n", 1, "--n_test", 0, "--voxel_mm", 8)
+    assert {path.name for path in tmp_path.iterdir()} == {out.name}
+    assert len(list(out.rglob("*.nii.gz"))) == 2
