@@ -86,3 +86,52 @@ def test_two_arms_and_two_fractions_through_nnunets_own_commands(tmp_path, nnune
     report = call("nnssl_study", "collect", tested, "-device", "cpu")
     assert "ATLAS (test set): 2 cases, 1 run(s) per arm" in report
     assert "ATLAS: 2 cases, 1 run(s) per arm" in report
+
+
+OWN = """
+name: own
+synthetic:
+  corpus:
+    - python -m nnunet_ssl.phantom fomo $work/fomo -n 8 --voxel_mm 6 --modalities t1 flair --clean
+    - python -m nnunet_ssl.conversion.fomo60k -i $work/fomo
+    - nnssl_prepare -d 500 -np 1 --spacing 6 6 6
+  tissue:
+    - python -m nnunet_ssl.phantom tissue $nnUNet_raw/Dataset541_T1 -n 5 --n_test 0 --voxel_mm 6 --modalities t1
+    - python -m nnunet_ssl.phantom tissue $nnUNet_raw/Dataset942_FLAIR -n 2 --n_test 0 --voxel_mm 6 --modalities flair
+    - nnUNetv2_plan_and_preprocess -d 541 -c 3d_fullres -np 1 -npfp 1
+pretraining: >-
+  swin.embed_dim=8 swin.depths=1,1,1 swin.num_heads=1,2,2 swin.window_size=4 patch_size=24,24,24 batch_size=2
+  queue_size=16 steps=8 workers=0 log_every=2 gradients_every=1 validation.every=8 validation.fraction=0.3
+settings: steps=4,epoch_steps=4,patch_size=24x24x24,batch_size=2
+arms:
+  mcl_mim: {recipe: mcl_mim}
+  equal: {recipe: mcl_mim, pretraining: balance=equal_norms}
+datasets:
+  t1: {id: 541, preset: classes, tests: {FLAIR: flair}}
+  flair: {id: 942, preset: classes}
+experiments:
+  dominance: {kind: gradients, seeds: [0, 1]}
+  course: {kind: pretraining, seeds: [0, 1], metrics: [validation/effective_rank]}
+  tissue: {datasets: [t1], arms: [mcl_mim], metrics: [dice]}
+  group: {kind: probe, arms: [mcl_mim], options: --target group --across}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_makes_its_own_brains_answers_from_the_scans_to_the_report(tmp_path, nnunet_folders, call):
+    study = tmp_path / "own.yaml"
+    study.write_text(OWN)
+    call("nnssl_study", "run", study, "-device", "cpu", nnUNet_n_proc_DA="1")  # nnU-Net cannot preprocess with 0
+    report = call("nnssl_study", "collect", study, "-device", "cpu")
+    assert "8 of 8 runs are finished" in report and "synthetic" in report
+    folder = nnunet_folders["nnUNet_results"] / "studies" / "own"
+    gradients = pd.read_csv(folder / "report" / "dominance.csv")
+    assert set(gradients["arm"]) == {"mcl_mim", "equal"} and set(gradients["n_runs"]) <= {1, 2}
+    assert {"encoder", "embedding", "stage1"} <= set(gradients["depth"])
+    encoders = [path.read_bytes() for path in sorted(folder.rglob("encoder.safetensors"))]
+    assert len(encoders) == len(set(encoders)) == 4, "arms and seeds are pre-trained each by itself"
+    tissue = pd.read_csv(folder / "report" / "tissue.csv")
+    assert set(tissue["part"]) == {"validation", "FLAIR"} and tissue["mean"].between(0, 1).all()
+    figures = pd.read_csv(folder / "report" / "group.csv")
+    assert any(" to " in name for name in figures["figure"])
+    assert not list(nnunet_folders["nnUNet_raw"].iterdir()), "the user's folders are left alone"
