@@ -214,6 +214,15 @@ class PretrainingConfig:
         return any(objective.masked for objective in self.objectives)
 
     @property
+    def passes(self) -> list[tuple[Objective, ...]]:
+        """The objectives by the pass of the query network that serves them: of whole views, of views with hidden cells;
+        with `shared_pass` one of these for all."""
+        if self.shared_pass:
+            return [self.objectives]
+        whole, masked = (tuple(one for one in self.objectives if one.masked is hides) for hides in (False, True))
+        return [objectives for objectives in (whole, masked) if objectives]
+
+    @property
     def needs_keys(self) -> bool:
         """Whether there is a key network."""
         return any(objective.needs_keys for objective in self.objectives)

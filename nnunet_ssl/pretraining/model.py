@@ -115,8 +115,8 @@ class Learner(nn.Module):
 
     def _compile(self) -> None:
         """Let torch.compile have the encoders, which it compiles when they are first called."""
-        # With a shared pass, a measured step goes backward twice through one graph, whose first time must not reuse its
-        # memory.
-        torch._functorch.config.donated_buffer = not self.config.shared_pass
+        # Where objectives share a pass, a measured step goes backward through one graph for each of them, and none but
+        # the last may reuse its memory.
+        torch._functorch.config.donated_buffer = all(len(objectives) == 1 for objectives in self.config.passes)
         for network in filter(None, (self.query, self.key)):
             compile_parts(network.encoder)

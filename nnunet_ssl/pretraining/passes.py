@@ -47,11 +47,8 @@ def query_passes(
             for one in objectives
         }
 
-    objectives = learner.config.objectives
-    if learner.config.shared_pass:
-        yield branches(objectives, learner.query.encode(examples.views, examples.mask))
-        return
-    if whole := [objective for objective in objectives if not objective.masked]:
-        yield branches(whole, learner.query.encode(examples.paired_views))
-    if masked := [objective for objective in objectives if objective.masked]:
-        yield branches(masked, learner.query.encode(examples.views, examples.mask))
+    for objectives in learner.config.passes:
+        if any(one.masked for one in objectives):
+            yield branches(objectives, learner.query.encode(examples.views, examples.mask))
+        else:
+            yield branches(objectives, learner.query.encode(examples.paired_views))

@@ -11,6 +11,10 @@ from nnunet_ssl.pretraining import model
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.gradients import backward_by_branch
 from nnunet_ssl.pretraining.model import Learner
+from nnunet_ssl.pretraining.objectives.base import Examples
+from nnunet_ssl.pretraining.optimization import build_optimizer, schedules
+from nnunet_ssl.pretraining.step import training_step
+from nnunet_ssl.pretraining.views.augmentation import Batch
 
 
 def names_of(learner):
@@ -136,6 +140,21 @@ def test_a_compiled_shared_pass_can_be_measured(tiny, compiling):
         else:
             sum(losses.values()).backward()
     assert set(gradients) == {"contrastive", "masked"}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("recipe", "branch"), [("mcl_path", "lesions"), ("mcl_dense", "dense")])
+def test_compiled_branches_of_whole_views_can_be_measured(tiny, compiling, recipe, branch):
+    """They share a graph as branches of a shared pass do."""
+    compiling("aot_eager")
+    learner = Learner(load_config(recipe, [*tiny, *COMPILED, f"{branch}.stride=2"]))
+    optimizer, views = build_optimizer(learner.query, learner.config), torch.randn(2, 2, 1, 8, 8, 8)
+    two = torch.arange(2)
+    batch = Batch(views=views, targets=views, subject=two, session=two, scan_ids=[["scan"] * 2] * 2, step=0)
+    examples, schedule = Examples(batch=batch, unpaired=None, mask=None), schedules(0, learner.config)
+    for measured in (False, True):
+        update = training_step(learner, optimizer, iter([examples]), schedule, measured=measured)
+    assert {"gradient/contrastive", f"gradient/{branch}"} <= update.figures[0].keys()
 
 
 @pytest.mark.compiled
