@@ -137,7 +137,7 @@ def keywords_of_line(kind: type, line: str) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Set one ``nested.key=value`` in `values`, in place; the value is read as YAML.
+    """Set one ``nested.key=value`` in `values`, in place; the value is read as YAML. In place of a null goes a section.
 
     Raises:
         UserError: it is not of that form, or the value is not YAML.
@@ -147,7 +147,9 @@ def assign(values: dict[str, Any], override: str) -> None:
         raise UserError(f"'{override}' is not of the form key=value.")
     *parents, last = key.strip().split(".")
     for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
+        if values.get(parent) is None:
+            values[parent] = {}
+        if not isinstance(values[parent], dict):
             raise UserError(f"'{override}': '{parent}' has no keys below it.")
         values = values[parent]
     try:

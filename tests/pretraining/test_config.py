@@ -5,6 +5,7 @@ import yaml
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.config import PretrainingConfig, from_dict, load_config
+from nnunet_ssl.pretraining.objectives.lesions import LesionSearchConfig
 from nnunet_ssl.pretraining.recipes import recipes
 from nnunet_ssl.schedules import Ramp
 
@@ -182,6 +183,16 @@ def test_a_branch_is_turned_on_by_its_section_and_off_by_null():
     assert [objective.name for objective in config.objectives] == ["contrastive", "masked", "lesions"]
     assert load_config("mcl_path", ["lesions=null"]).objectives[-1].name == "contrastive"
     assert from_dict(config.as_dict()).lesions == config.lesions != load_config("mcl_path").lesions
+
+
+def test_a_section_that_is_null_in_a_file_is_turned_on_by_a_key_of_it(tmp_path):
+    """As the files are that a run leaves, and --print_config."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(load_config("mcl_mim").as_yaml())
+    config = load_config(path, ["lesions.weight=0.5", "dense=null"])
+    assert config.lesions == LesionSearchConfig(weight=0.5) and config.dense is None
+    with pytest.raises(UserError, match=r"no key 'lesions\.wight'; did you mean 'lesions\.weight'"):
+        load_config(path, ["lesions.wight=0.5"])
 
 
 def test_every_temperature_and_the_target_of_mcl_ibot_can_be_swept():

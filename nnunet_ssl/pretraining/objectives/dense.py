@@ -43,10 +43,8 @@ class DenseConfig:
     hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
     dim: int = ranged(128, "at least 1")  # of queries and keys
     cells: int = ranged(64, "at least 1")  # drawn of each pair, at each step
-    apart: int = ranged(
-        2, "at least 1"
-    )  # cells, along the axis on which they differ most: nearer ones of a pair are no
-    # negatives
+    apart: int = ranged(2, "at least 1")  # cells, along the axis on which they differ most: nearer ones of a pair are
+    # no negatives
 
 
 @dataclass(frozen=True, kw_only=True)
