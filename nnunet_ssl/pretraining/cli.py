@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
 from nnunet_ssl.pretraining.recipes import about_recipes
-
-if TYPE_CHECKING:
-    from nnunet_ssl.pretraining.config import PretrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +67,15 @@ def pretrain() -> None:
 
     from nnunet_ssl.pretraining.config import load_config
 
-    config = load_config(arguments.c, arguments.settings)
-    if arguments.print_config and not arguments.resume:
-        sys.stdout.write(config.as_yaml())
-        return
-    dataset = arguments.d or _default_corpus()
+    recipe, dataset = arguments.c, arguments.d
     if arguments.resume:
-        config = _settings_of_the_run(config, dataset, arguments.settings)
+        dataset = dataset or _default_corpus()
+        recipe = _settings_of_the_run(recipe, dataset, arguments.settings)
+    config = load_config(recipe, arguments.settings)
     if arguments.print_config:
         sys.stdout.write(config.as_yaml())
         return
+    dataset = dataset or _default_corpus()
 
     from nnunet_ssl.pretraining.distributed import launch
     from nnunet_ssl.pretraining.loop import pretrain as run
@@ -87,17 +83,21 @@ def pretrain() -> None:
     launch(run, (config, dataset, arguments.resume), processes=arguments.num_gpus, device=arguments.device)
 
 
-def _settings_of_the_run(config: PretrainingConfig, dataset: str, overrides: list[str]) -> PretrainingConfig:
-    """What the run to be continued was told when it began, changed by `overrides` alone; `config` if there is none."""
-    from nnunet_ssl.pretraining.config import load_config
+def _settings_of_the_run(recipe: str, dataset: str, overrides: list[str]) -> str | Path:
+    """The file of what the run to be continued was told when it began; `recipe` if there is no such run.
+
+    Nothing but the run's name is taken from the recipe: `overrides` may suit the run's settings, and not the recipe's.
+    """
+    from nnunet_ssl.pretraining.config import values_of
     from nnunet_ssl.pretraining.run.checkpointing import numbered
     from nnunet_ssl.pretraining.run.outputs import CONFIG, results_folder
 
-    folder = results_folder(dataset_folder(dataset, "nnUNet_preprocessed").name, config.recipe)
+    name = values_of(recipe, overrides)["recipe"]
+    folder = results_folder(dataset_folder(dataset, "nnUNet_preprocessed").name, str(name))
     if not numbered(folder) or not (folder / CONFIG).is_file():
-        return config
+        return recipe
     logger.info("Continuing with the settings in %s, changed by --set alone.", folder / CONFIG)
-    return load_config(folder / CONFIG, overrides)
+    return folder / CONFIG
 
 
 def _default_corpus() -> str:

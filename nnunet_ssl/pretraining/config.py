@@ -254,12 +254,17 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Pretr
     Raises:
         UserError: no such recipe or file, an unknown key, a value of the wrong type or out of range.
     """
+    return from_dict(values_of(recipe, overrides))
+
+
+def values_of(recipe: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What :func:`load_config` makes a configuration of; only the name, ``recipe``, is there in any case."""
     path = recipe_file(recipe)
     values = {key: value for key, value in read_recipe(path).items() if key != "about"}
     values.setdefault("recipe", path.stem)
     for override in overrides or []:
         assign(values, override)
-    return from_dict(values)
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> PretrainingConfig:

@@ -130,6 +130,19 @@ def test_a_run_continues_with_the_settings_it_began_with(results, write_prepared
     assert "batch_size: 5\n" in shown
 
 
+def test_a_changed_setting_has_to_suit_the_run_that_is_continued_and_not_the_recipe(results, write_prepared):
+    """Here a number of a branch: the run has a balance that takes it, the recipe has none."""
+    write_prepared()
+    folder = results / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(load_config("mcl_mim", ["recipe=mine", "balance=clip"]).as_yaml())
+    (folder / "checkpoint_00000001.pth").touch()
+    settings = ["recipe=mine", "branches.masked=2"]
+    call = [str(BIN / "nnssl_pretrain"), "-c", "mcl_mim", "--c", "--print_config", "--set", *settings]
+    shown = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert "branches:\n  masked: 2.0\n" in shown
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_the_unbroken_one(command, results, write_prepared):
     """Weights, optimizer, queue and moving average, bit for bit, after a kill -9 between two checkpoints."""
