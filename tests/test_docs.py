@@ -168,6 +168,30 @@ def test_a_link_leads_to_a_file_and_a_heading_of_it(page):
         assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
 
 
+MADE = [page for page in PAGES if re.search(r"^(:::|<!-- settings:)", page.read_text(), re.M)]
+
+
+@pytest.mark.parametrize("page", MADE, ids=lambda page: page.stem)
+def test_a_page_that_the_site_completes_links_to_what_it_is_made_from(page):
+    """GitHub shows such a page without the tables and signatures."""
+    text = page.read_text()
+    modules = {path.rpartition(".")[0] for path in re.findall(r"^<!-- settings: ([\w.]+)", text, re.M)}
+    modules |= set(re.findall(r"^::: ([\w.]+)", text, re.M))
+    linked = {(page.parent / path).resolve() for path in re.findall(r"\]\(([^)#]+\.py)\)", text)}
+    assert modules
+    assert {Path(importlib.import_module(module).__file__) for module in modules} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_table_is_whole(page):
+    """Below a blank line its rows would be shown as text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for table in re.findall(r"(?:^ *\|.*\n?)+", text, re.M):
+        _, ruler, *rows = table.splitlines()
+        assert re.fullmatch(r" *\|(-+\|)+", ruler), table
+        assert rows, table
+
+
 def test_a_page_that_code_or_a_message_names_is_there():
     folders = ("nnunet_ssl", "dataset_conversion", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
