@@ -236,6 +236,20 @@ class Objective(abc.ABC):
             )
         return strides.index(stride)
 
+    def channels_at(self, encoder: Encoder, stride: int) -> int:
+        """The channels of the encoder's map with so many voxels per place.
+
+        Raises:
+            ValueError: where that map should be is another, so this one's cells would be taken for the wrong places.
+        """
+        level = self.level_of(stride)
+        if encoder.strides[level] != stride:
+            raise ValueError(
+                f"{self.section}.stride is {stride}, which map {level} has if each map halves the grid, but the "
+                f"strides of {type(encoder).__name__} are {encoder.strides}."
+            )
+        return encoder.channels[level]
+
     def check(self) -> None:  # noqa: B027
         """Refuse a recipe that does not suit the objective.
 

@@ -87,7 +87,7 @@ class Dense(Objective):
 
     def build_head(self, encoder: Encoder) -> Projection:
         own = self.settings
-        return Projection(encoder.channels[self.level_of(own.stride)], own.hidden, own.dim)
+        return Projection(self.channels_at(encoder, own.stride), own.hidden, own.dim)
 
     def teach(self, key: EncoderWithHeads, maps: Sequence[Tensor], examples: Examples) -> Taught:
         """The keys of the cells that are compared, of both views."""

@@ -92,7 +92,7 @@ class LesionSearch(Objective):
 
     def build_head(self, encoder: Encoder) -> Projection:
         own = self.settings
-        return Projection(encoder.channels[self.level_of(own.stride)], own.hidden, own.dim)
+        return Projection(self.channels_at(encoder, own.stride), own.hidden, own.dim)
 
     def branch(self, query: EncoderWithHeads, given: Pass) -> Branch:
         """The loss; at the cost of one more pass of the query network over the paired views, with lesions."""

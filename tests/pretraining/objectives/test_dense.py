@@ -1,6 +1,7 @@
 """Places of one view that are to be found in the other one."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.model import Learner
 from nnunet_ssl.pretraining.objectives.base import Examples
 from nnunet_ssl.pretraining.objectives.dense import Dense, dense_info_nce
+from nnunet_ssl.pretraining.objectives.lesions import LesionSearch
 from nnunet_ssl.pretraining.optimization import schedules
 from nnunet_ssl.pretraining.passes import key_pass, query_passes
 from nnunet_ssl.pretraining.views.augmentation import Batch
@@ -46,6 +48,16 @@ def learner(tiny):
 def branch_of(learner, examples):
     (branches,) = query_passes(learner, examples, key_pass(learner, examples), schedules(0, learner.config))
     return branches["dense"]
+
+
+@pytest.mark.parametrize("kind", [Dense, LesionSearch])
+def test_an_encoder_whose_maps_do_not_halve_the_grid_is_refused(tiny, kind):
+    objective = kind(load_config("mcl_dense", [*tiny, "lesions.weight=1"]))
+    uneven = SimpleNamespace(channels=(4, 4, 4, 4, 8), strides=(1, 2, 4, 16, 32))
+    with pytest.raises(ValueError, match=r"stride is 8, .* are \(1, 2, 4, 16, 32\)"):
+        objective.build_head(uneven)
+    even = SimpleNamespace(channels=(4, 4, 6, 4, 8), strides=(2, 4, 8, 16, 32))
+    assert objective.build_head(even).layers[0].in_features == 6
 
 
 def test_the_loss_is_cross_entropy_over_distant_cells_and_other_subjects():
