@@ -84,7 +84,7 @@ class Experiment:
         compare: pairs that are tested against each other, of arms, or of data sets if those go `down`; by default each
             against the first.
         down: what the rows of a segmentation's table are; the other goes across.
-        corpus: data set of whatever measures encoders.
+        corpus: data set of whatever measures encoders; by default the study's.
         subjects: of an alignment, "all" or "validation".
         options: further ones of ``nnssl_evaluate``, such as ``--target age``.
         published: figures of others, of the first metric; of an alignment, mean and standard deviation.
@@ -142,6 +142,11 @@ class Pretraining:
     def id(self) -> str:
         return f"pretrain__{self.name}"
 
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """All that ``--set`` is given."""
+        return (f"recipe={self.name}", f"seed={self.seed}", *self.settings)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -192,6 +197,7 @@ class Study:
         pretraining: settings of every pre-training of the study, as ``nnssl_pretrain --set`` takes them.
         prediction: further options of ``nnUNetv2_predict``.
         corpus: data set of the study's pre-trainings.
+        voxel_mm: of synthetic data, which their commands call ``$voxel_mm``.
         synthetic: commands by the data set that they make. nnU-Net's folders, ``$nnUNet_raw`` and the others, are then
             within the study's own, and ``$work`` is another one there.
     """
@@ -203,6 +209,7 @@ class Study:
     pretraining: str = ""
     prediction: str = ""
     corpus: int = 500
+    voxel_mm: float = 4.0
     synthetic: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
     datasets: dict[str, Dataset] = field(default_factory=dict)
@@ -245,12 +252,13 @@ class Study:
             yield from self._measurements_of(experiment)
 
     def _measurements_of(self, experiment: Experiment) -> Iterator[tuple[int, Measurement]]:
+        words, options = re.findall(r"\w+", experiment.options), experiment.options
         if experiment.kind == "alignment":
-            name = f"alignment__{experiment.corpus}_{experiment.subjects}"
-            options = f"--subjects {experiment.subjects} {experiment.options}".strip()
+            name = "_".join([f"alignment__{experiment.corpus}", experiment.subjects, *words])
+            options = f"--subjects {experiment.subjects} {options}".strip()
         else:
-            name = "_".join([experiment.kind, *re.findall(r"\w+", experiment.options)])
-            options = experiment.options
+            elsewhere = [str(experiment.corpus)] if experiment.corpus != self.corpus else []
+            name = "_".join([experiment.kind, *elsewhere, *words])
         for place, seed in enumerate(experiment.seeds):
             for arm in experiment.arms:
                 yield (

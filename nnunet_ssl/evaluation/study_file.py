@@ -14,7 +14,7 @@ import yaml
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.lesions import PRESETS
 from nnunet_ssl.evaluation.segmentations import METRICS
-from nnunet_ssl.evaluation.study import CLASSES, Arm, Dataset, Experiment, Published, Run, Study
+from nnunet_ssl.evaluation.study import CLASSES, AnyRun, Arm, Dataset, Experiment, Published, Run, Study
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.typed import build
 
@@ -66,14 +66,14 @@ def study_from(values: Mapping[str, Any]) -> Study:
         arms={name: _labelled(Arm, one, f"arms.{name}") for name, one in parts["arms"].items()},
         datasets={name: _dataset(one, f"datasets.{name}") for name, one in parts["datasets"].items()},
         experiments={
-            name: _experiment(one, f"experiments.{name}", tuple(parts["arms"]))
+            name: _experiment(one, f"experiments.{name}", tuple(parts["arms"]), values.get("corpus", Study.corpus))
             for name, one in parts["experiments"].items()
         },
         slurm=dict(_mapping(values, "slurm")) if values.get("slurm") else {},
-        synthetic={
-            name: _commands(one, f"synthetic.{name}")
-            for name, one in (_mapping(values, "synthetic") if values.get("synthetic") else {}).items()
-        },
+    )
+    synthetic = _mapping(values, "synthetic") if values.get("synthetic") else {}
+    study = replace(
+        study, synthetic={name: _commands(one, f"synthetic.{name}", study.voxel_mm) for name, one in synthetic.items()}
     )
     _check(study)
     return study
@@ -108,10 +108,10 @@ def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]
     return {str(name): one for name, one in found.items()}
 
 
-def _commands(values: Any, where: str) -> tuple[str, ...]:
+def _commands(values: Any, where: str, voxel_mm: float) -> tuple[str, ...]:
     if not isinstance(values, list) or not values or not all(isinstance(one, str) and one.strip() for one in values):
         raise UserError(f"{where} is {values!r}; it takes a list of commands.")
-    return tuple(values)
+    return tuple(one.replace("$voxel_mm", f"{voxel_mm:g}") for one in values)
 
 
 Labelled = TypeVar("Labelled", Arm, Dataset)
@@ -132,7 +132,7 @@ def _dataset(values: Any, where: str) -> Dataset:
     return replace(_labelled(Dataset, values, where), tests=dict(tests))
 
 
-def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experiment:
+def _experiment(values: Any, where: str, all_arms: tuple[str, ...], corpus: int) -> Experiment:
     published = values.get("published") if isinstance(values, Mapping) else None
     if published is not None:
         if not isinstance(published, Mapping) or set(published) != {"source", "values"}:
@@ -141,7 +141,8 @@ def _experiment(values: Any, where: str, all_arms: tuple[str, ...]) -> Experimen
             raise UserError(f"{where}.published.values is {published['values']!r}; it takes a list of numbers per arm.")
         published = Published(source=str(published["source"]), values=dict(published["values"]))
         values = {key: value for key, value in values.items() if key != "published"}
-    named = {"title": where.partition(".")[2], **values} if isinstance(values, Mapping) else values
+    defaults = {"title": where.partition(".")[2], "corpus": corpus}
+    named = {**defaults, **values} if isinstance(values, Mapping) else values
     experiment = build(Experiment, named, f"{where}.")
     arms = experiment.arms or all_arms
     rows = experiment.datasets if experiment.down == "datasets" else arms
@@ -176,8 +177,14 @@ def _check(study: Study) -> None:
                 raise UserError(f"arms.{name} cannot be pre-trained: {error}") from error
     for name, experiment in study.experiments.items():
         _check_experiment(study, f"experiments.{name}", experiment)
+    named: dict[str, AnyRun] = {}
     folders: dict[tuple[Any, ...], Run] = {}
     for run in study.runs():
+        if named.setdefault(run.id, run) != run:
+            raise UserError(
+                f"Two different runs would keep their results as {run.id}. Call arms, data sets or makings otherwise, "
+                "or measure with options that differ in more than signs."
+            )
         if isinstance(run, Run):
             arm = study.arms[run.arm]
             owner = run.arm if arm.checkpoint or arm.recipe else None

@@ -10,6 +10,7 @@ from nnunet_ssl.conversion.isles2022 import INFO as ISLES
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.study import Measurement, Run
 from nnunet_ssl.evaluation.study_file import read_study, shipped, study_from
+from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.zoo import entries, named_checkpoint
 
@@ -182,10 +183,77 @@ def test_files_that_hold_no_study_are_refused(tmp_path):
         assert str(error.value).startswith(str(path))
 
 
-def test_every_shipped_study_can_be_read():
+def test_every_shipped_study_can_be_read_at_either_size():
     assert "paper" in shipped()
-    for name in shipped():
+    for name, path in shipped().items():
         assert read_study(name).name == name
+        if "full" in yaml.safe_load(path.read_text()):
+            assert read_study(name, full=True).name == f"{name}_full"
+        else:
+            with pytest.raises(UserError, match="no key 'full'"):
+                read_study(name, full=True)
+
+
+OPEN_QUESTIONS = ("gradients", "pathology", "raters", "tasks", "tokens")
+
+
+@pytest.mark.parametrize("name", OPEN_QUESTIONS)
+def test_at_full_size_a_study_has_the_recipes_own_sizes_and_asks_the_same(name):
+    small, full = read_study(name), read_study(name, full=True)
+    assert list(full.arms) == list(small.arms) and list(full.experiments) == list(small.experiments)
+    for arm in full.arms:
+        one = full.pretraining_of(arm, seed=0)
+        assert load_config(one.recipe, list(one.settings)).swin == load_config(one.recipe).swin
+    for key, experiment in full.experiments.items():
+        assert experiment.compare == small.experiments[key].compare
+        assert set(experiment.datasets) >= set(small.experiments[key].datasets)
+    assert not any("voxel_mm 4" in command for commands in full.synthetic.values() for command in commands)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", OPEN_QUESTIONS)
+def test_no_model_of_the_open_questions_is_tried_on_what_it_was_trained_on(name, full):
+    study = read_study(name, full=full)
+    trained_on = {study.datasets[run.dataset].id for run in study.runs() if isinstance(run, Run)}
+    tested_on = {study.datasets[test].id for dataset in study.datasets.values() for test in dataset.tests.values()}
+    assert not trained_on & tested_on
+
+
+@pytest.mark.parametrize("name", OPEN_QUESTIONS)
+def test_the_arms_of_an_open_question_are_trained_for_equally_long(name):
+    study = read_study(name)
+    configs = [
+        load_config(one.recipe, list(one.settings)) for arm in study.arms if (one := study.pretraining_of(arm, 0))
+    ]
+    assert len({(one.steps, one.batch_size, one.patch_size, one.swin) for one in configs}) == 1
+    assert not any(arm.settings for arm in study.arms.values())
+
+
+def test_no_line_of_a_shipped_study_is_longer_than_a_line_of_code():
+    lines = [(name, line) for name, path in shipped().items() for line in path.read_text().splitlines()]
+    assert [one for one in lines if len(one[1]) > 120] == []
+
+
+def test_what_measures_encoders_measures_them_on_the_studys_corpus_unless_another_is_named():
+    values = changed(
+        corpus=600, experiments={"one": {"kind": "alignment"}, "other": {"kind": "alignment", "corpus": 7}}
+    )
+    assert {run.corpus for run in study_from(values).runs()} == {600, 7}
+
+
+def test_runs_that_would_be_taken_for_each_other_are_refused():
+    probes = {
+        name: {"kind": "probe", "options": f"--target age --low {low}"} for name, low in (("a", "1"), ("b", "-1"))
+    }
+    with pytest.raises(
+        UserError, match="Two different runs would keep their results as probe_target_age_low_1__scratch"
+    ):
+        study_from(changed(experiments=probes))
+    arms = {"b": {"trainer": "nnUNetTrainerMCLMIM"}, "x__b": {"trainer": "nnUNetTrainerCL"}}
+    values = changed(arms=arms, datasets={"a__x": {"id": 501}, "a": {"id": 510}})
+    values["experiments"] = {"all": {"datasets": ["a__x", "a"]}}
+    with pytest.raises(UserError, match="Two different runs would keep their results as a__x__b__fraction100"):
+        study_from(values)
 
 
 def test_published_weights_stand_beside_our_recipes(tmp_path, monkeypatch):
