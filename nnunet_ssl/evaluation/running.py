@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class State:
     """How a run stands, and what there is to know of it."""
 
-    kind: Literal["finished", "running", "queued", "failed", "waiting", "missing"]
+    kind: Literal["finished", "running", "queued", "failed", "waiting", "outdated", "missing"]
     detail: str = ""
 
 
@@ -59,7 +59,7 @@ def state_of(run: AnyRun, study: Study, folder: Path, device: str, queue: frozen
         return State("queued", f"SLURM job {record['job']}")
     if record.get("state") == "failed":
         return State("failed", f"{record['stage']}: {record['reason']} (log: {log_of(folder, run)})")
-    return State("missing")
+    return State("outdated" if any(stage.made_otherwise() for stage in stages) else "missing")
 
 
 def execute_all(runs: Sequence[AnyRun], study: Study, folder: Path, device: str) -> list[str]:
@@ -110,6 +110,9 @@ def execute(
             return "left to another runner"
         seconds = read_record(folder, run).get("seconds", {})
         stages = stages_of(run, study, folder, device)  # as the runner left it that held a lock until now
+        for stage in stages:
+            if stage.made_otherwise():
+                stage.remove_outputs()
         for place, stage in enumerate(stages):
             if stage.is_done():
                 continue
@@ -163,6 +166,9 @@ def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
         shutil.rmtree(stage.unfinished, ignore_errors=True)
     for path in (log, *(stage.outputs if stage.lock is None else ())):
         path.parent.mkdir(parents=True, exist_ok=True)
+    after = stage.note in stage.outputs
+    if stage.note is not None and not after:
+        stage.note.write_text(stage.noted)
     with log.open("a") as output:
         output.write("\n")
         status = run_command(stage.command, output, stage.variables, kept_open=locks)
@@ -171,8 +177,8 @@ def _run_stage(stage: Stage, log: Path, locks: Sequence[int]) -> str | None:
     if stage.unfinished is not None:
         stage.remove_outputs()
         stage.unfinished.rename(stage.outputs[0])
-    if stage.marked:
-        stage.outputs[0].touch()
+    if stage.note is not None and after:
+        stage.note.write_text(stage.noted)
     missing = [str(path) for path in stage.outputs if not path.exists()]
     return f"it ended well and left no {missing[0]}" if missing else None
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from nnunet_ssl.nnunet_folders import (
     folder_of,
     folders_with_id,
 )
+from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.pretraining.run.outputs import CONFIG
 from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
@@ -34,6 +37,9 @@ from nnunet_ssl.weights.zoo import named_checkpoint
 
 if TYPE_CHECKING:
     from nnunet_ssl.trainers.finetuning import nnUNetTrainerSSL
+
+NOTE = "command.txt"
+"""Beside the results of an evaluation or a measurement: of which command they are; of an arm's models: their start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,9 @@ class Stage:
         variables: added to the environment.
         unfinished: where the command writes what is renamed to the first output when it has succeeded.
         lock: beside the folder of a fold, which studies share; None for what lies in this study alone.
-        marked: the output is a mark that the runner leaves: nothing that the command writes tells that it is done.
+        note: where the runner writes down what the outputs are of, before the command runs, or after it if the note is
+            the output: if nothing else tells that it is done. Without a note, the outputs alone count.
+        noted: what it writes there.
     """
 
     name: str
@@ -58,15 +66,23 @@ class Stage:
     variables: Mapping[str, str] = field(default_factory=dict)
     unfinished: Path | None = None
     lock: Path | None = None
-    marked: bool = False
+    note: Path | None = None
+    noted: str = ""
 
     def is_done(self) -> bool:
-        """Tell whether the outputs are there, and none is older than an input."""
+        """Tell whether the outputs are there, none is older than an input, and no other command made them."""
         try:
             made = min(path.stat().st_mtime_ns for path in self.outputs)
-            return all(path.stat().st_mtime_ns <= made for path in self.inputs)
+            return all(path.stat().st_mtime_ns <= made for path in self.inputs) and not self.made_otherwise()
         except FileNotFoundError:
             return False
+
+    def made_otherwise(self) -> str:
+        """Return what the outputs, which are there, are of, if it is not what they are to be of; else ""."""
+        if self.note is None or not self.note.is_file() or not all(path.exists() for path in self.outputs):
+            return ""
+        found = self.note.read_text()
+        return found if found != self.noted else ""
 
     def remove_outputs(self) -> None:
         for path in self.outputs:
@@ -125,10 +141,59 @@ def _making(run: Making, folder: Path) -> list[Stage]:
             command=tuple(map(filled, shlex.split(command))),
             outputs=(mark,),
             inputs=tuple(marks[: place - 1]),
-            marked=True,
+            note=mark,
+            noted=command,
         )
         for place, (command, mark) in enumerate(zip(run.commands, marks, strict=True), start=1)
     ]
+
+
+def refuse_changes(study: Study, folder: Path) -> None:
+    """Refuse a study whose data or encoders were made as its file no longer says: all that follows was made from them.
+
+    Raises:
+        UserError: a command of its synthetic data, a setting of a pre-training, or what the models of an arm start from
+            has changed since.
+    """
+    for run in study.runs():
+        if isinstance(run, Making):
+            for stage in _making(run, folder):
+                if before := stage.made_otherwise():
+                    raise UserError(
+                        f"synthetic.{run.name} was made by '{before}', and now is to be by '{stage.noted}'. "
+                        f"{_advice(folder)}"
+                    )
+        elif isinstance(run, Pretraining) and (recorded := pretrained(run, folder) / CONFIG).is_file():
+            then, now = (
+                replace(config, workers=0).as_dict()  # has no influence
+                for config in (load_config(recorded), load_config(run.recipe, list(run.overrides)))
+            )
+            if changed := [key for key in now if now[key] != then.get(key)]:
+                raise UserError(
+                    f"The pre-training {run.name} has other settings than the study has now: {', '.join(changed)} "
+                    f"(see {recorded}). {_advice(folder)}"
+                )
+    for arm in study.arms:
+        _refuse_another_start(arm, study, folder)
+
+
+def _advice(folder: Path) -> str:
+    return (
+        "What was made from it is of no use to the study as it is now: give that another folder (-o), or remove "
+        f"{folder}."
+    )
+
+
+def _start(arm: str, study: Study) -> str:
+    """What the models start from that an arm keeps in the study; "" of an arm that keeps none."""
+    pretraining = study.pretraining_of(arm, seed=0)
+    return f"the pre-training of {pretraining.arm}" if pretraining else study.arms[arm].checkpoint or ""
+
+
+def _refuse_another_start(arm: str, study: Study, folder: Path) -> None:
+    note, now = folder / "models" / arm / NOTE, _start(arm, study)
+    if now and note.is_file() and (before := note.read_text()) != now:
+        raise UserError(f"The models of {arm} start from {before}, and now are to start from {now}. {_advice(folder)}")
 
 
 def _pretraining(run: Pretraining, folder: Path, device: str) -> Stage:
@@ -136,12 +201,11 @@ def _pretraining(run: Pretraining, folder: Path, device: str) -> Stage:
     corpus = dataset_folder(run.corpus, "nnUNet_preprocessed")
     results = folder / "pretrained" / corpus.name / run.name
     resume = ("--c",) if any(results.glob("checkpoint_*.pth")) else ()
-    settings = (f"recipe={run.name}", f"seed={run.seed}", *run.settings)
     return Stage(
         name="pretrain",
         command=(
             *("nnssl_pretrain", "-c", run.recipe, "-d", str(run.corpus), "-device", device),
-            *(*resume, "--set", *settings),
+            *(*resume, "--set", *run.overrides),
         ),
         outputs=(results / "encoder.safetensors",),
         variables={"nnUNet_results": str(folder / "pretrained")},
@@ -156,9 +220,21 @@ def _measurement(run: Measurement, study: Study, folder: Path, device: str) -> S
     scratch = ("--scratch",) if run.kind == "finetune" and trainer is not None and trainer.from_scratch else ()
     command = (
         *("nnssl_evaluate", run.kind, "--checkpoint", str(checkpoint), "-d", str(run.corpus)),
-        *(*shlex.split(run.options), *scratch, "-device", device, "-o", str(out)),
+        *(*shlex.split(run.options), *scratch),
     )
-    return Stage(name="measure", command=command, outputs=(out / f"{run.kind}.json",), inputs=(checkpoint,))
+    return Stage(
+        name="measure",
+        command=(*command, "-device", device, "-o", str(out)),
+        outputs=(out / f"{run.kind}.json",),
+        inputs=(checkpoint,),
+        note=out / NOTE,
+        noted=_within(folder, command),
+    )
+
+
+def _within(folder: Path, command: Sequence[str]) -> str:
+    """A command as it stays when the study is moved."""
+    return shlex.join(command).replace(str(folder), "$study")
 
 
 def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Stage]:
@@ -166,6 +242,8 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
     raw, preprocessed = (dataset_folder(dataset.id, name) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
     plans = _plans(preprocessed, study)
     variables = _variables(run, study, folder)
+    _refuse_another_start(run.arm, study, folder)
+    start = _start(run.arm, study)
     final = _plans_name(plans, run, arm)
     fold = (
         Path(variables.get("nnUNet_results") or folder_of("nnUNet_results"))
@@ -179,31 +257,40 @@ def _segmentation(run: Run, study: Study, folder: Path, device: str) -> list[Sta
         _checkpoint(run, study, folder, residual=plans_residual_unet(plans))
     final_weights, validated = fold / "checkpoint_final.pth", fold / "validation" / "summary.json"
     in_fold = partial(Stage, variables=variables, lock=fold.with_name(f".{fold.name}.lock"))
-    evaluation = partial(_evaluation, out=results_of(run, folder), preset=dataset.preset)
+    evaluation = partial(_evaluation, folder=folder, out=results_of(run, folder), preset=dataset.preset)
     stages = [
         in_fold(
             name="train",
             command=(*train, "-p", study.plans, "-device", device, *resume),
             outputs=(final_weights, validated),
             inputs=(final_weights,),  # of the validation with which a training ends
+            note=folder / "models" / run.arm / NOTE if start else None,
+            noted=start,
         ),
         evaluation("validation", reference=preprocessed / "gt_segmentations", predicted=fold / "validation"),
     ]
     model = ("-d", str(dataset.id), "-c", study.configuration, "-f", str(run.fold), "-tr", arm.trainer, "-p", final)
     for part, images, labels in _test_sets(study, dataset, raw):
-        unfinished = fold / f"{part}.unfinished"
+        predicted = fold / _prediction_name(study, part, images)
+        unfinished = predicted.with_name(f"{predicted.name}.unfinished")
         files = ("-i", str(images), "-o", str(unfinished))
         stages += [
             in_fold(
                 name="predict",
                 command=("nnUNetv2_predict", *files, *model, *shlex.split(study.prediction), "-device", device),
-                outputs=(fold / part,),
+                outputs=(predicted,),
                 inputs=(final_weights,),
                 unfinished=unfinished,
             ),
-            evaluation(part, reference=labels, predicted=fold / part),
+            evaluation(part, reference=labels, predicted=predicted),
         ]
     return stages
+
+
+def _prediction_name(study: Study, part: str, images: Path) -> str:
+    """The folder of predictions in a fold, which studies share: each its own for what they differ in."""
+    of = part if part == "test" else images.parent.name
+    return "_".join([of, *re.findall(r"[\w.]+", study.prediction)])
 
 
 def _test_sets(study: Study, dataset: Dataset, raw: Path) -> Iterator[tuple[str, Path, Path]]:
@@ -215,25 +302,30 @@ def _test_sets(study: Study, dataset: Dataset, raw: Path) -> Iterator[tuple[str,
         yield part, other / "imagesTr", other / "labelsTr"
 
 
-def _evaluation(part: str, *, reference: Path, predicted: Path, preset: str, out: Path) -> Stage:
+def _evaluation(part: str, *, reference: Path, predicted: Path, preset: str, folder: Path, out: Path) -> Stage:
     """Of the validation, a fold's cases are compared, which are some of the references.
 
     A validation writes its masks over those of an earlier one, which leaves their folder's time: its summary tells.
     """
     validation = part == "validation"
-    made_from = (predicted / "summary.json" if validation else predicted,)
+    files: tuple[str, ...]
     command: tuple[str, ...]
     if preset == CLASSES:
-        summary, model = out / part / "summary.json", predicted.parent.parent
-        files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"), "-o", str(summary))
-        command = ("nnUNetv2_evaluate_folder", str(reference), str(predicted), *files, "--chill")
-        return Stage(name="evaluate", command=command, outputs=(summary,), inputs=made_from)
-    command = ("nnssl_evaluate", "lesions", "-ref", str(reference), "-pred", str(predicted), "--preset", preset)
+        output, model = out / part / "summary.json", predicted.parent.parent
+        files = ("-djfile", str(model / "dataset.json"), "-pfile", str(model / "plans.json"), "-o", str(output))
+        command = ("nnUNetv2_evaluate_folder", str(reference), str(predicted), *files)
+    else:
+        output = out / part / "lesions.json"
+        files = ("-ref", str(reference), "-pred", str(predicted), "--preset", preset, "-o", str(out / part))
+        command = ("nnssl_evaluate", "lesions", *files)
+    command += ("--chill",) * validation
     return Stage(
         name="evaluate",
-        command=(*command, "-o", str(out / part), *(("--chill",) if validation else ())),
-        outputs=(out / part / "lesions.json",),
-        inputs=made_from,
+        command=command,
+        outputs=(output,),
+        inputs=(predicted / "summary.json" if validation else predicted,),
+        note=out / part / NOTE,
+        noted=_within(folder, command),
     )
 
 

@@ -39,7 +39,7 @@ It may be interrupted at any time; the same call goes on where it stopped, and t
 Exit status of run: 0 nothing is missing that nobody works on (slurm: all submitted); 1 runs failed or wait for data.
 """
 
-MARKS = {"running": "r", "queued": "q", "failed": "F", "waiting": "w"}
+MARKS = {"running": "r", "queued": "q", "failed": "F", "waiting": "w", "outdated": "o"}
 
 
 @command
@@ -71,7 +71,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
     from nnunet_ssl.evaluation.running import state_of
     from nnunet_ssl.evaluation.slurm import queued_jobs
-    from nnunet_ssl.evaluation.stages import own_nnunet_folders
+    from nnunet_ssl.evaluation.stages import own_nnunet_folders, refuse_changes
     from nnunet_ssl.evaluation.study_file import read_study
     from nnunet_ssl.nnunet_folders import folder_of
     from nnunet_ssl.trainers import checkpoints, settings
@@ -85,6 +85,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
         os.environ.update(own_nnunet_folders(folder))
         for path in own_nnunet_folders(folder).values():
             Path(path).mkdir(parents=True, exist_ok=True)
+    refuse_changes(study, folder)
     queue = queued_jobs()
     states = {run: state_of(run, study, folder, arguments.device, queue) for run in study.runs()}
     return study, folder, states
@@ -95,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     study, folder, states = _open(arguments)
     logger.info("%s: %s; in %s", study.name, _counted(states), folder)
-    todo = [run for run, state in states.items() if state.kind in ("missing", "failed")]
+    todo = [run for run, state in states.items() if state.kind in ("missing", "outdated", "failed")]
     if arguments.dry_run:
         _print_commands(todo, study, folder, arguments.device)
         return
@@ -123,7 +124,10 @@ def _status(arguments: argparse.Namespace) -> None:
     logger.info("%s", _counted(states))
     for name, experiment in study.experiments.items():
         logger.info("\n%s: %s\n%s", name, experiment.title, _matrix(study, experiment, states))
-    logger.info("\nfinished/all; r running, q queued, F failed, w waiting for data or a pre-training\n")
+    logger.info(
+        "\nfinished/all; r running, q queued, F failed, w waiting for data or a pre-training, "
+        "o of what the study was before\n"
+    )
     for kind in ("failed", "waiting"):
         _explain(states, kind)
 
@@ -132,6 +136,11 @@ def _collect(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.evaluation.report import collect
 
     study, folder, states = _open(arguments)
+    if outdated := [run.id for run, state in states.items() if state.kind == "outdated"]:
+        raise UserError(
+            f"The results of {len(outdated)} runs are of what the study was before: {', '.join(outdated)}. "
+            "nnssl_study run makes them anew."
+        )
     finished = sum(state.kind == "finished" for state in states.values())
     path = collect(study, folder)
     logger.info("%s", path.read_text())

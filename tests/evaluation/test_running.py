@@ -1,5 +1,6 @@
 """Execution of a study with programs that only note their calls; test_study_for_real.py has the real ones."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,12 +15,15 @@ import pytest
 import yaml
 
 from nnunet_ssl import commands
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import running
 from nnunet_ssl.evaluation.running import execute, execute_all, log_of, read_record, state_of
-from nnunet_ssl.evaluation.stages import stages_of
+from nnunet_ssl.evaluation.stages import NOTE, pretrained, refuse_changes, stages_of
+from nnunet_ssl.evaluation.study import Pretraining
 from nnunet_ssl.evaluation.study_cli import study as command
 from nnunet_ssl.evaluation.study_file import study_from
 from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.pretraining.config import load_config
 
 STUDY = """
 name: small
@@ -565,6 +569,143 @@ def test_the_users_own_folders_are_not_touched_by_a_study_that_makes_its_data(ma
     assert [path.name for path in nnunet_folders["nnUNet_results"].iterdir()] == ["studies"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("maker a,", "maker a -n 2,"),
+        ("[maker a, ", "[maker c, maker a, "),
+        ("maker $work/b", "maker $work/c"),
+    ],
+)
+def test_a_study_whose_data_were_made_otherwise_is_refused(making, calls, before, after):
+    making("run")
+    calls()
+    for action in ("run", "status", "collect"):
+        with pytest.raises(SystemExit, match=r"synthetic\.corpus was made by 'maker .*another folder"):
+            making(action, text=MAKING.replace(before, after))
+    assert calls() == []
+    making("run", text=MAKING.replace("$work/b]", "$work/b, maker more]"))
+    assert [line.split()[1] for line in calls()] == ["more"], "what comes after is no other way to make what is there"
+
+
+def test_marks_without_a_command_count(making, calls):
+    folder = making("run")
+    for mark in (folder / "made").iterdir():
+        mark.write_text("")
+    calls()
+    making("run", text=MAKING.replace("maker a", "maker c"))
+    assert calls() == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("batch_size=4 steps=20", "batch_size=2 steps=20", "mcl_seed0 .*: batch_size "),
+        ("temperature=0.5", "temperature=0.7", "warm_seed0 .*: contrastive "),
+        ("{recipe: mcl, pretraining", "{recipe: cl, pretraining", "warm_seed0 .*: contrastive "),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_study_whose_encoders_were_pre_trained_otherwise_is_refused(making, calls, before, after, message, finished):
+    folder = making("run")
+    for run in study_from(yaml.safe_load(MAKING)).runs():
+        if isinstance(run, Pretraining):
+            config = load_config(run.recipe, list(run.overrides)).as_yaml()
+            (pretrained(run, folder) / "config.yaml").write_text(config)
+            if not finished:
+                (pretrained(run, folder) / "encoder.safetensors").rename(pretrained(run, folder) / "checkpoint_1.pth")
+    calls()
+    for action in ("run", "status", "collect"):
+        with pytest.raises(SystemExit, match=f"The pre-training {message}.*another folder"):
+            making(action, text=MAKING.replace(before, after))
+    assert calls() == []
+    making("status", text=MAKING.replace("batch_size=4", "batch_size=4 workers=3"))
+
+
+def test_other_options_of_a_measurement_are_another_one_and_another_checkpoint_is_measured_anew(
+    tmp_path, nnunet_folders, prepared, folder, calls
+):
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K").mkdir()
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset600_Other").mkdir()
+    encoders = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for encoder in encoders:
+        encoder.touch()
+        os.utime(encoder, (0, 0))
+
+    def measured(encoder, **experiment):
+        arms = {"one": {"trainer": "nnUNetTrainerMCLMIM", "checkpoint": str(encoder)}}
+        study = small(arms=arms, experiments={"one": {"kind": "alignment", **experiment}})
+        (before,) = (state_of(run, study, folder, "cpu").kind for run in study.runs())
+        assert execute_all(study.runs(), study, folder, "cpu") == []
+        assert kinds(study, folder) == ["finished"]
+        return before, len(calls())
+
+    assert measured(encoders[0]) == ("missing", 1)
+    assert measured(encoders[0]) == ("finished", 0)
+    assert measured(encoders[0], options="--scans all") == ("missing", 1)
+    assert measured(encoders[1]) == ("outdated", 1)
+    for corpus in (500, 600):
+        assert measured(encoders[0], kind="probe", options="--target age", corpus=corpus) == ("missing", 1)
+
+
+def test_scores_are_of_the_settings_that_the_study_has_now_even_if_it_had_them_before(prepared, folder, calls):
+    """Both trainings are there and older than the scores of the other one."""
+    first, second = small(settings="steps=250"), small(settings="steps=500")
+    for study in (first, second):
+        execute(study.runs()[0], study, folder, "cpu")
+    calls()
+    assert kinds(first, folder)[0] == "outdated"
+    assert redone(first, folder, calls) == ["evaluate", "evaluate"]
+    other_preset = small(settings="steps=250", datasets={"atlas": {"id": 501, "preset": "isles"}})
+    assert redone(other_preset, folder, calls) == ["evaluate", "evaluate"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_models_that_started_from_another_encoder_are_not_taken_for_the_arms(
+    tmp_path, prepared, folder, calls, monkeypatch, interrupted
+):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.safetensors").touch()
+    if interrupted:
+        monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_train*")
+
+    def text(name):
+        arm = f"{{trainer: nnUNetTrainerMCLMIM, checkpoint: {tmp_path}/{name}.safetensors}}"
+        return STUDY.replace("{label: MCL+MIM, trainer: nnUNetTrainerMCLMIM}", arm)
+
+    with pytest.raises(SystemExit, match="4 runs failed") if interrupted else contextlib.nullcontext():
+        call(monkeypatch, tmp_path, "run", "-device", "cpu", text=text("first"))
+    calls()
+    for action in ("run", "status", "collect"):
+        with pytest.raises(SystemExit, match=r"models of mcl_mim start from .*first\.safetensors, and now .*second"):
+            call(monkeypatch, tmp_path, action, "-device", "cpu", text=text("second"))
+    assert "waiting" in kinds(study_from(yaml.safe_load(text("second"))), folder)
+    assert calls() == []
+
+
+def test_models_from_a_shared_pre_training_are_not_taken_for_those_of_an_arms_own(folder):
+    note = folder / "models" / "same" / NOTE
+    note.parent.mkdir(parents=True)
+    note.write_text("the pre-training of mcl")
+    refuse_changes(study_from(yaml.safe_load(MAKING)), folder)
+    with pytest.raises(UserError, match=r"start from the pre-training of mcl, and now .* the pre-training of same"):
+        refuse_changes(study_from(yaml.safe_load(MAKING.replace("{recipe: mcl, t", OWN))), folder)
+
+
+def test_outdated_scores_are_not_collected_and_gone_when_they_cannot_be_made_anew(
+    tmp_path, prepared, folder, calls, monkeypatch
+):
+    text = STUDY.replace("[100, 50]", "[100]")
+    call(monkeypatch, tmp_path, "run", "-device", "cpu", text=text)
+    changed = text.replace("preset: atlas", "preset: isles")
+    with pytest.raises(SystemExit, match="The results of 2 runs are of what the study was before"):
+        call(monkeypatch, tmp_path, "collect", "-device", "cpu", text=changed)
+    monkeypatch.setenv("FAKE_FAILS", "nnssl_evaluate*")
+    with pytest.raises(SystemExit, match="2 runs failed"):
+        call(monkeypatch, tmp_path, "run", "-device", "cpu", text=changed)
+    assert list(folder.rglob("lesions.json")) == []
+
+
 def test_figures_are_collected_over_seeds_and_arms_compared_seed_by_seed(making, calls, capsys):
     making("run")
     making("collect")
@@ -606,6 +747,8 @@ def test_a_second_runner_waits_for_what_the_first_one_makes(tmp_path, nnunet_fol
     assert len(looks) == 1
 
 
+OWN = "{recipe: mcl, pretraining: queue_size=64, t"
+
 TESTED = """
 name: tested
 arms: {one: {trainer: nnUNetTrainerSwinFPNScratch, checkpoint: ENCODER}}
@@ -627,3 +770,19 @@ def test_models_are_tried_on_the_data_sets_that_are_named_as_tests(prepared, fol
     predicted, evaluated = calls()[-2:]
     assert f"nnUNetv2_predict -i {raw / 'imagesTr'}" in predicted and "--disable_tta" in predicted
     assert f"-ref {raw / 'labelsTr'}" in evaluated and f"-o {folder}/results/{run.id}/others" in evaluated
+
+
+def test_predictions_with_other_options_or_of_other_data_are_not_taken_for_ones_own(
+    prepared, folder, nnunet_folders, calls
+):
+    for name in ("Dataset901_Others", "Dataset902_More"):
+        (nnunet_folders["nnUNet_raw"] / name / "labelsTr").mkdir(parents=True)
+    values = yaml.safe_load(TESTED.replace(", checkpoint: ENCODER", "")) | {"plans": "nnUNetSSLPlans"}
+    values["datasets"]["more"] = {"id": 902}
+    other_data = values["datasets"] | {"atlas": values["datasets"]["atlas"] | {"tests": {"others": "more"}}}
+    for changes, n_predicted in (({}, 2), ({"prediction": ""}, 2), ({"datasets": other_data}, 1)):
+        study = study_from(values | changes)
+        for where in (folder, folder.with_name("another")):
+            assert execute_all(study.runs(), study, where, "cpu") == []
+        predicted = [line for line in calls() if line.startswith("nnUNetv2_predict")]
+        assert len(predicted) == n_predicted, "once, for both studies"
