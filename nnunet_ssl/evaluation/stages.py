@@ -218,9 +218,11 @@ def _measurement(run: Measurement, study: Study, folder: Path, device: str) -> S
     checkpoint = _checkpoint(run, study, folder, residual=_trains_residual(study))
     trainer = _own_trainers().get(study.arms[run.arm].trainer)
     scratch = ("--scratch",) if run.kind == "finetune" and trainer is not None and trainer.from_scratch else ()
+    # of weights, order and augmentation; that of a probe would change its folds
+    seed = ("--seed", str(run.seed)) if run.kind == "finetune" and run.seed else ()
     command = (
         *("nnssl_evaluate", run.kind, "--checkpoint", str(checkpoint), "-d", str(run.corpus)),
-        *(*shlex.split(run.options), *scratch),
+        *(*seed, *shlex.split(run.options), *scratch),
     )
     return Stage(
         name="measure",

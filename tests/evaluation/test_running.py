@@ -430,6 +430,20 @@ def test_alignment_runs_measure_the_arms_pre_trainings(nnunet_folders, prepared,
     assert f"alignment --checkpoint {encoder} -d 500 --subjects validation -device cpu" in calls()[0]
 
 
+def test_repeats_of_a_fine_tuning_on_scans_are_repeats_also_from_random_weights(
+    tmp_path, nnunet_folders, prepared, folder
+):
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K").mkdir()
+    encoder = tmp_path / "encoder.safetensors"
+    encoder.touch()
+    arms = {"scratch": {"trainer": "nnUNetTrainerSwinFPNScratch", "checkpoint": str(encoder)}}
+    for kind, seeds in (("finetune", [[], ["--seed", "1"], ["--seed", "2"]]), ("probe", [[], [], []])):
+        experiment = {"kind": kind, "options": "--target age", "seeds": [0, 1, 2]}
+        study = small(arms=arms, experiments={"one": experiment})
+        called = [list(stages_of(run, study, folder, "cpu")[0].command) for run in study.runs()]
+        assert [one[one.index("500") + 1 : one.index("--target")] for one in called] == seeds
+
+
 SBATCH = """#!/bin/sh
 # Starts the tasks of a job array here, one after another, unless $FAKE_QUEUE holds them back.
 for script; do :; done

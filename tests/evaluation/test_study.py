@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from typing import get_args, get_type_hints
 
@@ -217,6 +218,18 @@ def test_no_model_of_the_open_questions_is_tried_on_what_it_was_trained_on(name,
     trained_on = {study.datasets[run.dataset].id for run in study.runs() if isinstance(run, Run)}
     tested_on = {study.datasets[test].id for dataset in study.datasets.values() for test in dataset.tests.values()}
     assert not trained_on & tested_on
+
+
+@pytest.mark.parametrize("name", OPEN_QUESTIONS)
+def test_no_synthetic_head_is_pre_trained_on_and_then_labelled(name):
+    """A seed and a number are a head, whatever the layout."""
+    heads = {True: set(), False: set()}
+    for command in itertools.chain(*read_study(name).synthetic.values()):
+        words = command.split()
+        if "nnunet_ssl.phantom" in words:
+            seed = words[words.index("--seed") + 1] if "--seed" in words else "0"
+            heads["fomo" in words].add(seed)
+    assert heads[True] == {"0"} and not heads[True] & heads[False]
 
 
 @pytest.mark.parametrize("name", OPEN_QUESTIONS)
