@@ -135,3 +135,6 @@ def test_a_study_that_makes_its_own_brains_answers_from_the_scans_to_the_report(
     figures = pd.read_csv(folder / "report" / "group.csv")
     assert any(" to " in name for name in figures["figure"])
     assert not list(nnunet_folders["nnUNet_raw"].iterdir()), "the user's folders are left alone"
+    study.write_text(OWN.replace("queue_size=16", "queue_size=24"))
+    with pytest.raises(AssertionError, match="mcl_mim_seed0 has other settings than the study has now: queue_size"):
+        call("nnssl_study", "status", study, "-device", "cpu")
