@@ -16,6 +16,10 @@ from typing import IO
 PATIENCE_S = 30
 """So long may a command take to save what it has when it is asked to end."""
 
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+"""Variables by which glibc keeps the memory that PyTorch gives back at every layer, up to 16 GiB. Otherwise a network
+that computes on a CPU waits for fresh pages half of its time (docs/performance.md)."""
+
 
 def find_program(name: str) -> str:
     """Return the program of this Python's own environment, which need not be activated."""

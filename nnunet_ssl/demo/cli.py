@@ -52,8 +52,10 @@ def main() -> None:
     from nnunet_ssl.devices import default_device
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("interrupted"))  # so that the command under way ends as well
-    show_variables(variables(work))
-    run_steps(steps(work, arguments.device or default_device()), work / "logs", variables(work))
+    device = arguments.device or default_device()
+    environment = variables(work, device)
+    show_variables(environment)
+    run_steps(steps(work, device), work / "logs", environment)
     draw(work, work / "demo.png")
     logger.info("\n%s\n\nThe figure is %s\n%s", describe_demo(work), work / "demo.png", _NEXT)
 

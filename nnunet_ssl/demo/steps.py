@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nnunet_ssl.commands import KEPT_MEMORY
 from nnunet_ssl.trainers.settings import Settings
 
 SUBJECTS, TRAINING_CASES, TEST_CASES = 24, 24, 6
@@ -53,11 +54,12 @@ class Step:
     leftovers: tuple[Path, ...] = field(default=())
 
 
-def variables(work: Path) -> dict[str, str]:
+def variables(work: Path, device: str) -> dict[str, str]:
     """The environment of the steps: nnU-Net's folders and number of processes, and the length of the fine-tuning."""
+    memory = KEPT_MEMORY if device == "cpu" else {}
     folders = {name: str(work / name) for name in FOLDERS}
     # nnU-Net starts eight processes to write six small files, and each of them imports PyTorch first.
-    return {**folders, "nnssl_settings": SMALL_FINETUNING, "nnUNet_def_n_proc": "2"}
+    return {**folders, "nnssl_settings": SMALL_FINETUNING, "nnUNet_def_n_proc": "2", **memory}
 
 
 def steps(work: Path, device: str) -> list[Step]:
@@ -68,7 +70,7 @@ def steps(work: Path, device: str) -> list[Step]:
         device: cpu, cuda or mps.
     """
     corpus, atlas, truth, predictions = (work / name for name in ("fomo", "ATLAS_2", "truth", "predictions"))
-    raw, preprocessed, results = (Path(variables(work)[name]) for name in FOLDERS)
+    raw, preprocessed, results = (work / name for name in FOLDERS)
     images = raw / "Dataset501_ATLASv2" / "imagesTs"
     pretrained = results / "Dataset500_FOMO60K" / "mcl_mim"
     size = ("--voxel_mm", str(VOXEL_MM))

@@ -69,6 +69,7 @@ def study() -> None:
 
 def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
+    from nnunet_ssl.commands import KEPT_MEMORY
     from nnunet_ssl.evaluation.running import state_of
     from nnunet_ssl.evaluation.slurm import queued_jobs
     from nnunet_ssl.evaluation.stages import own_nnunet_folders, refuse_changes
@@ -79,6 +80,9 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     for name in (settings.VARIABLE, checkpoints.VARIABLE):
         if os.environ.pop(name, None) is not None:
             logger.warning("%s is set here and not used: a study names settings and checkpoints itself.", name)
+    if arguments.device == "cpu":
+        for name, value in KEPT_MEMORY.items():
+            os.environ.setdefault(name, value)
     study = read_study(arguments.study, full=arguments.full)
     folder = (arguments.o or folder_of("nnUNet_results") / "studies" / study.name).absolute()
     if study.synthetic:

@@ -56,6 +56,11 @@ def test_the_whole_story_from_scans_to_a_table_and_a_figure_and_again(tiny, demo
     assert capsys.readouterr().out.count("done before") == 11
 
 
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
+def test_memory_is_kept_between_layers_where_the_cpu_computes(tmp_path, device, kept):
+    assert ("MALLOC_TRIM_THRESHOLD_" in steps.variables(tmp_path, device)) is kept
+
+
 def step(name, code, **options):
     return steps.Step(name=name, title=name, command=("python", "-c", code), **options)
 

@@ -720,6 +720,17 @@ def test_outdated_scores_are_not_collected_and_gone_when_they_cannot_be_made_ane
     assert list(folder.rglob("lesions.json")) == []
 
 
+def test_commands_on_a_cpu_keep_their_memory(making, calls, tmp_path, monkeypatch, programs):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "7")
+    maker = programs / "maker"
+    maker.write_text(
+        f'#!/bin/sh\necho "$MALLOC_TRIM_THRESHOLD_ $MALLOC_MMAP_THRESHOLD_" > {tmp_path}/seen\n' + PROGRAMS.read_text()
+    )
+    making("run")
+    assert (tmp_path / "seen").read_text() == f"{2**34} 7\n", "what a user has set stays"
+
+
 def test_figures_are_collected_over_seeds_and_arms_compared_seed_by_seed(making, calls, capsys):
     making("run")
     making("collect")
