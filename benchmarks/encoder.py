@@ -28,10 +28,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(16 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-"""Glibc never gives memory back, so that a step does not pay for the same pages again."""
+from nnunet_ssl.commands import KEPT_MEMORY
 
-ALLOCATORS = {"default": {}, "tuned": TUNED}
+ALLOCATORS = {"default": {}, "tuned": KEPT_MEMORY}
 NETWORKS = ("monai", "ours")
 GIB = 1 << 30
 
@@ -71,7 +70,7 @@ def child(arguments: argparse.Namespace, size: int, measure: str, variables: dic
     options = [f"--{name}={getattr(arguments, name.replace('-', '_'))}" for name in SHARED]
     flags = [f"--{name}" for name in ("compile", "checkpointing") if getattr(arguments, name)]
     command = [sys.executable, __file__, f"--sizes={size}", f"--measure={measure}", "-device", arguments.device]
-    clean = {name: value for name, value in os.environ.items() if name not in TUNED}
+    clean = {name: value for name, value in os.environ.items() if name not in KEPT_MEMORY}
     done = subprocess.run(
         [*command, *options, *flags], env=clean | variables, stdout=subprocess.PIPE, text=True, check=True
     )

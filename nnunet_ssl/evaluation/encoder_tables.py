@@ -12,7 +12,7 @@ import pandas as pd
 from nnunet_ssl.evaluation.gradients import ENCODER, FILE, PARTS, read_runs, summarise_seeds
 from nnunet_ssl.evaluation.results import read_table
 from nnunet_ssl.evaluation.running import read_record
-from nnunet_ssl.evaluation.stages import pretrained, results_of
+from nnunet_ssl.evaluation.stages import pretrained, pretrained_encoder, results_of
 from nnunet_ssl.evaluation.statistics import holm, paired_t, t_interval
 from nnunet_ssl.evaluation.study import Experiment, Measurement, Study
 from nnunet_ssl.pages import markdown_table
@@ -118,8 +118,8 @@ def read_gradients(study: Study, experiment: Experiment, folder: Path) -> pd.Dat
     :func:`nnunet_ssl.evaluation.gradients.summarise_seeds` with their arm."""
     tables = []
     for arm in experiment.arms:
-        runs = [pretrained(run, folder) for seed in experiment.seeds if (run := study.pretraining_of(arm, seed))]
-        finished = [path for path in runs if (path / "encoder.safetensors").is_file()]
+        runs = [run for seed in experiment.seeds if (run := study.pretraining_of(arm, seed))]
+        finished = [pretrained(run, folder) for run in runs if pretrained_encoder(run, folder).is_file()]
         if finished:
             tables.append(summarise_seeds(list(read_runs(finished).values())).assign(arm=arm))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
@@ -188,7 +188,7 @@ def _recorded_figures(study: Study, experiment: Experiment, folder: Path) -> Ite
     for seed in experiment.seeds:
         for arm in experiment.arms:
             run = study.pretraining_of(arm, seed)
-            if run is None or not (pretrained(run, folder) / "encoder.safetensors").is_file():
+            if run is None or not pretrained_encoder(run, folder).is_file():
                 continue
             table = read_table(pretrained(run, folder) / FILE)
             for column in experiment.metrics:

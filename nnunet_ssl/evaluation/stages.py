@@ -33,6 +33,7 @@ from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings
 from nnunet_ssl.trainers.settings import VARIABLE, Settings
+from nnunet_ssl.weights.pretrained import ENCODER
 from nnunet_ssl.weights.zoo import named_checkpoint
 
 if TYPE_CHECKING:
@@ -119,8 +120,13 @@ def results_of(run: AnyRun, folder: Path) -> Path:
 
 def pretrained(run: Pretraining, folder: Path) -> Path:
     """The folder of a pre-training's results; it is there once the pre-training has begun."""
-    found = sorted((folder / "pretrained").glob(f"Dataset{run.corpus:03d}_*/{run.name}"))
-    return found[0] if found else folder / "pretrained" / f"Dataset{run.corpus:03d}" / run.name
+    corpora = folders_with_id(folder / "pretrained", run.corpus) or [folder / "pretrained" / f"Dataset{run.corpus:03d}"]
+    return corpora[0] / run.name
+
+
+def pretrained_encoder(run: Pretraining, folder: Path) -> Path:
+    """What a pre-training leaves when it is finished."""
+    return pretrained(run, folder) / ENCODER
 
 
 def own_nnunet_folders(folder: Path) -> dict[str, str]:
@@ -207,7 +213,7 @@ def _pretraining(run: Pretraining, folder: Path, device: str) -> Stage:
             *("nnssl_pretrain", "-c", run.recipe, "-d", str(run.corpus), "-device", device),
             *(*resume, "--set", *run.overrides),
         ),
-        outputs=(results / "encoder.safetensors",),
+        outputs=(results / ENCODER,),
         variables={"nnUNet_results": str(folder / "pretrained")},
     )
 
@@ -338,7 +344,7 @@ def _variables(run: Run, study: Study, folder: Path) -> dict[str, str]:
     """
     settings, arm = {VARIABLE: run.settings}, study.arms[run.arm]
     if pretraining := study.pretraining_of(run.arm, run.seed):
-        checkpoint = pretrained(pretraining, folder) / "encoder.safetensors"
+        checkpoint = pretrained_encoder(pretraining, folder)
     elif arm.checkpoint is not None:
         checkpoint = _named(arm.checkpoint, arm)
     else:
@@ -387,7 +393,7 @@ def _checkpoint(run: Run | Measurement, study: Study, folder: Path, *, residual:
     """
     arm = study.arms[run.arm]
     if pretraining := study.pretraining_of(run.arm, run.seed):
-        path = pretrained(pretraining, folder) / "encoder.safetensors"
+        path = pretrained_encoder(pretraining, folder)
         if not path.is_file():
             raise UserError(f"The arm {arm.label} is pre-trained first: {pretraining.id}.")
         return path
