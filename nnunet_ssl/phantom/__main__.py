@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -84,14 +85,25 @@ examples:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
     args = parser.parse_args()
-    if args.out.is_dir() and any(args.out.iterdir()):
+    out = Path(os.path.abspath(args.out))  # "." has no name; links stay, which may be named as the data set is
+    unfinished = (out if out.is_dir() else out.parent) / f".unfinished.{out.name}"
+    if out.exists() and any(entry != unfinished for entry in out.iterdir()):
         raise UserError(f"{args.out} is not empty: name a new folder for the synthetic data set.")
-    unfinished = args.out.absolute().parent / f".unfinished.{args.out.name}"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a try that was interrupted
-    _write(args, unfinished / args.out.name)
-    (unfinished / args.out.name).replace(args.out)
+    _write(args, unfinished / out.name)
+    _move(unfinished / out.name, out)
     unfinished.rmdir()
     logger.info("Synthetic data set in %s", args.out)
+
+
+def _move(written: Path, out: Path) -> None:
+    """Give what was written its name; a folder that is there stays, as where somebody stands or a disk is mounted."""
+    if not out.is_dir():
+        written.replace(out)
+        return
+    for entry in list(written.iterdir()):
+        entry.replace(out / entry.name)
+    written.rmdir()
 
 
 def _write(args: argparse.Namespace, out: Path) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -38,6 +39,42 @@ def test_a_folder_with_content_is_refused_in_one_line(tmp_path):
     result = run("fomo", tmp_path)
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path} is not empty: name a new folder for the synthetic data set.\n"
+
+
+@pytest.mark.parametrize("name", ["out", "."])
+def test_a_file_is_no_folder_to_write_to(tmp_path, monkeypatch, name):
+    path = tmp_path / "out"
+    path.write_bytes(b"mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="Not a directory" if name == "out" else "is not empty"):
+        call(monkeypatch, "isles", name, "-n", 1, "--voxel_mm", 8)
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("out", [".", "link", "../Dataset510_Out/"])
+def test_a_folder_that_is_there_is_filled_and_not_replaced(tmp_path, monkeypatch, out):
+    """As the current folder, a link to another disk, or where a disk is mounted, which cannot be replaced."""
+    folder = tmp_path / "Dataset510_Out"
+    folder.mkdir()
+    identity = folder.stat().st_ino
+    monkeypatch.chdir(folder)
+    if out == "link":
+        out = tmp_path / "Dataset511_Link"
+        out.symlink_to(folder)
+    (folder / f".unfinished.{Path(out).name or folder.name}").mkdir()  # of a try that was interrupted
+    call(monkeypatch, "tissue", out, "-n", 1, "--n_test", 0, "--voxel_mm", 8)
+    assert folder.stat().st_ino == identity
+    assert {path.name for path in folder.iterdir()} == {"dataset.json", "imagesTr", "labelsTr"}
+
+
+@pytest.mark.parametrize("layout", phantom.PARTICULAR["truth"])
+def test_the_truth_may_lie_beside_the_data_in_one_folder(tmp_path, monkeypatch, layout):
+    out = tmp_path / "out"
+    call(monkeypatch, layout, out, "-n", 1, "--voxel_mm", 8, "--truth", out / "truth")
+    assert list((out / "truth").glob("*.nii.gz"))
+    assert len(list(out.iterdir())) > 1
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def call(monkeypatch, *arguments):
