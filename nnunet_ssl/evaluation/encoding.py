@@ -78,7 +78,8 @@ def describe_scans(corpus: Corpus, rows: np.ndarray) -> pd.DataFrame:
     """Return what the manifest knows of the scans in `rows`, as strings: who they are of, and what they are."""
     scans = corpus.scans.loc[rows].reset_index(drop=True)
     identity = scans[["subject", "session", "scan_id"]].set_axis(["patient_id", "session_id", "filename"], axis=1)
-    known = scans.drop(columns=list(INTERNAL_COLUMNS)).astype(object)
+    elsewhere = [*INTERNAL_COLUMNS, *scans.columns.intersection(identity.columns)]  # a table may name a patient_id, too
+    known = scans.drop(columns=elsewhere).astype(object)
     return identity.join(known.where(known.notna(), "").astype(str))
 
 

@@ -2,6 +2,7 @@ import json
 
 import blosc2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -63,6 +64,17 @@ def test_what_the_manifest_knows_stays_with_the_embedding_and_missing_values_sta
     assert not embeddings.scans.isna().any().any()
     summary = probe(embeddings, "age").summary
     assert (summary["task"], summary["n_subjects"], summary["scans_left_out"]) == ("regression", 15, 2)
+
+
+def test_a_manifest_with_columns_of_the_embeddings_names_does_not_say_who_a_scan_is_of(write_corpus, checkpoint):
+    path = write_corpus() / "manifest.tsv"
+    pd.read_csv(path, sep="\t", dtype=str).assign(patient_id="X", filename="Y", centre="Z").to_csv(
+        path, sep="\t", index=False
+    )
+    scans = embed_corpus(checkpoint, 500, EncodingConfig(), CPU).scans
+    assert scans["patient_id"].nunique() == 6
+    assert scans["filename"].is_unique
+    assert set(scans["centre"]) == {"Z"}
 
 
 def test_validation_means_the_subjects_that_the_pre_training_held_out(write_corpus, checkpoint):
