@@ -148,6 +148,7 @@ def choose_target(
     if modalities:
         used &= scans["modality"].isin(modalities)
     numbers = pd.to_numeric(scans[name].where(used), errors="coerce")
+    numbers = numbers.where(np.isfinite(numbers))  # "inf" is text to whoever learns
     if task == "auto":
         continuous = numbers[used].notna().all() and numbers.nunique() > MOST_CLASSES
         task = "regression" if continuous else "classification"
@@ -227,7 +228,16 @@ def predict_held_out(target: ScanTarget, learner: Learner, *, across: bool = Fal
         learner: called once for each fold, and with `across` for each modality and fold.
         across: learn from the scans of each modality alone, too, and predict all: a subject in the test part of a fold
             is so for every modality. A modality of too few subjects is predicted, not learnt from.
+
+    Raises:
+        UserError: `across` is wanted, and no scan's modality is known.
     """
+    modalities = np.unique(target.modality)
+    named = [name for name in modalities if name != UNKNOWN]
+    if across and not named:
+        raise UserError(
+            "What carries across modalities cannot be told: the modality of all scans is unknown. Leave out --across."
+        )
     parts = split(target, np.arange(len(target.values)), target.folds)
     fold = np.zeros(len(target.values), dtype=int)
     for number, (_, test) in enumerate(parts):
@@ -245,16 +255,15 @@ def predict_held_out(target: ScanTarget, learner: Learner, *, across: bool = Fal
     }
     if target.task == "classification":
         summary["classes"] = {name: int((target.values == name).sum()) for name in target.classes}
-    modalities = np.unique(target.modality)
     summary |= _scored(target, output, baseline, everything)
     summary["by_modality"] = {name: _cell(target, output, baseline, name) for name in modalities}
     tables = []
     if across:
-        matrix = {ALL: {name: cell for name, cell in summary["by_modality"].items() if name != UNKNOWN}}
-        for name in _learnable(target, parts):
+        matrix = {ALL: {name: summary["by_modality"][name] for name in named}}
+        for name in _learnable(target, parts, named):
             chosen = target.modality == name
             of_one, guessed = (_outputs(target, one, parts, chosen) for one in (learner, _guesser(target)))
-            matrix[name] = {other: _cell(target, of_one, guessed, other) for other in modalities if other != UNKNOWN}
+            matrix[name] = {other: _cell(target, of_one, guessed, other) for other in named}
             tables.append(target.table(of_one, fold).assign(trained_on=name))
         summary["across"] = matrix
     table = target.table(output, fold)
@@ -287,9 +296,8 @@ def _guesser(target: ScanTarget) -> Learner:
     return guess
 
 
-def _learnable(target: ScanTarget, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Return the modalities of which every training part has two subjects (of every class)."""
-    names = [name for name in np.unique(target.modality) if name != UNKNOWN]
+def _learnable(target: ScanTarget, parts: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str]) -> list[str]:
+    """Return the modalities among `names` of which every training part has two subjects (of every class)."""
     few = [
         name
         for name in names

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation import scan_prediction
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import Embeddings, write_embeddings
+from nnunet_ssl.evaluation.figures.across import draw_across
 from nnunet_ssl.evaluation.probes import probe
 from nnunet_ssl.evaluation.scan_prediction import describe_prediction
 
@@ -237,6 +239,44 @@ def test_a_modality_of_too_few_subjects_is_predicted_and_not_learnt_from(caplog)
     assert list(matrix) == ["all", "flair", "t1"]
     assert list(matrix["t1"]) == ["dwi", "flair", "t1"]
     assert "Not learnt from, with too few subjects: scans of dwi." in caplog.text
+
+
+def test_across_modalities_of_which_none_is_known_is_refused_before_anything_is_learnt(monkeypatch):
+    monkeypatch.setattr(scan_prediction, "_outputs", None)
+    with pytest.raises(UserError, match=r"the modality of all scans is unknown"):
+        probe(with_column(known_signal(n_subjects=12), "modality", "unknown"), "sex", across=True)
+
+
+@pytest.mark.parametrize("only", ["F", "M"])
+def test_a_modality_of_one_class_has_an_accuracy_and_a_place_in_the_figure(tmp_path, monkeypatch, only):
+    """What guesses one class is perfect there, or never right; there is no area under a curve."""
+    embeddings = known_signal(n_subjects=24)
+    modality = np.where(embeddings.scans["sex"] == only, embeddings.scans["modality"], "t1")
+    summary = probe(with_column(embeddings, "modality", modality), "sex", across=True).summary
+    cell = summary["across"]["t1"]["flair"]
+    assert cell["without_images"]["balanced accuracy"] == (only == "F")
+    assert np.isnan(cell["scores"]["ROC AUC"])
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda *arguments, **options: shown.append(arguments[3]))
+    draw_across(summary, tmp_path / "across.png", title="one class")
+    low, high = cell["intervals"]["balanced accuracy"]
+    assert f"{cell['scores']['balanced accuracy']:.2f}\n[{low:.2f}, {high:.2f}]" in shown
+    assert "-" in shown
+
+
+def test_a_column_that_never_changes_has_a_figure(tmp_path):
+    summary = probe(with_column(known_signal(n_subjects=12), "age", "30"), "age", task="regression", across=True).summary
+    draw_across(summary, tmp_path / "across.png", title="constant")
+    assert (tmp_path / "across.png").is_file()
+
+
+@pytest.mark.parametrize("value", ["inf", "-Infinity", "1e999"])
+def test_an_infinite_number_is_none(value):
+    embeddings = known_signal(n_subjects=12)
+    ages = embeddings.scans["age"].to_numpy(object)
+    ages[:2] = value
+    summary = probe(with_column(embeddings, "age", ages), "age", task="regression").summary
+    assert (summary["n_scans"], summary["scans_left_out"]) == (22, 2)
 
 
 def test_only_the_modalities_that_are_named_are_learnt_from_and_predicted():

@@ -28,8 +28,8 @@ def draw_across(summary: Mapping[str, Any], path: Path, *, title: str) -> None:
             axes.imshow(gains, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             for (row, column), gain in np.ndenumerate(gains):
                 cell = matrix[trained[row]][tested[column]]
-                low, high = cell["intervals"][name]
-                text = "-" if np.isnan(gain) else f"{cell['scores'][name]:.2f}\n[{low:.2f}, {high:.2f}]"
+                score, (low, high) = cell["scores"][name], cell["intervals"][name]
+                text = "-" if np.isnan(score) else f"{score:.2f}\n[{low:.2f}, {high:.2f}]"
                 colour = "white" if gain > 0.6 else "black"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
             axes.set_xticks(range(len(tested)), tested)
@@ -40,6 +40,8 @@ def draw_across(summary: Mapping[str, Any], path: Path, *, title: str) -> None:
 
 
 def _gain(cell: Mapping[str, Any], name: str) -> float:
-    """Return how much of the way from a model without images to a perfect one a score goes."""
+    """Return how much of the way from a model without images to a perfect one a score goes; nan where there is none, as
+    among scans of a single class."""
     nothing = cell["without_images"][name]
-    return float((cell["scores"][name] - nothing) / (PERFECT[name] - nothing))
+    way = PERFECT[name] - nothing
+    return float((cell["scores"][name] - nothing) / way) if way else np.nan
