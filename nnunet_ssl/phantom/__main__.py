@@ -85,7 +85,7 @@ examples:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
     args = parser.parse_args()
-    out = Path(os.path.abspath(args.out))  # "." has no name; links stay, which may be named as the data set is
+    out = Path(os.path.normpath(args.out.absolute()))  # "." has no name; a link keeps its own
     unfinished = (out if out.is_dir() else out.parent) / f".unfinished.{out.name}"
     if out.exists() and any(entry != unfinished for entry in out.iterdir()):
         raise UserError(f"{args.out} is not empty: name a new folder for the synthetic data set.")

@@ -265,7 +265,8 @@ def test_a_modality_of_one_class_has_an_accuracy_and_a_place_in_the_figure(tmp_p
 
 
 def test_a_column_that_never_changes_has_a_figure(tmp_path):
-    summary = probe(with_column(known_signal(n_subjects=12), "age", "30"), "age", task="regression", across=True).summary
+    constant = with_column(known_signal(n_subjects=12), "age", "30")
+    summary = probe(constant, "age", task="regression", across=True).summary
     draw_across(summary, tmp_path / "across.png", title="constant")
     assert (tmp_path / "across.png").is_file()
 
