@@ -195,18 +195,10 @@ def info_nce(
         queue_subjects: (Q,), `EMPTY` where a slot holds no key.
         temperature: T.
     """
-    positive = (queries * keys).sum(dim=1, keepdim=True)
-    negative = queries @ queue_keys.T
+    similarity = torch.cat([(queries * keys).sum(dim=1, keepdim=True), queries @ queue_keys.T], dim=1)
     excluded = (queue_subjects[None, :] == subjects[:, None]) | (queue_subjects[None, :] == EMPTY)
-    negative = negative.masked_fill(excluded, float("-inf"))
-    logits = torch.cat([positive, negative], dim=1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
-    with torch.no_grad():
-        accuracy = (positive[:, 0] > negative.max(dim=1).values).float().mean()
-        negatives = (~excluded).sum(dim=1).float()
-        guessing = negatives.log1p().mean()
-        over_guessing = torch.where(guessing > 0, loss / guessing, torch.ones_like(loss))
-    return InfoNCE(loss, accuracy, negatives.mean(), over_guessing)
+    first, all_count = torch.zeros_like(subjects, dtype=torch.long), torch.ones_like(subjects, dtype=torch.bool)
+    return info_nce_of_candidates(similarity, first, F.pad(excluded, (1, 0), value=False), all_count, temperature)
 
 
 def symmetric_info_nce(
@@ -223,10 +215,10 @@ def symmetric_info_nce(
     return info_nce(queries.flatten(0, 1), crossed, subjects.repeat(2), queue_keys, queue_subjects, temperature)
 
 
-def in_batch_info_nce(
+def info_nce_of_candidates(
     similarity: Tensor, match: Tensor, excluded: Tensor, counted: Tensor, temperature: float
 ) -> InfoNCE:
-    """Tell the match of each query from the other candidates of a batch; averaged over the queries that count.
+    """Tell the match of each query from all other candidates; averaged over the queries that count.
 
     Args:
         similarity: (n, m) cosines of queries and candidates.

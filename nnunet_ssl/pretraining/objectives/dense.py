@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, Examples, Objective, Pass
-from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, in_batch_info_nce
+from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, info_nce_of_candidates
 from nnunet_ssl.pretraining.run.panels import GREEN, Panel, both
 from nnunet_ssl.pretraining.views.sampling import CELLS
 from nnunet_ssl.pretraining.views.spatial import unravelled
@@ -166,6 +166,6 @@ def dense_info_nce(
     candidates.diagonal(dim1=0, dim2=2).copy_((far | itself).permute(1, 2, 0))
     excluded = ~(candidates & counted).flatten(2).flatten(0, 1)
     match = torch.arange(pairs * cells, device=counted.device)
-    return in_batch_info_nce(
+    return info_nce_of_candidates(
         similarity.flatten(0, 1), match.repeat(2), excluded.repeat(2, 1), counted.flatten().repeat(2), temperature
     )

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.objectives.base import Branch, EncoderWithHeads, Objective, Pass
-from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, in_batch_info_nce
+from nnunet_ssl.pretraining.objectives.contrastive import InfoNCE, Projection, info_nce_of_candidates
 from nnunet_ssl.pretraining.run.panels import GREEN, Panel, both
 from nnunet_ssl.pretraining.views.lesions import LesionRanges, draw_lesions, put
 from nnunet_ssl.pretraining.views.transfer import send
@@ -172,4 +172,4 @@ def lesion_info_nce(lesions: Tensor, none: Tensor, placed: Tensor, temperature: 
     itself = torch.eye(2 * count, 2 * count + 1, dtype=torch.bool, device=placed.device)
     missing = F.pad(~placed.repeat(2), (0, 1), value=False)
     match = torch.arange(2 * count, device=placed.device).roll(count)
-    return in_batch_info_nce(similarity, match, itself | missing, placed.repeat(2), temperature)
+    return info_nce_of_candidates(similarity, match, itself | missing, placed.repeat(2), temperature)
