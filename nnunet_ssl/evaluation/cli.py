@@ -106,12 +106,7 @@ def _add_embedding_source(parser: argparse.ArgumentParser, max_subjects: int) ->
         help="columns filename, embedding_index, modality, patient_id, session_id",
     )
     fresh = parser.add_argument_group("or a checkpoint and a prepared corpus")
-    fresh.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="any checkpoint nnssl_weights reads, or a pre-training's folder"
-    )
-    fresh.add_argument(
-        "-d", metavar="DATASET", help="the corpus, prepared with nnssl_prepare (default: 500)", default="500"
-    )
+    _add_encoder_and_corpus(fresh, max_subjects)
     fresh.add_argument(
         "--view",
         choices=("centre", "tiles"),
@@ -122,15 +117,29 @@ def _add_embedding_source(parser: argparse.ArgumentParser, max_subjects: int) ->
     fresh.add_argument(
         "--subjects", choices=("all", "validation"), default="all", help="validation: those the pre-training held out"
     )
-    fresh.add_argument(
+    fresh.add_argument("--batch_size", type=positive, default=4, metavar="N", help="patches at a time (default: 4)")
+
+
+def _add_encoder_and_corpus(parser: argparse._ActionsContainer, max_subjects: int, *, required: bool = False) -> None:
+    """Add what says which encoder sees the scans of whom, and where."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=required,
+        metavar="FILE",
+        help="any checkpoint nnssl_weights reads, or a pre-training's folder",
+    )
+    parser.add_argument(
+        "-d", metavar="DATASET", help="the corpus, prepared with nnssl_prepare (default: 500)", default="500"
+    )
+    parser.add_argument(
         "--max_subjects",
         type=positive,
         default=max_subjects,
         metavar="N",
         help=f"draw at most N (default: {max_subjects})",
     )
-    fresh.add_argument("--batch_size", type=positive, default=4, metavar="N", help="patches at a time (default: 4)")
-    fresh.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
+    parser.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
 
 
 def _embeddings(arguments: argparse.Namespace) -> tuple[Embeddings, str]:
@@ -412,14 +421,14 @@ def _add_probe(commands: Subcommands) -> None:
         commands, _probe, "What a frozen representation knows of a scan: linear probes, split by subject."
     )
     _add_embedding_source(parser, max_subjects=10_000)
-    _add_target(parser, folds=5)
+    _add_target(parser)
     parser.add_argument(
         "-o", type=Path, metavar="FOLDER", help="write probe.json, predictions.tsv, probe.png and new embeddings here"
     )
     _add_json(parser)
 
 
-def _add_target(parser: argparse.ArgumentParser, folds: int) -> None:
+def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", default="age", metavar="COLUMN", help="of the manifest or the metadata (default: age)"
     )
@@ -437,9 +446,7 @@ def _add_target(parser: argparse.ArgumentParser, folds: int) -> None:
         action="store_true",
         help="learn from each modality alone, too, and predict all of them: across.tsv, across.png",
     )
-    parser.add_argument(
-        "--folds", type=int, default=folds, metavar="N", help=f"of the cross-validation (default: {folds})"
-    )
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="of the cross-validation (default: 5)")
 
 
 def _probe(arguments: argparse.Namespace) -> None:
@@ -488,17 +495,8 @@ def _add_finetune(commands: Subcommands) -> None:
         _finetune,
         "What an encoder can learn of whole scans: fine-tuned with a linear head, split by subject.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="any checkpoint nnssl_weights reads, or a pre-training's folder",
-    )
-    parser.add_argument(
-        "-d", metavar="DATASET", help="the corpus, prepared with nnssl_prepare (default: 500)", default="500"
-    )
-    _add_target(parser, folds=5)
+    _add_encoder_and_corpus(parser, max_subjects=10_000, required=True)
+    _add_target(parser)
     parser.add_argument(
         "--scratch", action="store_true", help="take the checkpoint's architecture, and random weights: the twin"
     )
@@ -512,7 +510,7 @@ def _add_finetune(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--learning_rate",
-        type=float,
+        type=_share,
         default=5e-4,
         metavar="LR",
         help="of the head; a pre-trained encoder learns at a tenth of it (default: 5e-4)",
@@ -521,16 +519,8 @@ def _add_finetune(commands: Subcommands) -> None:
         "--box", type=positive, nargs=3, metavar="N", help="voxels that are seen of a scan (default: all brains fit)"
     )
     parser.add_argument(
-        "--max_subjects",
-        type=positive,
-        default=10_000,
-        metavar="N",
-        help="draw at most N (default: 10000)",
-    )
-    parser.add_argument(
         "--seed", type=int, default=0, help="of new weights, order and augmentation; the folds stay (default: 0)"
     )
-    parser.add_argument("-device", default="cuda", help="cuda, cuda:1, cpu, mps (default: cuda)")
     parser.add_argument(
         "-o", type=Path, metavar="FOLDER", help="write finetune.json, predictions.tsv and finetune.png here"
     )

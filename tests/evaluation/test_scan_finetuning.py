@@ -184,3 +184,12 @@ def test_a_batch_of_one_scan_cannot_be_normalised(monkeypatch, capsys, number):
     with pytest.raises(SystemExit):
         evaluate()
     assert "--batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "1e9", "fast"])
+def test_a_learning_rate_with_which_nothing_can_be_learnt_is_refused(monkeypatch, capsys, number):
+    call = ["nnssl_evaluate", "finetune", "--checkpoint", "run", f"--learning_rate={number}"]
+    monkeypatch.setattr("sys.argv", call)
+    with pytest.raises(SystemExit):
+        evaluate()
+    assert f"--learning_rate: '{number}' is not a number between 0 and 1" in capsys.readouterr().err
