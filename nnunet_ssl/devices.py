@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from nnunet_ssl.errors import UserError
@@ -31,3 +33,14 @@ def find_device(name: str) -> torch.device:
 def default_device() -> str:
     """A GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether an autocast to bfloat16 is of use: on a GPU that has it. On a CPU it would only lose precision."""
+    return device.type == "cuda" and gpu_has_bf16()
+
+
+@functools.cache
+def gpu_has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16. V100 and T4 only emulate it, which takes longer than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)

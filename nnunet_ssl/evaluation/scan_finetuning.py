@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from nnunet_ssl.architectures.networks import build_encoder, pooled
 from nnunet_ssl.corpus.prepared import Corpus, open_corpus
+from nnunet_ssl.devices import computes_in_bf16
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.encoding import EncodingConfig, choose_rows, compare_preprocessing, describe_scans
 from nnunet_ssl.evaluation.scan_prediction import Prediction, ScanTarget, choose_target, predict_held_out
@@ -218,7 +219,7 @@ def _train(
         rates.set_step(step)
         views = scans.augmented(batch, rng).to(device)
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(device)):
             loss = answers.loss(network(views), batch)
         if not torch.isfinite(loss):
             raise UserError(f"The loss is not finite at step {step}: train slower (--learning_rate), or look at scans.")

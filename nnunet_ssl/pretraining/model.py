@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.compiling import compile_parts, compiler_serves
 from nnunet_ssl.architectures.networks import build_encoder
+from nnunet_ssl.devices import computes_in_bf16
 from nnunet_ssl.pretraining.config import PretrainingConfig
 from nnunet_ssl.pretraining.objectives.base import Objective
 
@@ -21,20 +22,13 @@ Inputs = ParamSpec("Inputs")
 CPU = torch.device("cpu")
 
 
-@functools.cache
-def gpu_has_bf16() -> bool:
-    """Whether the GPU computes in bfloat16. V100 and T4 only emulate it, which takes longer than float32."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def in_bf16(method: Callable[Concatenate[Network, Inputs], Result]) -> Callable[Concatenate[Network, Inputs], Result]:
     """Compute in bfloat16 what bears it, where the network's device can and its recipe allows; float32 elsewhere."""
 
     @functools.wraps(method)
     def run(network: Network, /, *inputs: Inputs.args, **named: Inputs.kwargs) -> Result:
         device = next(network.parameters()).device
-        usable = network.bf16 and device.type == "cuda" and gpu_has_bf16()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=usable):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=network.bf16 and computes_in_bf16(device)):
             return method(network, *inputs, **named)
 
     return run

@@ -149,6 +149,23 @@ def test_a_part_without_gradients_ends_the_training(checkpoint, write_ages, monk
         run(checkpoint, task="regression", steps=10)
 
 
+@pytest.mark.parametrize("useful", [True, False])
+def test_trainings_are_in_bf16_where_that_is_of_use_and_predictions_never(checkpoint, write_ages, monkeypatch, useful):
+    from nnunet_ssl.evaluation import scan_finetuning
+
+    seen, pooled = [], scan_finetuning.pooled
+
+    def watch(maps):
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return pooled(maps)
+
+    monkeypatch.setattr(scan_finetuning, "computes_in_bf16", lambda device: useful)
+    monkeypatch.setattr(scan_finetuning, "pooled", watch)
+    write_ages(n_subjects=6)
+    run(checkpoint, task="regression", steps=1)
+    assert set(seen) == {(True, useful), (False, False)}
+
+
 def test_the_box_holds_every_brain_in_whole_cells(write_corpus):
     write_corpus(shape=(80, 70, 60), bbox=(4, 69, 0, 64, 2, 30))
     corpus = open_corpus(500)

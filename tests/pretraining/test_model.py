@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from nnunet_ssl import devices
 from nnunet_ssl.pretraining import model
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.gradients import backward_by_branch
@@ -83,7 +84,10 @@ def test_activation_checkpointing_changes_no_gradient(tiny):
 
 def test_bf16_that_a_gpu_emulates_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert model.gpu_has_bf16.__wrapped__() is False
+    devices.gpu_has_bf16.cache_clear()
+    assert devices.computes_in_bf16(torch.device("cuda")) is False
+    devices.gpu_has_bf16.cache_clear()
+    assert devices.computes_in_bf16(torch.device("cpu")) is False
 
 
 @pytest.fixture
