@@ -71,6 +71,7 @@ def execute_all(runs: Sequence[AnyRun], study: Study, folder: Path, device: str)
     began, failed, ended = time.time(), [], 0
     pending = list(runs)
     while pending:
+        others = any(state_of(run, study, folder, device).kind == "running" for run in study.runs())
         left = []
         for run in pending:
             if read_record(folder, run).get("ended_at", 0) > began:
@@ -87,7 +88,7 @@ def execute_all(runs: Sequence[AnyRun], study: Study, folder: Path, device: str)
             if execute(run, study, folder, device) == "failed":
                 failed.append(run.id)
         if len(left) == len(pending):
-            if not any(state_of(run, study, folder, device).kind == "running" for run in runs):
+            if not others:
                 break
             time.sleep(PAUSE_S)
         pending = left

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -754,22 +755,34 @@ def test_full_size_is_a_study_of_its_own_on_the_users_data(making, calls, monkey
         making("run", "--full")
 
 
-def test_a_second_runner_waits_for_what_the_first_one_makes(tmp_path, nnunet_folders, programs, calls, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_runner_waits_for_what_the_first_one_makes(making, nnunet_folders, calls, monkeypatch, killed):
+    """Also where the first one had begun before the second one was called."""
     monkeypatch.setattr(running, "PAUSE_S", 0.1)
     study = study_from(yaml.safe_load(MAKING))
-    folder = tmp_path / "shared"
-    looks = []
+    folder = nnunet_folders["nnUNet_results"] / "studies" / "making"
+    (first,) = (run for run in study.runs() if run.id.startswith("make"))
+    begun, waits, real = threading.Event(), threading.Event(), running.time.sleep
 
-    def state(run, *arguments):
-        looks.append(run.id)
-        (folder_of("nnUNet_preprocessed") / "Dataset500_Made").mkdir(exist_ok=True)  # the other one is done meanwhile
-        return running.State("running")
+    def first_runner():
+        with running._locked(folder / "runs" / f"{first.id}.lock"):
+            begun.set()
+            assert waits.wait(60)
+        if not killed:
+            assert execute(first, study, folder, "cpu") == "finished"
 
-    monkeypatch.setattr(running, "state_of", state)
-    pretrainings = [run for run in study.runs() if run.id.startswith("pretrain")]
-    assert execute_all(pretrainings, study, folder, "cpu") == []
-    assert len([line for line in calls() if line.startswith("nnssl_pretrain")]) == 4
-    assert len(looks) == 1
+    def pause(seconds):
+        waits.set()
+        real(seconds)
+
+    monkeypatch.setattr(running.time, "sleep", pause)
+    thread = threading.Thread(target=first_runner)
+    thread.start()
+    assert begun.wait(60)
+    with pytest.raises(SystemExit, match="10 runs wait") if killed else contextlib.nullcontext():
+        making("run")
+    thread.join()
+    assert len([line for line in calls() if line.startswith("nnssl_pretrain")]) == (0 if killed else 4)
 
 
 OWN = "{recipe: mcl, pretraining: queue_size=64, t"
