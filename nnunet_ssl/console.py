@@ -89,6 +89,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Read a whole number from 0: the type of an argument that seeds random numbers."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
+    return int(text)
+
+
 class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes no argument
     """Ends the command quietly when nobody reads it any more (``| head``), where logging would report every line."""
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_ssl.console import OptionParser, Subcommands, add_subcommand, command, positive
+from nnunet_ssl.console import OptionParser, Subcommands, add_subcommand, command, positive, seed
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -519,7 +519,7 @@ def _add_finetune(commands: Subcommands) -> None:
         "--box", type=positive, nargs=3, metavar="N", help="voxels that are seen of a scan (default: all brains fit)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of new weights, order and augmentation; the folds stay (default: 0)"
+        "--seed", type=seed, default=0, help="of new weights, order and augmentation; the folds stay (default: 0)"
     )
     parser.add_argument(
         "-o", type=Path, metavar="FOLDER", help="write finetune.json, predictions.tsv and finetune.png here"

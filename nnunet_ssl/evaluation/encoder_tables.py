@@ -17,6 +17,8 @@ from nnunet_ssl.evaluation.statistics import holm, paired_t, t_interval
 from nnunet_ssl.evaluation.study import Experiment, Measurement, Study
 from nnunet_ssl.pages import markdown_table
 
+SECONDS = "seconds"
+
 
 def read_alignments(study: Study, experiment: Experiment, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the alignment of each arm that was measured."""
@@ -65,9 +67,10 @@ def summarize_figures(figures: pd.DataFrame) -> pd.DataFrame:
 
 def compare_figures(experiment: Experiment, figures: pd.DataFrame) -> pd.DataFrame:
     """Compare the experiment's pairs of arms, seed by seed: the mean difference of each figure and its 95 % interval,
-    and the p-value of the paired t-test, corrected by Holm over all tests of the experiment."""
+    and the p-value of the paired t-test, corrected by Holm over all tests of the experiment. How long a pre-training
+    took is not among them: it tells of the machine as well."""
     rows = []
-    for figure, of_figure in figures.groupby("figure", sort=False):
+    for figure, of_figure in figures[figures["figure"] != SECONDS].groupby("figure", sort=False):
         table = of_figure.pivot(index="seed", columns="arm", values="value")
         for arm, against in experiment.compare:
             if arm not in table or against not in table:
@@ -196,7 +199,7 @@ def _recorded_figures(study: Study, experiment: Experiment, folder: Path) -> Ite
                 if len(known):
                     yield arm, seed, column, float(known.iloc[-1])
             if seconds := read_record(folder, run).get("seconds", {}).get("pretrain"):
-                yield arm, seed, "seconds", float(seconds)
+                yield arm, seed, SECONDS, float(seconds)
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

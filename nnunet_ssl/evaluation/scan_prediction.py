@@ -144,7 +144,8 @@ def choose_target(
     if unknown := sorted(set(modalities) - set(scans["modality"])):
         there = ", ".join(sorted(set(scans["modality"])))
         raise UserError(f"There are no scans of {', '.join(unknown)}; there are scans of {there}.")
-    used = ~scans[name].str.strip().str.lower().isin(NO_VALUE)
+    scans = scans.assign(**{name: scans[name].str.strip()})  # "control " is no class of its own
+    used = ~scans[name].str.lower().isin(NO_VALUE)
     if modalities:
         used &= scans["modality"].isin(modalities)
     numbers = pd.to_numeric(scans[name].where(used), errors="coerce")

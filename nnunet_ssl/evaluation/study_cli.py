@@ -87,8 +87,6 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     folder = (arguments.o or folder_of("nnUNet_results") / "studies" / study.name).absolute()
     if study.synthetic:
         os.environ.update(own_nnunet_folders(folder))
-        for path in own_nnunet_folders(folder).values():
-            Path(path).mkdir(parents=True, exist_ok=True)
     refuse_changes(study, folder)
     queue = queued_jobs()
     states = {run: state_of(run, study, folder, arguments.device, queue) for run in study.runs()}
@@ -97,6 +95,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
 
 def _run(arguments: argparse.Namespace) -> None:
     from nnunet_ssl.evaluation.running import execute_all, state_of
+    from nnunet_ssl.evaluation.stages import own_nnunet_folders
 
     study, folder, states = _open(arguments)
     logger.info("%s: %s; in %s", study.name, _counted(states), folder)
@@ -104,6 +103,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _print_commands(todo, study, folder, arguments.device)
         return
+    if study.synthetic:
+        for path in own_nnunet_folders(folder).values():
+            Path(path).mkdir(parents=True, exist_ok=True)
     if arguments.executor == "local":
         todo += [run for run, state in states.items() if state.kind == "waiting"]
     if arguments.executor == "slurm" and todo:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
 
-from nnunet_ssl.console import OptionParser, command
+from nnunet_ssl.console import OptionParser, command, seed
 from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ examples:
         help="tissue: what the labels are; regions are lobes by side (default: tissue)",
     )
     parser.add_argument("--voxel_mm", type=float, default=3.0, help="voxel size; 1 = real size, 3 = fast (default)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--clean", action="store_true", help="without the real data sets' quirks")
     args = parser.parse_args()
     out = Path(os.path.normpath(args.out.absolute()))  # "." has no name; a link keeps its own
@@ -144,8 +145,8 @@ def _particular(args: argparse.Namespace) -> dict[str, object]:
             raise UserError(f"{args.layout} has no scans of {modality}; it has {', '.join(scanned)}.")
     if args.contrast_to_noise is not None and not args.rater:
         raise UserError("--contrast_to_noise says what a rater sees, and nobody was named: add --rater.")
-    if args.contrast_to_noise is not None and args.contrast_to_noise < 0:
-        raise UserError(f"--contrast_to_noise {args.contrast_to_noise:g} is below 0.")
+    if args.contrast_to_noise is not None and not 0 <= args.contrast_to_noise < math.inf:
+        raise UserError(f"--contrast_to_noise {args.contrast_to_noise:g} is no number from 0.")
     return given
 
 

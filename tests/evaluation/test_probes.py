@@ -118,6 +118,12 @@ def test_a_class_of_too_few_subjects_is_left_out():
     assert set(probe(with_column(embeddings, "site", sites), "site").summary["classes"]) == {"a", "b"}
 
 
+def test_a_class_written_with_a_space_is_no_class_of_its_own():
+    embeddings = known_signal(n_subjects=20)
+    sites = np.repeat(["a", " a", "b ", "b"] * 5, len(MODALITIES))
+    assert set(probe(with_column(embeddings, "site", sites), "site").summary["classes"]) == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,13 +8,14 @@ from scipy import stats
 
 from nnunet_ssl.evaluation.alignment import measure_alignment
 from nnunet_ssl.evaluation.embeddings import Embeddings
+from nnunet_ssl.evaluation.encoder_tables import compare_figures, summarize_figures
 from nnunet_ssl.evaluation.figures.study import draw_fractions
 from nnunet_ssl.evaluation.figures.style import PALETTE
 from nnunet_ssl.evaluation.report import collect
 from nnunet_ssl.evaluation.results import write_json
 from nnunet_ssl.evaluation.segmentation_tables import compare_rows, read_cases, summarize_cells
 from nnunet_ssl.evaluation.stages import results_of
-from nnunet_ssl.evaluation.study import Run
+from nnunet_ssl.evaluation.study import Experiment, Run
 from nnunet_ssl.evaluation.study_file import study_from
 from nnunet_ssl.pages import markdown_table
 
@@ -113,6 +114,14 @@ def test_controls_count_for_specificity_alone(results):
     dice, specificity = (cell(table, arm="cl", dataset="fcd", metric=name) for name in ("dice", "correctly_empty"))
     assert (dice["n_cases"], specificity["n_cases"], specificity["mean"]) == (N, 2, 0.5)
     assert dice["mean"] < 0.7
+
+
+def test_how_long_a_pre_training_took_is_not_among_the_tests():
+    rows = [(arm, seed, name, seed + 1.0) for arm in ("a", "b") for seed in (0, 1) for name in ("loss", "seconds")]
+    figures = pd.DataFrame(rows, columns=["arm", "seed", "figure", "value"])
+    experiment = Experiment(title="", kind="pretraining", compare=(("a", "b"),))
+    assert list(compare_figures(experiment, figures)["figure"]) == ["loss"], "seconds tell of the machine as well"
+    assert set(summarize_figures(figures)["figure"]) == {"loss", "seconds"}
 
 
 def test_the_paired_tests_are_scipys_and_corrected_over_the_experiment(results):

@@ -578,6 +578,12 @@ def test_what_was_made_by_halves_is_made_from_there(making, calls, monkeypatch):
     ]
 
 
+def test_looking_at_a_study_that_makes_its_data_leaves_nothing(making, nnunet_folders):
+    folder = making("status")
+    making("run", "--dry_run")
+    assert not folder.exists() and not list(nnunet_folders["nnUNet_preprocessed"].iterdir())
+
+
 def test_the_users_own_folders_are_not_touched_by_a_study_that_makes_its_data(making, nnunet_folders):
     making("run")
     assert not list(nnunet_folders["nnUNet_preprocessed"].iterdir())

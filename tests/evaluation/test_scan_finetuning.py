@@ -203,6 +203,13 @@ def test_a_batch_of_one_scan_cannot_be_normalised(monkeypatch, capsys, number):
     assert "--batch_size" in capsys.readouterr().err
 
 
+def test_a_seed_is_a_whole_number(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["nnssl_evaluate", "finetune", "--checkpoint", "run", "--seed=-1"])
+    with pytest.raises(SystemExit):
+        evaluate()
+    assert "--seed: '-1' is not a whole number from 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "nan", "1e9", "fast"])
 def test_a_learning_rate_with_which_nothing_can_be_learnt_is_refused(monkeypatch, capsys, number):
     call = ["nnssl_evaluate", "finetune", "--checkpoint", "run", f"--learning_rate={number}"]

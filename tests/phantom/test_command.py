@@ -92,7 +92,9 @@ def call(monkeypatch, *arguments):
         (["fcd", "--rater", "dwi"], "fcd has no scans of dwi; it has flair, t1"),
         (["tissue", "--modalities", "t1", "ct"], "tissue has no scans of ct; it has t1"),
         (["isles", "--contrast_to_noise", "4"], "nobody was named: add --rater"),
-        (["isles", "--rater", "dwi", "--contrast_to_noise", "-1"], "--contrast_to_noise -1 is below 0"),
+        (["isles", "--rater", "dwi", "--contrast_to_noise", "-1"], "--contrast_to_noise -1 is no number from 0"),
+        (["isles", "--rater", "dwi", "--contrast_to_noise", "nan"], "--contrast_to_noise nan is no number from 0"),
+        (["isles", "--seed", "-1"], "2"),
     ],
 )
 def test_an_option_that_a_layout_does_not_know_is_refused(tmp_path, monkeypatch, arguments, message):
