@@ -122,9 +122,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if waiting := sum(state.kind == "waiting" for state in states.values()):
         _explain(states, "waiting")
         raise UserError(f"{waiting} runs wait for what is said above; then call this again.")
-    if arguments.executor == "local":
-        if dropped := [run.id for run, state in states.items() if state.kind in ("missing", "outdated")]:
-            raise UserError(f"Another runner began and did not finish {', '.join(dropped)}. Call this again.")
+    dropped = [run.id for run, state in states.items() if state.kind in ("missing", "outdated")]
+    if dropped and arguments.executor == "local":
+        raise UserError(f"Another runner began and did not finish {', '.join(dropped)}. Call this again.")
 
 
 def _status(arguments: argparse.Namespace) -> None:
