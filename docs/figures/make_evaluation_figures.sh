@@ -4,7 +4,8 @@
 set -e
 work=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
-. "$root/docs/figures/synthetic.sh"
+export nnUNet_raw=$work/nnUNet_raw nnUNet_preprocessed=$work/nnUNet_preprocessed nnUNet_results=$work/nnUNet_results
+mkdir -p "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
 
 python -m nnunet_ssl.phantom fomo "$work/fomo" -n 24 --voxel_mm 4
 python "$root/dataset_conversion/Dataset500_FOMO60K.py" -i "$work/fomo"

@@ -380,7 +380,10 @@ def _plans_name(plans: Mapping[str, Any], run: Run, arm: Arm) -> str:
     """The name that the trainer gives its plans; trainers of other packages know nothing of settings."""
     if arm.trainer not in _own_trainers():
         if run.settings:
-            raise UserError(f"{arm.trainer} is not a trainer of nnunet_ssl: it would ignore '{run.settings}'.")
+            raise UserError(
+                f"{arm.trainer} is not a trainer of nnunet_ssl: it would ignore '{run.settings}'. "
+                "`settings: null` keeps an arm free of the study's."
+            )
         return plans["plans_name"]
     return plans_with_settings(plans, Settings.of_plans(plans).updated(run.settings))["plans_name"]
 

@@ -24,7 +24,7 @@ class Arm:
         pretraining: settings of that pre-training, as its ``--set`` takes them, on top of the study's.
         checkpoint: what ``nnssl_checkpoint`` names for its trainings, also published weights (openmind-mae).
             Without recipe and checkpoint, the trainer chooses: the newest finished pre-training of its recipe.
-        settings: of fine-tuning, on top of the study's.
+        settings: of fine-tuning, on top of the study's; null takes none of those either, as plain nnU-Net must.
     """
 
     label: str
@@ -32,7 +32,7 @@ class Arm:
     recipe: str | None = None
     pretraining: str = ""
     checkpoint: str | None = None
-    settings: str = ""
+    settings: str | None = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +273,10 @@ class Study:
         for place, (seed, fold) in enumerate(repeats):
             for dataset, fraction in experiment.columns:
                 for arm in experiment.arms:
+                    own = self.arms[arm].settings
                     settings = _joined(
-                        self.settings,
-                        self.arms[arm].settings,
+                        self.settings if own is not None else "",
+                        own or "",
                         f"fraction={fraction}" * (fraction != 100),
                         f"seed={seed}" * (seed != 0),
                     )

@@ -324,6 +324,11 @@ def test_a_trainer_of_another_package_takes_no_settings(folder, calls):
     study = small(arms={"stock": {"trainer": "nnUNetTrainer"}})
     assert kinds(study, folder) == ["missing", "waiting"]
     assert "nnUNetTrainer is not a trainer of nnunet_ssl: it would ignore 'fraction=50'" in details(study, folder)[1]
+    arms = {"stock": {"trainer": "nnUNetTrainer"}, "ours": {"trainer": "nnUNetTrainerSwinFPNScratch"}}
+    with_settings = small(arms=arms, settings="steps=250")
+    assert "would ignore 'steps=250'" in details(with_settings, folder)[0]
+    arms["stock"]["settings"] = None
+    assert [run.settings for run in small(arms=arms, settings="steps=250").runs()[:2]] == ["", "steps=250"]
     assert execute(study.runs()[0], study, folder, "cpu") == "finished"
 
 
