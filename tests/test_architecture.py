@@ -20,6 +20,7 @@ MAY_USE = {
     "trainers": {"architectures", "weights", "pretraining", "imaging"},
     "interface": {"architectures", "weights", "corpus"},
     "evaluation": {"architectures", "weights", "corpus", "interface", "imaging", "pretraining", "trainers"},
+    "studies": {"evaluation", "weights", "pretraining", "trainers"},
     "demo": {"evaluation", "trainers"},
     "deployment": {"evaluation", "weights", "corpus", "imaging"},
 }

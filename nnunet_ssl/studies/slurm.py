@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.running import execute, read_record, write_record
-from nnunet_ssl.evaluation.study import AnyRun, Study
+from nnunet_ssl.studies.running import execute, read_record, write_record
+from nnunet_ssl.studies.study import AnyRun, Study
 
 logger = logging.getLogger(__name__)
 

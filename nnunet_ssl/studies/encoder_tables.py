@@ -11,11 +11,11 @@ import pandas as pd
 
 from nnunet_ssl.evaluation.gradients import ENCODER, FILE, PARTS, read_runs, summarise_seeds
 from nnunet_ssl.evaluation.results import read_table
-from nnunet_ssl.evaluation.running import read_record
-from nnunet_ssl.evaluation.stages import pretrained, pretrained_encoder, results_of
 from nnunet_ssl.evaluation.statistics import holm, paired_t, t_interval
-from nnunet_ssl.evaluation.study import Experiment, Measurement, Study
 from nnunet_ssl.pages import markdown_table
+from nnunet_ssl.studies.running import read_record
+from nnunet_ssl.studies.stages import pretrained, pretrained_encoder, results_of
+from nnunet_ssl.studies.study import Experiment, Measurement, Study
 
 SECONDS = "seconds"
 

@@ -17,8 +17,8 @@ from nnunet_ssl.console import OptionParser, command
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
-    from nnunet_ssl.evaluation.running import State
-    from nnunet_ssl.evaluation.study import AnyRun, Experiment, Study
+    from nnunet_ssl.studies.running import State
+    from nnunet_ssl.studies.study import AnyRun, Experiment, Study
 
     States: TypeAlias = dict[AnyRun, State]
 
@@ -70,11 +70,11 @@ def study() -> None:
 def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
     from nnunet_ssl.commands import KEPT_MEMORY
-    from nnunet_ssl.evaluation.running import state_of
-    from nnunet_ssl.evaluation.slurm import queued_jobs
-    from nnunet_ssl.evaluation.stages import own_nnunet_folders, refuse_changes
-    from nnunet_ssl.evaluation.study_file import read_study
     from nnunet_ssl.nnunet_folders import folder_of
+    from nnunet_ssl.studies.running import state_of
+    from nnunet_ssl.studies.slurm import queued_jobs
+    from nnunet_ssl.studies.stages import own_nnunet_folders, refuse_changes
+    from nnunet_ssl.studies.study_file import read_study
     from nnunet_ssl.trainers import checkpoints, settings
 
     for name in (settings.VARIABLE, checkpoints.VARIABLE):
@@ -94,8 +94,8 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.running import execute_all, state_of
-    from nnunet_ssl.evaluation.stages import own_nnunet_folders
+    from nnunet_ssl.studies.running import execute_all, state_of
+    from nnunet_ssl.studies.stages import own_nnunet_folders
 
     study, folder, states = _open(arguments)
     logger.info("%s: %s; in %s", study.name, _counted(states), folder)
@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.executor == "local":
         todo += [run for run, state in states.items() if state.kind == "waiting"]
     if arguments.executor == "slurm" and todo:
-        from nnunet_ssl.evaluation.slurm import submit
+        from nnunet_ssl.studies.slurm import submit
 
         jobs = submit(todo, study, folder, arguments.device)
         logger.info("Submitted %d jobs, %s to %s. See: nnssl_study status %s", len(jobs), jobs[0], jobs[-1], study.name)
@@ -142,7 +142,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _collect(arguments: argparse.Namespace) -> None:
-    from nnunet_ssl.evaluation.report import collect
+    from nnunet_ssl.studies.report import collect
 
     study, folder, states = _open(arguments)
     if outdated := [run.id for run, state in states.items() if state.kind == "outdated"]:
@@ -157,7 +157,7 @@ def _collect(arguments: argparse.Namespace) -> None:
 
 
 def _print_commands(runs: Sequence[AnyRun], study: Study, folder: Path, device: str) -> None:
-    from nnunet_ssl.evaluation.stages import stages_of
+    from nnunet_ssl.studies.stages import stages_of
 
     for run in runs:
         logger.info("\n# %s", run.id)
@@ -171,7 +171,7 @@ def _matrix(study: Study, experiment: Experiment, states: States) -> str:
     """Arms down, data sets and fractions across: how many runs are finished, of how many, and what the others do."""
     import pandas as pd
 
-    from nnunet_ssl.evaluation.study import Measurement, Pretraining, Run
+    from nnunet_ssl.studies.study import Measurement, Pretraining, Run
 
     def column(run: AnyRun) -> str:
         match run:

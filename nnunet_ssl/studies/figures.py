@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from nnunet_ssl.evaluation.figures.style import PALETTE, figure
 from nnunet_ssl.evaluation.segmentations import NAMES
-from nnunet_ssl.evaluation.study import Experiment, Study
+from nnunet_ssl.studies.study import Experiment, Study
 
 MARKERS = ("o", "s", "^")
 """Of the arms up to the palette's length, of as many beyond, and so on."""

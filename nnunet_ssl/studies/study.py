@@ -190,7 +190,7 @@ AnyRun: TypeAlias = Making | Pretraining | Run | Measurement
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A whole YAML file; see ``studies/paper.yaml`` for one with comments.
+    """A whole YAML file; see ``studies/shipped/paper.yaml`` for one with comments.
 
     Attributes:
         settings: of every fine-tuning, as ``nnssl_settings`` takes them.

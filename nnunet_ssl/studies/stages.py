@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.study import CLASSES, AnyRun, Arm, Dataset, Making, Measurement, Pretraining, Run, Study
 from nnunet_ssl.nnunet_folders import (
     FORMER_PLANS_NAME,
     PLANS_NAME,
@@ -29,6 +28,7 @@ from nnunet_ssl.nnunet_folders import (
 )
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.run.outputs import CONFIG
+from nnunet_ssl.studies.study import CLASSES, AnyRun, Arm, Dataset, Making, Measurement, Pretraining, Run, Study
 from nnunet_ssl.trainers import checkpoints
 from nnunet_ssl.trainers.networks import plans_residual_unet
 from nnunet_ssl.trainers.plans import plans_with_settings

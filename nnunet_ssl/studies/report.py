@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnunet_ssl.evaluation.encoder_tables import (
+from nnunet_ssl.evaluation.segmentations import NAMES
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.pages import write_page
+from nnunet_ssl.studies.encoder_tables import (
     alignment_rows,
     alignment_table,
     compare_figures,
@@ -17,17 +20,14 @@ from nnunet_ssl.evaluation.encoder_tables import (
     read_gradients,
     summarize_figures,
 )
-from nnunet_ssl.evaluation.segmentation_tables import (
+from nnunet_ssl.studies.segmentation_tables import (
     compare_rows,
     heat_map,
     read_cases,
     segmentation_tables,
     summarize_cells,
 )
-from nnunet_ssl.evaluation.segmentations import NAMES
-from nnunet_ssl.evaluation.study import Experiment, Study
-from nnunet_ssl.files import written_beside
-from nnunet_ssl.pages import write_page
+from nnunet_ssl.studies.study import Experiment, Study
 
 
 def collect(study: Study, folder: Path) -> Path:
@@ -68,7 +68,7 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _segmentation(study: Study, name: str, experiment: Experiment, cases: pd.DataFrame, out: Path) -> list[str]:
-    from nnunet_ssl.evaluation.figures.study import draw_fractions, draw_heat_map
+    from nnunet_ssl.studies.figures import draw_fractions, draw_heat_map
 
     summary, tests = summarize_cells(study, experiment, cases), compare_rows(study, experiment, cases)
     write_csv(summary, out / f"{name}.csv")

@@ -9,9 +9,9 @@ from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepo
 from nnunet_ssl.conversion.fcd_bonn import INFO as BONN
 from nnunet_ssl.conversion.isles2022 import INFO as ISLES
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.study import Measurement, Run
-from nnunet_ssl.evaluation.study_file import read_study, shipped, study_from
 from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.studies.study import Measurement, Run
+from nnunet_ssl.studies.study_file import read_study, shipped, study_from
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.weights.zoo import entries, named_checkpoint
 

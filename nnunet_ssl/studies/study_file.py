@@ -14,14 +14,14 @@ import yaml
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.lesions import PRESETS
 from nnunet_ssl.evaluation.segmentations import METRICS
-from nnunet_ssl.evaluation.study import CLASSES, AnyRun, Arm, Dataset, Experiment, Published, Run, Study
 from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.studies.study import CLASSES, AnyRun, Arm, Dataset, Experiment, Published, Run, Study
 from nnunet_ssl.typed import build
 
 
 def shipped() -> dict[str, Path]:
     """Return the studies that come with the package, by name."""
-    return {path.stem: path for path in sorted(Path(str(resources.files(__package__) / "studies")).glob("*.yaml"))}
+    return {path.stem: path for path in sorted(Path(str(resources.files(__package__) / "shipped")).glob("*.yaml"))}
 
 
 def read_study(path_or_name: str, *, full: bool = False) -> Study:

@@ -17,14 +17,14 @@ import yaml
 
 from nnunet_ssl import commands
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation import running
-from nnunet_ssl.evaluation.running import execute, execute_all, log_of, read_record, state_of
-from nnunet_ssl.evaluation.stages import NOTE, pretrained, refuse_changes, stages_of
-from nnunet_ssl.evaluation.study import Pretraining
-from nnunet_ssl.evaluation.study_cli import study as command
-from nnunet_ssl.evaluation.study_file import study_from
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.pretraining.config import load_config
+from nnunet_ssl.studies import running
+from nnunet_ssl.studies.cli import study as command
+from nnunet_ssl.studies.running import execute, execute_all, log_of, read_record, state_of
+from nnunet_ssl.studies.stages import NOTE, pretrained, refuse_changes, stages_of
+from nnunet_ssl.studies.study import Pretraining
+from nnunet_ssl.studies.study_file import study_from
 
 STUDY = """
 name: small
@@ -339,9 +339,9 @@ def start_runner(tmp_path, programs, folder):
         import signal
         from pathlib import Path
         from nnunet_ssl import commands
-        from nnunet_ssl.evaluation import running
-        from nnunet_ssl.evaluation.study_file import read_study
-        from nnunet_ssl.evaluation.study_cli import _interrupt
+        from nnunet_ssl.studies import running
+        from nnunet_ssl.studies.study_file import read_study
+        from nnunet_ssl.studies.cli import _interrupt
         signal.signal(signal.SIGTERM, _interrupt)
         commands.find_program = lambda name: {str(programs)!r} + "/" + name
         study = read_study({str(tmp_path / "small.yaml")!r})

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from nnunet_ssl.commands import last_line, run_command
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.stages import Stage, stages_of
-from nnunet_ssl.evaluation.study import AnyRun, Study
 from nnunet_ssl.files import written_beside
+from nnunet_ssl.studies.stages import Stage, stages_of
+from nnunet_ssl.studies.study import AnyRun, Study
 
 PAUSE_S = 5
 """How often it is asked whether another runner has made what all that is left here waits for."""

@@ -1,0 +1,1 @@
+"""Studies: whole matrices of pre-trainings, fine-tunings and measurements, run and told as one."""
