@@ -71,9 +71,10 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
     from nnunet_ssl.commands import KEPT_MEMORY
     from nnunet_ssl.nnunet_folders import folder_of
+    from nnunet_ssl.studies.changes import refuse_changes
+    from nnunet_ssl.studies.places import own_nnunet_folders
     from nnunet_ssl.studies.running import state_of
     from nnunet_ssl.studies.slurm import queued_jobs
-    from nnunet_ssl.studies.stages import own_nnunet_folders, refuse_changes
     from nnunet_ssl.studies.study_file import read_study
     from nnunet_ssl.trainers import checkpoints, settings
 
@@ -94,8 +95,8 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from nnunet_ssl.studies.places import own_nnunet_folders
     from nnunet_ssl.studies.running import execute_all, state_of
-    from nnunet_ssl.studies.stages import own_nnunet_folders
 
     study, folder, states = _open(arguments)
     logger.info("%s: %s; in %s", study.name, _counted(states), folder)

@@ -13,8 +13,8 @@ from nnunet_ssl.evaluation.gradients import ENCODER, FILE, PARTS, read_runs, sum
 from nnunet_ssl.evaluation.results import read_table
 from nnunet_ssl.evaluation.statistics import holm, paired_t, t_interval
 from nnunet_ssl.pages import markdown_table
+from nnunet_ssl.studies.places import pretrained, pretrained_encoder, results_of
 from nnunet_ssl.studies.running import read_record
-from nnunet_ssl.studies.stages import pretrained, pretrained_encoder, results_of
 from nnunet_ssl.studies.study import Experiment, Measurement, Study
 
 SECONDS = "seconds"

@@ -23,7 +23,8 @@ from typing import Any, Literal
 from nnunet_ssl.commands import last_line, run_command
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
-from nnunet_ssl.studies.stages import Stage, stages_of
+from nnunet_ssl.studies.stage import Stage
+from nnunet_ssl.studies.stages import stages_of
 from nnunet_ssl.studies.study import AnyRun, Study
 
 PAUSE_S = 5

@@ -13,7 +13,7 @@ import pandas as pd
 from nnunet_ssl.evaluation.segmentations import NAMES, RATES, scored
 from nnunet_ssl.evaluation.statistics import holm, mean_interval, paired_wilcoxon, rate_interval
 from nnunet_ssl.pages import markdown_table
-from nnunet_ssl.studies.stages import results_of
+from nnunet_ssl.studies.places import results_of
 from nnunet_ssl.studies.study import CLASSES, Experiment, Run, Study
 
 SIGNIFICANT = 0.05

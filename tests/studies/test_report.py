@@ -13,9 +13,9 @@ from nnunet_ssl.evaluation.results import write_json
 from nnunet_ssl.pages import markdown_table
 from nnunet_ssl.studies.encoder_tables import compare_figures, summarize_figures
 from nnunet_ssl.studies.figures import draw_fractions
+from nnunet_ssl.studies.places import results_of
 from nnunet_ssl.studies.report import collect
 from nnunet_ssl.studies.segmentation_tables import compare_rows, read_cases, summarize_cells
-from nnunet_ssl.studies.stages import results_of
 from nnunet_ssl.studies.study import Experiment, Run
 from nnunet_ssl.studies.study_file import study_from
 

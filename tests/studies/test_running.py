@@ -20,9 +20,12 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.studies import running
+from nnunet_ssl.studies.changes import refuse_changes
 from nnunet_ssl.studies.cli import study as command
+from nnunet_ssl.studies.places import pretrained
 from nnunet_ssl.studies.running import execute, execute_all, log_of, read_record, state_of
-from nnunet_ssl.studies.stages import NOTE, pretrained, refuse_changes, stages_of
+from nnunet_ssl.studies.stage import NOTE
+from nnunet_ssl.studies.stages import stages_of
 from nnunet_ssl.studies.study import Pretraining
 from nnunet_ssl.studies.study_file import study_from
 
