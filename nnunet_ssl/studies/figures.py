@@ -1,7 +1,10 @@
-"""The figures of a study: the sample-efficiency curve, and the heat map of arms by data set or modality."""
+"""The figures of a study: sample efficiency, arms by data set or modality, means with intervals, branches by depth."""
 
 from __future__ import annotations
 
+import itertools
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nnunet_ssl.evaluation.figures.style import PALETTE, figure
+from nnunet_ssl.evaluation.figures.style import PALETTE, QUIET, figure
+from nnunet_ssl.evaluation.gradients import PARTS
 from nnunet_ssl.evaluation.segmentations import NAMES
 from nnunet_ssl.studies.study import Experiment, Study
 
 MARKERS = ("o", "s", "^")
 """Of the arms up to the palette's length, of as many beyond, and so on."""
+ACROSS = 4
+"""Panels side by side."""
 
 
 def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, path: Path) -> None:
@@ -58,6 +64,61 @@ def draw_heat_map(means: pd.DataFrame, path: Path, title: str) -> None:
         axes.tick_params(length=0)
         axes.set_title(title)
         drawing.colorbar(image, label=f"difference from {means.index[0]}")
+
+
+def draw_intervals(table: pd.DataFrame, path: Path) -> None:
+    """Draw means with their intervals, a panel for each thing measured and a line for each arm or data set.
+
+    Args:
+        table: ``panel``, ``row``, ``mean``, ``low`` and ``high``; NaN where there is no interval.
+        path: of the figure.
+    """
+    panels, rows = (list(dict.fromkeys(table[column])) for column in ("panel", "row"))
+    height = -(-len(panels) // ACROSS)
+    with figure(path, (2.4 * min(len(panels), ACROSS) + 2.4, height * (0.26 * len(rows) + 0.9))) as drawing:
+        grid = drawing.subplots(height, min(len(panels), ACROSS), sharey=True, squeeze=False)
+        for axes, panel in itertools.zip_longest(grid.flat, panels):
+            if panel is None:
+                axes.set_visible(False)
+                continue
+            own = table[table["panel"] == panel]
+            places = [rows.index(row) for row in own["row"]]
+            reach = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
+            axes.axvline(own["mean"].iloc[0], color=QUIET, lw=0.8)
+            axes.errorbar(own["mean"], places, xerr=reach, fmt="o", ms=4, elinewidth=1, color=PALETTE[0])
+            axes.set_title("\n".join(textwrap.wrap(panel.replace("_", " "), 30)), fontsize=8)
+        grid[0, 0].set_yticks(range(len(rows)), rows)
+        grid[0, 0].invert_yaxis()
+
+
+def draw_dominance(labels: Mapping[str, str], gradients: pd.DataFrame, path: Path) -> None:
+    """Draw, over the whole training and by depth, how branches' gradients compare in size and in direction.
+
+    Args:
+        labels: of the arms, by name.
+        gradients: rows of :func:`nnunet_ssl.evaluation.gradients.summarise_seeds` with their arm.
+        path: of the figure.
+    """
+    whole = _rows(gradients, part=PARTS[0])
+    pairs, depths = (list(dict.fromkeys(whole[column])) for column in ("pair", "depth"))
+    arms = [arm for arm in labels if arm in set(whole["arm"])]
+    with figure(path, (4.2 * len(pairs) + 2.6, 6)) as drawing:
+        grid = drawing.subplots(2, len(pairs), sharex=True, squeeze=False)
+        for column, pair in zip(grid.T, pairs):
+            for place, arm in enumerate(arms):
+                nudge = (place - (len(arms) - 1) / 2) * 0.6 / len(arms)
+                style = {"color": PALETTE[place % len(PALETTE)], "fmt": "o", "ms": 4, "elinewidth": 1}
+                for axes, quantity in zip(column, ("ratio", "cosine")):
+                    own = _rows(whole, pair=pair, arm=arm, quantity=quantity)
+                    places = [depths.index(depth) + nudge for depth in own["depth"]]
+                    reach = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
+                    axes.errorbar(places, own["mean"], reach, label=labels[arm], **style)
+            column[0].axhline(1, color="grey", lw=0.8)
+            column[1].axhline(0, color="grey", lw=0.8)
+            column[0].set(title=f"norm of {pair.replace('/', ' over ')}", yscale="log")
+            column[1].set(title="cosine between them", xlabel="and by depth, finest first")
+            column[1].set_xticks(range(len(depths)), ["whole encoder", *depths[1:]])
+        grid[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw_published(axes: Axes, experiment: Experiment, dataset: str, arm: str, colour: str) -> None:

@@ -21,6 +21,7 @@ from nnunet_ssl.studies.encoder_tables import (
     summarize_figures,
 )
 from nnunet_ssl.studies.segmentation_tables import (
+    cell_intervals,
     compare_rows,
     heat_map,
     read_cases,
@@ -53,6 +54,7 @@ def collect(study: Study, folder: Path) -> Path:
             gradients = read_gradients(study, experiment, folder)
             text += gradient_tables(study, experiment, gradients)
             write_csv(gradients, out / f"{name}.csv")
+            text += _gradient_picture(study, name, experiment, gradients, out)
         else:
             text += _figures(study, name, experiment, folder, out)
     with written_beside(out / "report.md") as temporary:
@@ -68,7 +70,7 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _segmentation(study: Study, name: str, experiment: Experiment, cases: pd.DataFrame, out: Path) -> list[str]:
-    from nnunet_ssl.studies.figures import draw_fractions, draw_heat_map
+    from nnunet_ssl.studies.figures import draw_fractions, draw_heat_map, draw_intervals
 
     summary, tests = summarize_cells(study, experiment, cases), compare_rows(study, experiment, cases)
     write_csv(summary, out / f"{name}.csv")
@@ -82,13 +84,39 @@ def _segmentation(study: Study, name: str, experiment: Experiment, cases: pd.Dat
         pictures.append(out / f"{name}_modalities.png")
         title = f"{NAMES[experiment.metrics[0]]} at {max(experiment.fractions)} % of the training subjects"
         draw_heat_map(heat_map(study, experiment, summary), pictures[-1], title)
-    return text + [line for path in pictures for line in (f"![{experiment.title}]({path.name})", "")]
+    if len(summary) and len(experiment.fractions) == 1:
+        pictures.append(out / f"{name}_intervals.png")
+        draw_intervals(cell_intervals(study, experiment, summary), pictures[-1])
+    return text + [line for path in pictures for line in _picture(experiment, path)]
 
 
 def _figures(study: Study, name: str, experiment: Experiment, folder: Path, out: Path) -> list[str]:
+    from nnunet_ssl.studies.figures import draw_intervals
+
     figures = read_figures(study, experiment, folder)
     summary, tests = summarize_figures(figures), compare_figures(experiment, figures)
     write_csv(figures, out / f"{name}_seeds.csv")
     write_csv(summary, out / f"{name}.csv")
     write_csv(tests, out / f"{name}_tests.csv")
-    return figure_tables(study, experiment, summary, tests)
+    text = figure_tables(study, experiment, summary, tests)
+    if not len(summary):
+        return text
+    table = summary.rename(columns={"figure": "panel"})
+    draw_intervals(
+        table.assign(row=[study.arms[arm].label for arm in table["arm"]]), picture := out / f"{name}_intervals.png"
+    )
+    return [*text, *_picture(experiment, picture)]
+
+
+def _gradient_picture(study: Study, name: str, experiment: Experiment, gradients: pd.DataFrame, out: Path) -> list[str]:
+    from nnunet_ssl.studies.figures import draw_dominance
+
+    if not len(gradients):
+        return []
+    picture = out / f"{name}.png"
+    draw_dominance({arm: study.arms[arm].label for arm in experiment.arms}, gradients, picture)
+    return _picture(experiment, picture)
+
+
+def _picture(experiment: Experiment, path: Path) -> list[str]:
+    return [f"![{experiment.title}]({path.name})", ""]

@@ -126,6 +126,19 @@ def heat_map(study: Study, experiment: Experiment, summary: pd.DataFrame) -> pd.
     )
 
 
+def cell_intervals(study: Study, experiment: Experiment, summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the first metric, mean, low and high, by the label of the column (``panel``) and that of the ``row``."""
+    cells = _by_cell(summary[summary["metric"] == experiment.metrics[0]])
+    entries = [
+        {"panel": column_label(study, experiment, column), "row": row_label(study, experiment, row)}
+        | {key: cells[cell][key] for key in ("mean", "low", "high")}
+        for column in columns_of(study, experiment, list(cells))
+        for row in rows_of(experiment)
+        if (cell := column.at(experiment, row)) in cells
+    ]
+    return pd.DataFrame(entries)
+
+
 def rows_of(experiment: Experiment) -> tuple[str, ...]:
     """The names of a table's rows."""
     return experiment.arms if experiment.down == "arms" else experiment.datasets

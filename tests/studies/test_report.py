@@ -4,15 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.axes import Axes
 from scipy import stats
 
 from nnunet_ssl.evaluation.alignment import measure_alignment
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.figures.style import PALETTE
+from nnunet_ssl.evaluation.gradients import PARTS
 from nnunet_ssl.evaluation.results import write_json
 from nnunet_ssl.pages import markdown_table
 from nnunet_ssl.studies.encoder_tables import compare_figures, summarize_figures
-from nnunet_ssl.studies.figures import draw_fractions
+from nnunet_ssl.studies.figures import draw_dominance, draw_fractions
 from nnunet_ssl.studies.places import results_of
 from nnunet_ssl.studies.report import collect
 from nnunet_ssl.studies.segmentation_tables import compare_rows, read_cases, summarize_cells
@@ -189,7 +191,7 @@ def test_the_report_has_tables_tests_and_figures_beside_what_is_published(result
     assert "| MCL | 0.0200 +- 0.0100 [0.0200, 0.0200] | 0.0066 +- 0.0104 |" in text
     assert "| CL | - |  | - | - | - |" in tables, "not measured yet"
     assert "ATLAS 100 %: 40 cases, 2 run(s) per arm" in text
-    for name in ("fractions_fractions.png", "modalities_modalities.png"):
+    for name in ("fractions_fractions.png", "modalities_modalities.png", "modalities_intervals.png"):
         assert f"({name})" in text
         assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
     for name in ("cases", "fractions", "fractions_tests", "modalities", "alignment"):
@@ -206,6 +208,32 @@ def test_more_arms_than_colours_are_drawn(tmp_path):
     rows = [figures | {"arm": name, "fraction": fraction} for name in names for fraction in (100, 50)]
     draw_fractions(many, many.experiments["fractions"], pd.DataFrame(rows), tmp_path / "many.png")
     assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("n_runs", [1, 5])
+def test_dominance_is_drawn_at_the_values_with_and_without_intervals(tmp_path, monkeypatch, n_runs):
+    rows = [
+        {"depth": depth, "pair": pair, "part": part, "quantity": quantity, "arm": arm, "mean": 0.5, "n_runs": n_runs}
+        | ({"low": np.nan, "high": np.nan} if n_runs == 1 else {"low": 0.4, "high": 0.7})
+        for depth in ("encoder", "stage1")
+        for pair in ("contrastive/masked", "contrastive/lesions")
+        for part in PARTS
+        for quantity in ("ratio", "cosine", "opposed")
+        for arm in ("one", "two")
+    ]
+    drawn, errorbar = [], Axes.errorbar
+
+    def noted(axes, x, y, reach, **style):
+        drawn.append((list(x), list(y), reach.T))
+        return errorbar(axes, x, y, reach, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", noted)
+    labels = {"one": "One", "two": "Two", "three": "not measured yet"}
+    draw_dominance(labels, pd.DataFrame(rows), tmp_path / "dominance.png")
+    assert (tmp_path / "dominance.png").read_bytes().startswith(b"\x89PNG")
+    assert len(drawn) == 2 * 2 * 2, "pairs, quantities, arms"
+    assert all(list(y) == [0.5, 0.5] for _, y, _ in drawn)
+    np.testing.assert_allclose([reach for _, _, reach in drawn], np.nan if n_runs == 1 else [[[0.1, 0.2]] * 2] * 8)
 
 
 def test_a_study_that_has_not_begun_makes_an_empty_report(tmp_path):

@@ -754,6 +754,7 @@ def test_figures_are_collected_over_seeds_and_arms_compared_seed_by_seed(making,
     assert "| arm | validation/error/t1 |" in report and "| warm | 0.4 [0.4, 0.4] |" in report
     assert "warm - mcl | R2 | +0 [+0, +0] | 1 | 1" in report
     assert "synthetic" in report
+    assert "(age_intervals.png)" in report and "(course_intervals.png)" in report
 
 
 def test_full_size_is_a_study_of_its_own_on_the_users_data(making, calls, monkeypatch):

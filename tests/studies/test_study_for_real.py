@@ -128,6 +128,7 @@ def test_a_study_that_makes_its_own_brains_answers_from_the_scans_to_the_report(
     gradients = pd.read_csv(folder / "report" / "dominance.csv")
     assert set(gradients["arm"]) == {"mcl_mim", "equal"} and set(gradients["n_runs"]) <= {1, 2}
     assert {"encoder", "embedding", "stage1"} <= set(gradients["depth"])
+    assert {path.name for path in (folder / "report").glob("*.png")} >= {"dominance.png", "group_intervals.png"}
     encoders = [path.read_bytes() for path in sorted(folder.rglob("encoder.safetensors"))]
     assert len(encoders) == len(set(encoders)) == 4, "arms and seeds are pre-trained each by itself"
     tissue = pd.read_csv(folder / "report" / "tissue.csv")
