@@ -19,6 +19,9 @@ PATIENCE_S = 30
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """Variables by which glibc keeps the memory that PyTorch gives back at every layer, up to 16 GiB. Otherwise a network
 that computes on a CPU waits for fresh pages half of its time (docs/performance.md)."""
+SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Variables by which threads sleep while they wait for each other, for programs that share a CPU. nnU-Net takes a
+thread for every core, whatever OMP_NUM_THREADS says; threads that wait by spinning hold up those for whom they wait."""
 
 
 def find_program(name: str) -> str:

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ssl.commands import KEPT_MEMORY
+from nnunet_ssl.commands import KEPT_MEMORY, SHARED_CORES
 
 pytest_plugins = ["corpora"]
 
 # Before torch is imported, and for the commands that tests start: with two test processes on two cores, more threads
 # only get in each other's way; the allocator's thresholds make convolutions on a CPU about twice as fast.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name, value in KEPT_MEMORY.items():
+for name, value in (KEPT_MEMORY | SHARED_CORES).items():
     os.environ.setdefault(name, value)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_compile", "f")
 os.environ.setdefault("nnUNet_def_n_proc", "2")  # processes that import PyTorch, to write a small file each
 

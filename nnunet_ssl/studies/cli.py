@@ -69,7 +69,7 @@ def study() -> None:
 
 def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
     """Read the study, its folder and how its runs stand."""
-    from nnunet_ssl.commands import KEPT_MEMORY
+    from nnunet_ssl.commands import KEPT_MEMORY, SHARED_CORES
     from nnunet_ssl.nnunet_folders import folder_of
     from nnunet_ssl.studies.changes import refuse_changes
     from nnunet_ssl.studies.places import own_nnunet_folders
@@ -82,7 +82,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Study, Path, States]:
         if os.environ.pop(name, None) is not None:
             logger.warning("%s is set here and not used: a study names settings and checkpoints itself.", name)
     if arguments.device == "cpu":
-        for name, value in KEPT_MEMORY.items():
+        for name, value in (KEPT_MEMORY | SHARED_CORES).items():
             os.environ.setdefault(name, value)
     study = read_study(arguments.study, full=arguments.full)
     folder = (arguments.o or folder_of("nnUNet_results") / "studies" / study.name).absolute()
@@ -126,6 +126,9 @@ def _run(arguments: argparse.Namespace) -> None:
     dropped = [run.id for run, state in states.items() if state.kind in ("missing", "outdated")]
     if dropped and arguments.executor == "local":
         raise UserError(f"Another runner began and did not finish {', '.join(dropped)}. Call this again.")
+    same = (f"-o {shlex.quote(str(arguments.o))}" if arguments.o else "", "--full" if arguments.full else "")
+    collect = " ".join(["nnssl_study collect", shlex.quote(arguments.study), *filter(None, same)])
+    logger.info("%s: %s. Tables and figures: %s", study.name, _counted(states), collect)
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -558,7 +558,7 @@ def making(tmp_path, nnunet_folders, programs, monkeypatch):
     return run
 
 
-def test_a_study_makes_its_data_then_pre_trains_every_arm_and_seed_then_measures(making, calls):
+def test_a_study_makes_its_data_then_pre_trains_every_arm_and_seed_then_measures(making, calls, capsys):
     folder = making("run")
     made = calls()
     assert made[:2] == ["maker a settings= checkpoint=", f"maker {folder}/work/b settings= checkpoint="]
@@ -570,8 +570,10 @@ def test_a_study_makes_its_data_then_pre_trains_every_arm_and_seed_then_measures
     assert len(measured) == 6
     encoder = folder / "pretrained" / "Dataset500_Made" / "warm_seed1" / "encoder.safetensors"
     assert f"nnssl_evaluate probe --checkpoint {encoder} -d 500 --target age -device cpu" in measured[-1]
+    capsys.readouterr()
     making("run")
     assert calls() == [], "nothing is made twice"
+    assert "11 finished. Tables and figures: nnssl_study collect " in capsys.readouterr().out
 
 
 def test_what_was_made_by_halves_is_made_from_there(making, calls, monkeypatch):
@@ -735,15 +737,14 @@ def test_outdated_scores_are_not_collected_and_gone_when_they_cannot_be_made_ane
     assert list(folder.rglob("lesions.json")) == []
 
 
-def test_commands_on_a_cpu_keep_their_memory(making, calls, tmp_path, monkeypatch, programs):
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+def test_commands_on_a_cpu_keep_their_memory_and_share_the_cores(making, calls, tmp_path, monkeypatch, programs):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "7")
-    maker = programs / "maker"
-    maker.write_text(
-        f'#!/bin/sh\necho "$MALLOC_TRIM_THRESHOLD_ $MALLOC_MMAP_THRESHOLD_" > {tmp_path}/seen\n' + PROGRAMS.read_text()
-    )
+    seen = f'echo "$OMP_WAIT_POLICY $MALLOC_TRIM_THRESHOLD_ $MALLOC_MMAP_THRESHOLD_" > {tmp_path}/seen'
+    (programs / "maker").write_text(f"#!/bin/sh\n{seen}\n{PROGRAMS.read_text()}")
     making("run")
-    assert (tmp_path / "seen").read_text() == f"{2**34} 7\n", "what a user has set stays"
+    assert (tmp_path / "seen").read_text() == f"PASSIVE {2**34} 7\n", "what a user has set stays"
 
 
 def test_figures_are_collected_over_seeds_and_arms_compared_seed_by_seed(making, calls, capsys):
