@@ -10,6 +10,7 @@ import os
 import shlex
 from pathlib import Path
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.nnunet_folders import dataset_folder
 from nnunet_ssl.studies.places import results_of
 from nnunet_ssl.studies.segmentation import segmentation
@@ -27,11 +28,14 @@ def stages_of(run: AnyRun, study: Study, folder: Path, device: str) -> list[Stag
         device: cpu, cuda or mps.
 
     Raises:
-        UserError: the data set is not prepared, or the arm has no checkpoint yet.
+        UserError: the study's data are not all made, the data set is not prepared, or the arm has no checkpoint yet.
     """
+    if isinstance(run, Making):
+        return making(run, folder)
+    for data in study.makings:  # half of a data set looks like a whole one
+        if not all(stage.is_done() for stage in making(data, folder)):
+            raise UserError(f"The data are made first: {data.id}.")
     match run:
-        case Making():
-            return making(run, folder)
         case Pretraining():
             return [_pretraining(run, folder, device)]
         case Measurement():

@@ -216,12 +216,16 @@ class Study:
     experiments: dict[str, Experiment] = field(default_factory=dict)
     slurm: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def makings(self) -> list[Making]:
+        """What makes the study's own data."""
+        return [Making(name=name, commands=commands) for name, commands in self.synthetic.items()]
+
     def runs(self) -> list[AnyRun]:
         """Every run once, though experiments may share it: data, then pre-trainings; first folds and seeds first."""
-        making: list[AnyRun] = [Making(name=name, commands=commands) for name, commands in self.synthetic.items()]
         listed = [(place, run) for experiment in self.experiments.values() for place, run in self._runs_of(experiment)]
         ordered = [run for _, run in sorted(listed, key=lambda item: (item[0], not isinstance(item[1], Pretraining)))]
-        return making + list(dict.fromkeys(ordered))
+        return [*self.makings, *dict.fromkeys(ordered)]
 
     def runs_of(self, experiment: Experiment) -> list[AnyRun]:
         """The runs of one experiment, shared ones included."""

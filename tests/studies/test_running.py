@@ -588,6 +588,20 @@ def test_what_was_made_by_halves_is_made_from_there(making, calls, monkeypatch):
     ]
 
 
+def test_nothing_begins_on_data_that_are_half_made(making, calls, monkeypatch):
+    """The folder is there from the first command on."""
+    (folder_of("nnUNet_preprocessed") / "Dataset500_Made").mkdir()
+    monkeypatch.setenv("FAKE_FAILS", "maker*/b*")
+    with pytest.raises(SystemExit, match="1 runs failed: make__corpus"):
+        making("run")
+    assert [line.split()[0] for line in calls()] == ["maker", "maker"]
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        making("run", text=MAKING.replace("corpus: [maker", "other: [maker c], corpus: [maker"))
+    assert {line.split()[0] for line in calls()} == {"maker"}, (
+        "the other data set is none of theirs, for all one can tell"
+    )
+
+
 def test_looking_at_a_study_that_makes_its_data_leaves_nothing(making, nnunet_folders):
     folder = making("status")
     making("run", "--dry_run")
