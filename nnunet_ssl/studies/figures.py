@@ -66,12 +66,13 @@ def draw_heat_map(means: pd.DataFrame, path: Path, title: str) -> None:
         drawing.colorbar(image, label=f"difference from {means.index[0]}")
 
 
-def draw_intervals(table: pd.DataFrame, path: Path) -> None:
-    """Draw means with their intervals, a panel for each thing measured and a line for each arm or data set.
+def draw_intervals(table: pd.DataFrame, path: Path, *, reference: float | None = None) -> None:
+    """Draw means, or differences of means, with their intervals: a panel for each thing measured, a line for each row.
 
     Args:
         table: ``panel``, ``row``, ``mean``, ``low`` and ``high``; NaN where there is no interval.
         path: of the figure.
+        reference: where the grey line is; None for the mean of a panel's first row.
     """
     panels, rows = (list(dict.fromkeys(table[column])) for column in ("panel", "row"))
     height = -(-len(panels) // ACROSS)
@@ -84,7 +85,7 @@ def draw_intervals(table: pd.DataFrame, path: Path) -> None:
             own = table[table["panel"] == panel]
             places = [rows.index(row) for row in own["row"]]
             reach = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
-            axes.axvline(own["mean"].iloc[0], color=QUIET, lw=0.8)
+            axes.axvline(own["mean"].iloc[0] if reference is None else reference, color=QUIET, lw=0.8)
             axes.errorbar(own["mean"], places, xerr=reach, fmt="o", ms=4, elinewidth=1, color=PALETTE[0])
             axes.set_title("\n".join(textwrap.wrap(panel.replace("_", " "), 30)), fontsize=8)
         grid[0, 0].set_yticks(range(len(rows)), rows)

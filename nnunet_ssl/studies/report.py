@@ -23,6 +23,7 @@ from nnunet_ssl.studies.encoder_tables import (
 from nnunet_ssl.studies.segmentation_tables import (
     cell_intervals,
     compare_rows,
+    difference_intervals,
     heat_map,
     read_cases,
     segmentation_tables,
@@ -87,6 +88,9 @@ def _segmentation(study: Study, name: str, experiment: Experiment, cases: pd.Dat
     if len(summary) and len(experiment.fractions) == 1:
         pictures.append(out / f"{name}_intervals.png")
         draw_intervals(cell_intervals(study, experiment, summary), pictures[-1])
+    if len(tests):
+        pictures.append(out / f"{name}_differences.png")
+        draw_intervals(difference_intervals(study, experiment, tests), pictures[-1], reference=0)
     return text + [line for path in pictures for line in _picture(experiment, path)]
 
 

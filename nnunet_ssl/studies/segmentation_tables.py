@@ -139,6 +139,14 @@ def cell_intervals(study: Study, experiment: Experiment, summary: pd.DataFrame) 
     return pd.DataFrame(entries)
 
 
+def difference_intervals(study: Study, experiment: Experiment, tests: pd.DataFrame) -> pd.DataFrame:
+    """Return the tested differences, low and high, by the label of the column (``panel``) and of the pair (``row``)."""
+    labels = [_test_labels(study, experiment, test) for test in tests.to_dict("records")]
+    return tests.rename(columns={"difference": "mean"}).assign(
+        row=[pair for pair, _ in labels], panel=[column for _, column in labels]
+    )
+
+
 def rows_of(experiment: Experiment) -> tuple[str, ...]:
     """The names of a table's rows."""
     return experiment.arms if experiment.down == "arms" else experiment.datasets
@@ -265,12 +273,9 @@ def _test_table(study: Study, experiment: Experiment, tests: pd.DataFrame) -> li
         return []
     rows = []
     for test in tests.to_dict("records"):
-        cell = Cell(*(test[name] for name in Cell._fields))
-        row = cell.arm if experiment.down == "arms" else cell.dataset
         rows.append(
             [
-                f"{row_label(study, experiment, row)} - {row_label(study, experiment, test['against'])}",
-                column_label(study, experiment, cell),
+                *_test_labels(study, experiment, test),
                 f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}]",
                 str(test["n_cases"]),
                 f"{test['p']:.2g}",
@@ -281,6 +286,14 @@ def _test_table(study: Study, experiment: Experiment, tests: pd.DataFrame) -> li
     header = [rows_are, columns_are, f"difference in {NAMES[experiment.metrics[0]]}", "cases", "p", "p (Holm)"]
     note = f"Wilcoxon's signed-rank test on cases; Holm's correction over these {len(rows)} tests."
     return [*markdown_table(header, rows), note, ""]
+
+
+def _test_labels(study: Study, experiment: Experiment, test: Row) -> tuple[str, str]:
+    """Name what is compared, and the column where."""
+    cell = Cell(*(test[name] for name in Cell._fields))
+    row = cell.arm if experiment.down == "arms" else cell.dataset
+    pair = f"{row_label(study, experiment, row)} - {row_label(study, experiment, test['against'])}"
+    return pair, column_label(study, experiment, cell)
 
 
 def _significant(experiment: Experiment, tests: pd.DataFrame) -> set[Cell]:

@@ -191,7 +191,12 @@ def test_the_report_has_tables_tests_and_figures_beside_what_is_published(result
     assert "| MCL | 0.0200 +- 0.0100 [0.0200, 0.0200] | 0.0066 +- 0.0104 |" in text
     assert "| CL | - |  | - | - | - |" in tables, "not measured yet"
     assert "ATLAS 100 %: 40 cases, 2 run(s) per arm" in text
-    for name in ("fractions_fractions.png", "modalities_modalities.png", "modalities_intervals.png"):
+    for name in (
+        "fractions_fractions.png",
+        "modalities_modalities.png",
+        "modalities_intervals.png",
+        "modalities_differences.png",
+    ):
         assert f"({name})" in text
         assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
     for name in ("cases", "fractions", "fractions_tests", "modalities", "alignment"):
