@@ -87,6 +87,7 @@ def draw_intervals(table: pd.DataFrame, path: Path, *, reference: float | None =
             reach = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
             axes.axvline(own["mean"].iloc[0] if reference is None else reference, color=QUIET, lw=0.8)
             axes.errorbar(own["mean"], places, xerr=reach, fmt="o", ms=4, elinewidth=1, color=PALETTE[0])
+            axes.locator_params(axis="x", nbins=4)
             axes.set_title("\n".join(textwrap.wrap(panel.replace("_", " "), 30)), fontsize=8)
         grid[0, 0].set_yticks(range(len(rows)), rows)
         grid[0, 0].invert_yaxis()
