@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from nnunet_ssl.evaluation.figures.style import PALETTE, QUIET, figure
-from nnunet_ssl.evaluation.gradients import PARTS
+from nnunet_ssl.evaluation.gradients import ENCODER, PARTS
 from nnunet_ssl.evaluation.segmentations import NAMES
 from nnunet_ssl.studies.study import Experiment, Study
 
@@ -33,11 +33,12 @@ def draw_fractions(study: Study, experiment: Experiment, summary: pd.DataFrame, 
             for place, arm in enumerate(experiment.arms):
                 curve = rows[rows["arm"] == arm].sort_values("fraction")
                 nudge = (place - (len(experiment.arms) - 1) / 2) * 0.8
-                reach = np.abs(curve[["low", "high"]].to_numpy().T - curve["mean"].to_numpy())
                 repeat, place_of_colour = divmod(place, len(PALETTE))
                 colour, marker = PALETTE[place_of_colour], MARKERS[repeat % len(MARKERS)]
                 style = {"color": colour, "marker": marker, "ms": 4, "lw": 1.5, "elinewidth": 0.7}
-                axes.errorbar(curve["fraction"] + nudge, curve["mean"], reach, label=study.arms[arm].label, **style)
+                axes.errorbar(
+                    curve["fraction"] + nudge, curve["mean"], _reach(curve), label=study.arms[arm].label, **style
+                )
                 _draw_published(axes, experiment, dataset, arm, colour)
             axes.set_xticks(sorted(experiment.fractions))
             axes.set(title=_title(study, dataset, part), xlabel="training subjects (%)", ylabel=NAMES[metric])
@@ -84,9 +85,8 @@ def draw_intervals(table: pd.DataFrame, path: Path, *, reference: float | None =
                 continue
             own = table[table["panel"] == panel]
             places = [rows.index(row) for row in own["row"]]
-            reach = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
             axes.axvline(own["mean"].iloc[0] if reference is None else reference, color=QUIET, lw=0.8)
-            axes.errorbar(own["mean"], places, xerr=reach, fmt="o", ms=4, elinewidth=1, color=PALETTE[0])
+            axes.errorbar(own["mean"], places, xerr=_reach(own), fmt="o", ms=4, elinewidth=1, color=PALETTE[0])
             axes.locator_params(axis="x", nbins=4)
             axes.set_title("\n".join(textwrap.wrap(panel.replace("_", " "), 30)), fontsize=8)
         grid[0, 0].set_yticks(range(len(rows)), rows)
@@ -113,14 +113,20 @@ def draw_dominance(labels: Mapping[str, str], gradients: pd.DataFrame, path: Pat
                 for axes, quantity in zip(column, ("ratio", "cosine")):
                     own = _rows(whole, pair=pair, arm=arm, quantity=quantity)
                     places = [depths.index(depth) + nudge for depth in own["depth"]]
-                    reach = np.abs(own[["low", "high"]].to_numpy().T - own["mean"].to_numpy())
-                    axes.errorbar(places, own["mean"], reach, label=labels[arm], **style)
+                    axes.errorbar(places, own["mean"], _reach(own), label=labels[arm], **style)
             column[0].axhline(1, color="grey", lw=0.8)
             column[1].axhline(0, color="grey", lw=0.8)
             column[0].set(title=f"norm of {pair.replace('/', ' over ')}", yscale="log")
             column[1].set(title="cosine between them", xlabel="and by depth, finest first")
-            column[1].set_xticks(range(len(depths)), ["whole encoder", *depths[1:]])
+            column[1].set_xticks(
+                range(len(depths)), ["whole encoder" if depth == ENCODER else depth for depth in depths]
+            )
         grid[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _reach(table: pd.DataFrame) -> np.ndarray:
+    """How far intervals go below and above their means: (2, rows), as matplotlib wants it."""
+    return np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy())
 
 
 def _draw_published(axes: Axes, experiment: Experiment, dataset: str, arm: str, colour: str) -> None:

@@ -32,9 +32,7 @@ examples:
     parser.add_argument(
         "-o", type=Path, metavar="FOLDER", help="write lesions.json, .tsv and .png here (default: FOLDER of -pred)"
     )
-    parser.add_argument(
-        "--preset", choices=("isles", "isles26", "atlas", "fcd"), default="isles", help="(default: isles)"
-    )
+    _add_preset(parser)
     parser.add_argument(
         "-prob",
         type=Path,
@@ -47,6 +45,12 @@ examples:
     parser.add_argument("--chill", action="store_true", help="compare only the cases that were predicted")
     parser.add_argument("-np", type=positive, default=1, metavar="N", help="processes (default: 1)")
     add_json(parser)
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", choices=("isles", "isles26", "atlas", "fcd"), default="isles", help="(default: isles)"
+    )
 
 
 def _lesions(arguments: argparse.Namespace) -> None:
@@ -132,9 +136,7 @@ examples:
         "--specialists", type=Path, nargs="+", default=[], metavar="FOLDER", help="models of some of the channels"
     )
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to average (default: those that are finished)")
-    parser.add_argument(
-        "--preset", choices=("isles", "isles26", "atlas", "fcd"), default="isles", help="(default: isles)"
-    )
+    _add_preset(parser)
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="predictions, missing.json, .tsv, .png")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring")
     parser.add_argument("-npp", type=int, default=0, metavar="N", help="processes for preprocessing (default: 0)")
