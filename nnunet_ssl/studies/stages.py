@@ -30,12 +30,14 @@ def stages_of(run: AnyRun, study: Study, folder: Path, device: str) -> list[Stag
     Raises:
         UserError: the study's data are not all made, the data set is not prepared, or the arm has no checkpoint yet.
     """
-    if isinstance(run, Making):
-        return making(run, folder)
-    for data in study.makings:  # half of a data set looks like a whole one
+    for data in study.makings:  # in their order, and whole: half of a data set looks like a whole one
+        if data == run:
+            break
         if not all(stage.is_done() for stage in making(data, folder)):
             raise UserError(f"The data are made first: {data.id}.")
     match run:
+        case Making():
+            return making(run, folder)
         case Pretraining():
             return [_pretraining(run, folder, device)]
         case Measurement():

@@ -198,8 +198,8 @@ class Study:
         prediction: further options of ``nnUNetv2_predict``.
         corpus: data set of the study's pre-trainings.
         voxel_mm: of synthetic data, which their commands call ``$voxel_mm``.
-        synthetic: commands by the data set that they make. nnU-Net's folders, ``$nnUNet_raw`` and the others, are then
-            within the study's own, and ``$work`` is another one there.
+        synthetic: commands by the data set that they make, one after another. nnU-Net's folders, ``$nnUNet_raw`` and
+            the others, are then within the study's own, and ``$work`` is another one there.
     """
 
     name: str
@@ -218,7 +218,7 @@ class Study:
 
     @property
     def makings(self) -> list[Making]:
-        """What makes the study's own data."""
+        """What makes the study's own data, one after another: later ones may need what earlier ones made."""
         return [Making(name=name, commands=commands) for name, commands in self.synthetic.items()]
 
     def runs(self) -> list[AnyRun]:

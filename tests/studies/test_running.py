@@ -602,6 +602,19 @@ def test_nothing_begins_on_data_that_are_half_made(making, calls, monkeypatch):
     )
 
 
+def test_data_are_made_one_after_another_by_however_many_runners(making, calls, nnunet_folders):
+    """Later data may need earlier ones, as preprocessing needs what was converted."""
+    text = MAKING.replace("maker $work/b]}", "maker $work/b], plans: [maker plans]}")
+    study, folder = study_from(yaml.safe_load(text)), nnunet_folders["nnUNet_results"] / "studies" / "making"
+    corpus, plans = study.makings
+    with running._locked(folder / "runs" / f"{corpus.id}.lock"):  # another runner
+        states = [state_of(run, study, folder, "cpu") for run in study.runs()]
+        assert [state.kind for state in states] == ["running", *["waiting"] * 11]
+        assert {state.detail for state in states[1:]} == {"The data are made first: make__corpus."}
+    making("run", text=text)
+    assert [line.split()[1] for line in calls() if line.startswith("maker")][-1] == plans.name
+
+
 def test_looking_at_a_study_that_makes_its_data_leaves_nothing(making, nnunet_folders):
     folder = making("status")
     making("run", "--dry_run")
@@ -798,8 +811,8 @@ def test_a_second_runner_waits_for_what_the_first_one_makes(making, nnunet_folde
         with running._locked(folder / "runs" / f"{first.id}.lock"):
             begun.set()
             assert waits.wait(60)
-        if not killed:
-            assert execute(first, study, folder, "cpu") == "finished"
+            for stage in () if killed else stages_of(first, study, folder, "cpu"):
+                assert running._run_stage(stage, log_of(folder, first), ()) is None
 
     def pause(seconds):
         waits.set()
