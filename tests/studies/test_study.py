@@ -61,12 +61,14 @@ def test_the_shipped_study_quotes_the_paper():
     assert experiments["alignment"].published.values == {"cl": [0.5995, 0.1576], "mcl": [0.0066, 0.0104]}
 
 
-def test_the_shipped_recipes_change_one_setting_each_and_all_take_as_many_steps():
+def test_the_shipped_recipes_change_one_setting_each_and_take_as_many_steps_as_their_peers():
     study = read_study("recipes")
     lengths = {"steps": 500, "epoch_steps": 100}
     taken = {run.arm: run.settings for run in study.runs() if isinstance(run, Run)}
     assert taken.pop("nnunet") == ""
     own = {name: Settings().updated(settings) for name, settings in taken.items()}
+    as_nnunet = [own.pop(name) for name in ("resenc", "resenc_scratch")]
+    assert as_nnunet[0] == as_nnunet[1] and as_nnunet[0].steps == 250, "of one epoch of nnU-Net's"
     assert all({key: getattr(one, key) for key in lengths} == lengths for one in own.values())
     assert nnUNetTrainer_1epoch.__name__ == study.arms["nnunet"].trainer
     alone = [one for one in own.values() if one.recipe == "paper"]
