@@ -22,7 +22,7 @@ import importlib.util
 import subprocess
 import sys
 
-SOURCE = "nnunet_ssl[demo]"  # or the path of a clone, or git+https://... of one
+SOURCE = "..[demo]"  # a clone, in whose examples/ this lies; or "nnunet_ssl[demo] @ git+https://..."
 if importlib.util.find_spec("nnunet_ssl") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 

@@ -36,7 +36,7 @@ examples:
   python -m nnunet_ssl.phantom atlas ATLAS_2 -n 12 --n_test 3 --voxel_mm 2.5
   python -m nnunet_ssl.phantom isles ISLES-2022 -n 24 --rater flair --truth truth
   python -m nnunet_ssl.phantom fomo FOMO60K -n 60 --modalities t1 flair dwi --clean
-  python -m nnunet_ssl.phantom tissue $nnUNet_raw/Dataset510_TissueT1 -n 24 --modalities t1
+  python -m nnunet_ssl.phantom tissue $nnUNet_raw/Dataset541_TissueT1 -n 24 --modalities t1
 """,
     )
     parser.add_argument(

@@ -22,7 +22,7 @@ def add_lesions(commands: Subcommands) -> None:
         "How well predicted lesion masks agree with their references.",
         """\
 examples:
-  nnssl_evaluate lesions -ref $nnUNet_raw/Dataset501_ATLASv2/labelsTs -pred predictions --preset atlas
+  nnssl_evaluate lesions -ref $nnUNet_raw/Dataset502_ISLES2022/labelsTs -pred predictions --preset isles
   nnssl_evaluate lesions -ref labelsTr -pred fold_0/validation --chill -np 8 -o lesions_fold_0 --json
   nnssl_evaluate lesions -ref labelsTr -pred fold_0/validation --chill --preset isles26
 """,
