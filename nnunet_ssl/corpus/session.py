@@ -294,6 +294,7 @@ class _Session:
             raise BadScan(f"its foreground is thinner than a voxel of {configuration.spacing} mm")
         image = configuration.resampling_fn_data(image[None], shape, *spacings)
         foreground = configuration.resampling_fn_seg(foreground[None], shape, *spacings).astype(np.int8, copy=False)
+        image[foreground < 0] = 0  # the spline rings some voxels beyond the edge
         return to_half(image) if self.options["dtype"] == "float16" else image.astype(np.float32), foreground
 
 

@@ -35,10 +35,23 @@ def test_a_stored_scan_is_what_nnunets_own_steps_give(prepare, source, write_sca
     expected[brain] = (expected[brain] - expected[brain].mean()) / expected[brain].std()
     plans = PlansManager(str(corpus.folder.parent / "nnUNetSSLPlans.json"))
     shape = [round(size * step) for size, step in zip(image.shape, properties["spacing"])]
-    expected = plans.get_configuration("3d_fullres").resampling_fn_data(
-        expected[None], shape, properties["spacing"], [1.0] * 3
-    )
-    np.testing.assert_allclose(stored(corpus, "t1"), expected[0], atol=1e-4)
+    configuration = plans.get_configuration("3d_fullres")
+    expected = configuration.resampling_fn_data(expected[None], shape, properties["spacing"], [1.0] * 3)
+    outside = configuration.resampling_fn_seg(np.where(brain, 0, -1)[None], shape, properties["spacing"], [1.0] * 3) < 0
+    np.testing.assert_allclose(stored(corpus, "t1"), np.where(outside, 0, expected)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", [0.8, 1.1, 2.0, (1.0, 1.0, 4.0)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_outside_the_foreground_a_stored_scan_is_zero(prepare, source, write_scan, spacing, dtype):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz", spacing=spacing, shape=(60, 62, 58))
+    prepare(dtype=dtype)
+    corpus = open_corpus(500)
+    dataset = infer_dataset_class(str(corpus.folder))(str(corpus.folder))
+    data, segmentation, _, _ = dataset.load_case(dataset.identifiers[0])
+    outside = np.asarray(segmentation[:]) < 0
+    assert outside.any() and np.abs(np.asarray(data[:])[~outside]).max() > 0.5
+    assert not np.asarray(data[:])[outside].any()
 
 
 def test_orientation_is_ras_in_nnunets_order_of_axes(prepare, source, write_scan):
