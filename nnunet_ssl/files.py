@@ -1,11 +1,18 @@
-"""Write files so that a reader never meets a half-written one."""
+"""Write files so that a reader never meets a half-written one, nor a folder that two processes write."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
+
+from nnunet_ssl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,6 +32,27 @@ def written_beside(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, command: str) -> Iterator[None]:
+    """Let one process at a time work on `folder`, which is made; the lock falls with its process, even by kill -9.
+
+    Raises:
+        UserError: another one is at work, by the name of its `command`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / f".{command}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"Another {command} is at work on {folder}. Wait for it, or stop it.") from error
+    except NotImplementedError:
+        logger.warning("%s lies on a file system without locks: see to it yourself that one run works on it.", folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_leftovers(folder: Path) -> None:

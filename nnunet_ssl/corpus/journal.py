@@ -40,7 +40,7 @@ def finished_sessions(names: StoreNames, tasks: Sequence[SessionTask]) -> dict[s
     """
     fingerprints = {task.session: task.fingerprint for task in tasks}
     store = names.cases
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(store)}
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(store) if entry.is_file()}
     done, damaged, changed = {}, [], 0
     for session, result in {result.session: result for result in _read_journal(names.journal)}.items():
         if session not in fingerprints:

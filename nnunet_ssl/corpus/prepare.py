@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pandas as pd
 
 from nnunet_ssl.corpus.indexing import EXCLUSIONS, read_index, standing_exclusions, without
@@ -27,7 +26,7 @@ from nnunet_ssl.corpus.session import ScanTask, SessionResult, SessionTask, prep
 from nnunet_ssl.corpus.store import SUFFIXES
 from nnunet_ssl.corpus.workers import Outcomes, run_locally, run_on_cluster
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import remove_leftovers, written_beside
+from nnunet_ssl.files import locked, remove_leftovers, written_beside
 from nnunet_ssl.imaging.skull_strip import require_hd_bet
 from nnunet_ssl.live import live_line
 from nnunet_ssl.nnunet_folders import dataset_folder, folder_of
@@ -76,8 +75,7 @@ def prepare_corpus(
     if config.skull_strip and not scheduler:
         require_hd_bet()
     folder = folder_of("nnUNet_preprocessed") / raw.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, "nnssl_prepare"):
         remove_leftovers(folder)
         names = names_of(folder)
         names.cases.mkdir(exist_ok=True)
@@ -99,22 +97,6 @@ def prepare_corpus(
         done |= _work(names, tasks, done, outcomes)
         remove_leftovers(names.cases)  # of workers that were killed
         return _conclude(names, scans, [done[task.session] for task in tasks])
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one run at a time work on a store; the lock falls with its process, even by kill -9."""
-    lock = filelock.FileLock(folder / ".nnssl_prepare.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(f"Another nnssl_prepare is at work on {folder}. Wait for it, or stop it.") from error
-    except NotImplementedError:
-        logger.warning("%s lies on a file system without locks: see to it yourself that one run works on it.", folder)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make_tasks(
@@ -140,9 +122,13 @@ def _make_tasks(
 
 
 def _strangers(store: Path, scan_ids: Collection[str]) -> list[Path]:
-    """What does not belong in the store: files that a kill left half-written, cases that the index no longer has."""
+    """What does not belong in the store: files that a kill left half-written, cases that the index no longer has.
+
+    Folders are somebody else's (a file server's, a notebook's) and do no harm.
+    """
     expected = {f"{scan_id}{suffix}" for scan_id in scan_ids for suffix in SUFFIXES}
-    strangers = [path for path in store.iterdir() if path.name not in expected]
+    found = (path for path in store.iterdir() if path.is_symlink() or not path.is_dir())
+    strangers = [path for path in found if path.name not in expected]
     cases = sum(path.suffix == ".pkl" and not path.name.startswith(".") for path in strangers)
     if cases:
         logger.info("%d prepared scans are no longer in the index; they are removed.", cases)

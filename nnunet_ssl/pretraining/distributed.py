@@ -48,6 +48,12 @@ def gather(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def same_everywhere(*numbers: int, device: torch.device) -> bool:
+    """Whether all ranks have the same numbers, each below 2**63."""
+    rows = gather(torch.tensor([numbers], device=device))
+    return bool((rows == rows[0]).all())
+
+
 def average_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over ranks, in place, in one exchange."""
     if world_size() == 1 or not tensors:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nnunet_ssl.corpus.prepared import Corpus, describe_corpus, open_corpus
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UserError, require
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.live import live_line
 from nnunet_ssl.pretraining import distributed
@@ -44,23 +44,31 @@ def pretrain(config: PretrainingConfig, dataset: int | str, resume: bool, device
         device: of this process.
 
     Raises:
-        UserError: the corpus does not serve the recipe, the results folder cannot be used, its checkpoint is of
-            another architecture, the GPU's memory is too small, a reading process died, or the loss was not finite for
+        UserError: the corpus does not serve the recipe, the results folder cannot be used or another process is at
+            work on it, its checkpoint is of another architecture, split or preprocessing, or not the same for all
+            processes, the GPU's memory is too small, a reading process died, or the loss was not finite for
             `max_nonfinite` steps in a row.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every step has the same shapes, so one choice of kernels serves all
     corpus = open_corpus(dataset)
     folder = outputs.results_folder(corpus.folder.parent.name, config.recipe)
-    if not resume:
-        outputs.refuse_to_overwrite(folder)
     training, held_out = corpus.split(config.validation.fraction, config.seed)
     with ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(outputs.held(folder))
+        if not resume:
+            outputs.refuse_to_overwrite(folder)
         stack.enter_context(lost_workers_explained())
         stack.enter_context(shortage_explained(config, device))
         learner = Learner(config, device)
         optimizer = build_optimizer(learner.query, config)
         first, skipped = (outputs.restore(folder, learner, optimizer, corpus) if resume else None) or (0, 0)
+        require(
+            distributed.same_everywhere(first, int(outputs.roster(corpus)[:15], 16), device=device),
+            "The processes do not see the same checkpoint or the same corpus: nnUNet_results and nnUNet_preprocessed "
+            "must be the same folders on all machines",
+        )
         if first >= config.steps:
             logger.info("%s is finished: %d of %d steps are done.", folder, first, config.steps)
             if not (folder / ENCODER).is_file():

@@ -218,6 +218,17 @@ def test_two_runs_do_not_work_on_one_store(prepare, source, write_scan):
         prepare()
 
 
+def test_folders_of_others_in_a_store_stay_and_their_links_go(prepare, source, write_scan):
+    write_scan(source / "sub_1/ses_1/t1.nii.gz")
+    folder = prepare().folder
+    (cases,) = {path.parent for path in folder.rglob("*.b2nd")}
+    (cases / "@eaDir").mkdir()
+    (cases / "lost.b2nd").symlink_to(cases / "nowhere.b2nd")
+    prepare()
+    assert (cases / "@eaDir").is_dir() and not (cases / "lost.b2nd").is_symlink()
+    assert (folder / "manifest.tsv").is_file()
+
+
 def test_a_full_disk_stops_the_run_and_costs_nothing_done(prepare, source, write_scan, monkeypatch):
     for subject in range(3):
         write_scan(source / f"sub_{subject}/ses_1/t1.nii.gz", seed=subject)

@@ -12,6 +12,7 @@ import torch
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import locked
 from nnunet_ssl.pretraining import loop
 from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.pretraining.loop import pretrain
@@ -184,6 +185,38 @@ def test_a_run_killed_before_it_wrote_the_encoder_writes_it_on_continuing(write_
     assert (folder / "checkpoint_final.pth").is_file()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_processes_do_not_work_on_one_folder(write_prepared, train, resume):
+    write_prepared()
+    folder = train("mim", "steps=2")
+    (folder / ".1.partial.checkpoint_00000002.pth").write_bytes(b"of a run that was killed")
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
+    with locked(folder, "nnssl_pretrain"), pytest.raises(UserError, match="Another nnssl_pretrain is at work on"):
+        train("mim", "steps=4", resume=resume)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"} == kept
+    train("mim", "steps=4", resume=True)
+    assert not list(folder.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("setting", ["seed=1", "validation.fraction=0.5"])
+def test_a_run_does_not_go_on_with_other_subjects_held_out(write_prepared, train, setting):
+    write_prepared()
+    train("mim", "steps=2")
+    with pytest.raises(UserError, match=f"cannot be continued with these settings: {setting.split('=')[0]} was"):
+        train("mim", "steps=4", setting, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"spacing": [2.0, 1.0, 1.0]}, {"spacing": [1.0, 1.0, 1.0], "skull_strip": "hd-bet"}]
+)
+def test_a_run_does_not_go_on_with_scans_that_were_prepared_otherwise(write_prepared, train, changed):
+    plans = write_prepared() / "nnUNetSSLPlans.json"
+    train("mim", "steps=2")
+    plans.write_text(json.dumps(json.loads(plans.read_text()) | {"preprocessing": changed}))
+    with pytest.raises(UserError, match=f"the corpus' {list(changed)[-1]} was"):
+        train("mim", "steps=4", resume=True)
+
+
 def test_a_run_is_never_overwritten(write_prepared, train):
     write_prepared()
     train("mim", "steps=2")
@@ -199,7 +232,7 @@ def test_an_encoder_without_its_run_is_never_overwritten(write_prepared, train, 
     fetched.write_bytes(b"from elsewhere")
     with pytest.raises(UserError, match=r"holds encoder.safetensors and no run .* --set recipe=..., or move the file"):
         train("mim", "steps=2", resume=resume)
-    assert [path.name for path in fetched.parent.iterdir()] == [fetched.name]
+    assert [path.name for path in fetched.parent.iterdir() if path.suffix != ".lock"] == [fetched.name]
 
 
 def test_a_finished_run_that_is_extended_ends_anew(write_prepared, train, monkeypatch):

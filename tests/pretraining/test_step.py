@@ -312,6 +312,8 @@ def one_of_two(rank, port, folder):
         figures = run(learner, lambda step: [share(examples_of(config, step, count), rank, 2)], measured=True)  # noqa: B023
         torch.save({"learner": learner.state_dict(), "figures": figures}, folder / f"{recipe}_{rank}.pt")
     assert distributed.any_rank(rank == 1, torch.tensor(False), device=torch.device("cpu")) == [True, False]
+    assert distributed.same_everywhere(2**62, 7, device=torch.device("cpu"))
+    assert not distributed.same_everywhere(2**62, rank, device=torch.device("cpu"))
     torch.distributed.destroy_process_group()
 
 

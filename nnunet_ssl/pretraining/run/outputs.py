@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from nnunet_ssl.architectures.backbones import known as known_backbones
 from nnunet_ssl.architectures.fpn import FPNDecoder
 from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import written_beside
+from nnunet_ssl.files import locked, remove_leftovers, written_beside
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.pretraining.config import PretrainingConfig, from_dict
 from nnunet_ssl.pretraining.model import Learner
@@ -40,9 +41,35 @@ CITATIONS = (
 logger = logging.getLogger(__name__)
 
 
+SPLIT = ("seed", "validation.fraction")
+"""What decides which subjects are held out: another value would validate on subjects that were trained on."""
+
+
 def results_folder(dataset: str, recipe: str) -> Path:
     """``$nnUNet_results/DatasetXXX_NAME/<recipe>``, of a corpus' full name; it need not exist."""
     return folder_of("nnUNet_results") / dataset / recipe
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other pre-trainings off the results folder, which is made, and clear away what a killed one has left.
+
+    Raises:
+        UserError: another one is at work there, or nothing can be written.
+    """
+    with ExitStack() as stack:
+        with _unwritable_explained(folder):
+            stack.enter_context(locked(folder, "nnssl_pretrain"))
+            remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def _unwritable_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"The results cannot be written to {folder}: {error}. Set nnUNet_results elsewhere.") from error
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -78,11 +105,8 @@ def write_settings(folder: Path, config: PretrainingConfig) -> None:
     Raises:
         UserError: nothing can be written there.
     """
-    try:
-        with written_beside(folder / CONFIG) as temporary:
-            temporary.write_text(config.as_yaml())
-    except OSError as error:
-        raise UserError(f"The results cannot be written to {folder}: {error}. Set nnUNet_results elsewhere.") from error
+    with _unwritable_explained(folder), written_beside(folder / CONFIG) as temporary:
+        temporary.write_text(config.as_yaml())
 
 
 def description(corpus: Corpus, config: PretrainingConfig) -> dict[str, Any]:
@@ -147,7 +171,8 @@ def restore(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, co
         return None
     changes = list(_changes(from_dict(state["metadata"]["config"]).as_dict(), learner.config.as_dict()))
     shapes = ("backbone", "balance", *known_backbones(), *(shape for kind in known() for shape in kind.shapes))
-    fatal = [text for key, text in changes if key.startswith(shapes)]
+    fatal = [text for key, text in changes if key.startswith((*shapes, *SPLIT))]
+    fatal += [f"the corpus' {text}" for _, text in _changes(state["preprocessing"], corpus.preprocessing)]
     if fatal:
         raise UserError(
             f"The checkpoint in {folder} cannot be continued with these settings: {'; '.join(fatal)}. "
