@@ -93,7 +93,8 @@ def describe(result: Audit) -> str:
         )
         still = len(result.still_in)
         lines.append(
-            f"{still} of them are not left out yet: run nnssl_prepare -d {verdict['corpus']} again, with the options of the first time, and then this."
+            f"{still} of them are not left out yet: run nnssl_prepare -d {verdict['corpus']} again, with its first "
+            "options, and then this."
             if still
             else "All of them are left out already."
         )

@@ -69,7 +69,8 @@ def prepare() -> None:
     )
     logger.info("%s\nThe store is in %s", describe_corpus(report.summary), report.folder)
     if report.summary.get("pairs_apart") and not arguments.register:
-        logger.info("The manifest's column agreement tells which scans lie apart; in a new store, --register rigid registers them.")
+        apart = "The manifest's column agreement tells which scans lie apart"
+        logger.info("%s; a store that is begun with --register rigid registers them.", apart)
     noted = (report.manifest["notes"].fillna("") != "").sum() if "notes" in report.manifest else 0
     if noted:
         logger.info("%d scans have a note on how they were read or placed, in the manifest's column notes.", noted)
@@ -80,7 +81,8 @@ def prepare() -> None:
         logger.info("Some sessions were prepared before scans were compared; all their modalities count as pairs.")
     skulls = (report.manifest["skull"] == "present").sum()
     if skulls:
-        logger.info("%d scans seem to have their skull still; in a new store, --skull_strip hd-bet removes it.", skulls)
+        stripped = "a store that is begun with --skull_strip hd-bet has none"
+        logger.info("%d scans seem to have their skull still; %s.", skulls, stripped)
     if len(report.failures):
         logger.info("%d scans could not be used, see %s", len(report.failures), report.folder / "failures.tsv")
         sys.exit(EXIT_WITH_FAILURES)

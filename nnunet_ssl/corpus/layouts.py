@@ -25,7 +25,7 @@ LAYOUTS = ("fomo", "bids", "nnssl")
 NNSSL_FILE = "pretrain_data.json"
 
 _FOUND = [name for name in COLUMNS if name not in ("age", "sex")]  # what the names of files and folders tell
-_IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$", re.IGNORECASE)
+IMAGE = re.compile(r"(?P<stem>[^.].*)\.nii(\.gz)?$", re.IGNORECASE)
 _REPEATED = re.compile(r"(?P<name>.+)_(?P<repeat>\d+)")
 _BIDS_FOLDERS = ("anat", "dwi", "swi")
 _SINGLE_SESSION = "ses-1"
@@ -61,7 +61,7 @@ def find_scans(source: Path, layout: str = "auto") -> pd.DataFrame:
 
 def _without_derived(scans: pd.DataFrame) -> pd.DataFrame:
     """Leave out what is no scan by its name, and say so."""
-    stems = scans["path"].map(lambda path: match["stem"] if (match := _IMAGE.match(Path(path).name)) else "")
+    stems = scans["path"].map(lambda path: match["stem"] if (match := IMAGE.match(Path(path).name)) else "")
     derived = stems.map(is_derived).astype(bool)
     if derived.any():
         example = scans.loc[derived, "path"].iloc[0]
@@ -255,7 +255,7 @@ def _images(folder: Path) -> list[tuple[Path, str]]:
             names = sorted(entry.name for entry in entries)
     except FileNotFoundError:
         return []
-    return [(folder / name, match["stem"]) for name in names if (match := _IMAGE.match(name))]
+    return [(folder / name, match["stem"]) for name in names if (match := IMAGE.match(name))]
 
 
 def _with_age_and_sex(scans: pd.DataFrame) -> pd.DataFrame:

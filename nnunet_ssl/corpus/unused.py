@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_IMAGE = re.compile(r"[^.].*\.nii(\.gz)?$", re.IGNORECASE)
+from nnunet_ssl.corpus.layouts import IMAGE
+
 _NUMBERED = re.compile(r"^(sub|ses)([-_]).*$", re.IGNORECASE)
 _GROUPS_NAMED = 5
 
@@ -37,7 +38,7 @@ def unused_images(source: Path, used: Iterable[str]) -> list[str]:
         unused += [
             Path(folder, name).relative_to(source).as_posix()
             for name in files
-            if _IMAGE.match(name) and (real, name) not in known
+            if IMAGE.match(name) and (real, name) not in known
         ]
     return sorted(unused)
 

@@ -72,7 +72,7 @@ def open_nifti(path: Path) -> Opened:
     """
     with bad_if_unreadable("cannot be opened"):
         _check_file(path)
-    with bad_if_unreadable("not a readable NIfTI file"), nib.imageglobals.LoggingOutputSuppressor():
+    with bad_if_unreadable("not a readable NIfTI file"), _silent_nibabel():
         image = nib.load(path)
         if not isinstance(image, nib.spatialimages.SpatialImage):
             raise BadScan(f"a {type(image).__name__}: only images of voxels are used")
@@ -84,6 +84,17 @@ def open_nifti(path: Path) -> Opened:
         if image.get_data_dtype().kind not in "iuf":
             raise BadScan(f"voxels of type {image.get_data_dtype()}: only real numbers are used")
         return _placed(image, shape)
+
+
+@contextmanager
+def _silent_nibabel() -> Iterator[None]:
+    """Nibabel says what it mends in a header without saying of which file."""
+    said = nib.imageglobals.logger
+    before, said.disabled = said.disabled, True
+    try:
+        yield
+    finally:
+        said.disabled = before
 
 
 @contextmanager
@@ -148,12 +159,20 @@ def _check_size(affine: np.ndarray, header: nib.spatialimages.SpatialHeader, sha
     written, implied = np.array(header.get_zooms()[:3], float), nib.affines.voxel_sizes(affine)
     if not np.allclose(written, implied, rtol=VOXEL_SIZE_TOLERANCE):
         raise BadScan(f"header: voxel size {_mm(written)} by pixdim, but {_mm(implied)} by the affine")
-    unit = header.get_xyzt_units()[0] if hasattr(header, "get_xyzt_units") else "mm"
+    unit = _unit(header)
     unit = f" (its unit is said to be {unit})" if unit not in ("mm", "unknown") else ""
     if implied.min() < VOXEL_RANGE_MM[0] or implied.max() > VOXEL_RANGE_MM[1]:
         raise BadScan(f"header: voxel size {_mm(implied)} is no brain scan's{unit}")
     if (implied * shape).max() > MAXIMUM_EXTENT_MM or min(shape) < 2:
         raise BadScan(f"header: shape {tuple(shape)} with voxels of {_mm(implied)} is no brain scan's{unit}")
+
+
+def _unit(header: nib.spatialimages.SpatialHeader) -> str:
+    """The unit of length; scanners write bytes that stand for none, and nothing but a message depends on it."""
+    try:
+        return str(header.get_xyzt_units()[0])
+    except (AttributeError, KeyError):  # a format without units; no such unit
+        return "unknown"
 
 
 def _mm(values: np.ndarray) -> str:

@@ -13,7 +13,8 @@ from nnunet_ssl.imaging.geometry import Volume, read_volume, write_volume
 
 NIFTI = (".nii.gz", ".nii")
 META = (".mha", ".mhd")
-_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From nibabel's millimetres to ITK's, and back."""
 
 
 def read_image(path: Path) -> Volume:
@@ -42,7 +43,7 @@ def write_image(path: Path, volume: Volume) -> None:
 def to_sitk(volume: Volume) -> sitk.Image:
     """Return a volume as SimpleITK has it: axes (Z, Y, X) in NumPy, LPS millimetres."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T))
-    affine = _TO_LPS @ volume.affine
+    affine = TO_LPS @ volume.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(affine[:3, 3].tolist())
@@ -55,7 +56,7 @@ def from_sitk(image: sitk.Image) -> Volume:
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return Volume(sitk.GetArrayFromImage(image).T.astype(np.float32), _TO_LPS @ affine)
+    return Volume(sitk.GetArrayFromImage(image).T.astype(np.float32), TO_LPS @ affine)
 
 
 def _read_meta(path: Path) -> Volume:

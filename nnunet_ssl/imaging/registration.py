@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from nnunet_ssl.imaging.geometry import Volume, resample_onto
-from nnunet_ssl.imaging.metaimage import to_sitk
+from nnunet_ssl.imaging.metaimage import TO_LPS, to_sitk
 from nnunet_ssl.limits import MINIMUM_AGREEMENT
 
 WORKING_MM = 1.5
@@ -31,8 +31,6 @@ _LARGEST_SHIFT_MM = 250.0
 _SAME_ROTATION_DEG = 2.0
 _SAME_SHIFT_MM = 2.0
 _LARGEST_ROTATION_DEG = 60.0
-TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""From nibabel's millimetres to ITK's, and back."""
 
 
 class Level(NamedTuple):

@@ -19,9 +19,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_ssl.imaging.geometry import Volume, canonical, read_volume
-from nnunet_ssl.imaging.metaimage import to_sitk
+from nnunet_ssl.imaging.metaimage import TO_LPS, to_sitk
 from nnunet_ssl.imaging.registration import (
-    TO_LPS,
     Level,
     foreground,
     mutual_information,

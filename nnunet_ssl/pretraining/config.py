@@ -43,20 +43,17 @@ _OWN_SECTIONS = {kind.section for kind in OWN} | {SWIN.name, RESENC.name}
 class ValidationConfig:
     """What is measured on subjects that are never trained on."""
 
-    fraction: float = 0.02  # of the subjects that are held out
+    fraction: float = ranged(0.02, "above 0 and below 1")  # of the subjects that are held out
     every: int = ranged(2000, "at least 1")  # steps between validations
     batches: int = ranged(8, "0 or more")  # fixed batches on which the training's own losses are taken, per process
     sessions: int = ranged(64, "at least 1")  # sessions on whose scans alignment and reconstruction are measured
-
-    def __post_init__(self) -> None:
-        require(0 < self.fraction < 1, f"validation.fraction is {self.fraction}; it must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
     """One pre-training."""
 
-    recipe: str  # names the results folder: give it when you change settings, or runs collide
+    recipe: str  # names the results folder: give it when you change settings
 
     backbone: str = "swin"  # swin, resenc, primus or an announced one; its section says the sizes of the encoder
     swin: SwinConfig = SwinConfig()

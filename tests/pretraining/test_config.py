@@ -170,10 +170,15 @@ def test_a_balance_has_a_number_for_each_branch(kind):
         ("mcl_mim", ["balance=clip", "branches.masked=.nan"], "branches.masked is nan; it must be positive"),
         ("mcl_mim", ["balance=clip", "branches.masked=much"], "branches.masked is 'much'; it takes a number"),
         ("mcl_mim", ["balance=clip", "branches=2"], "branches is 2; it takes a value for each name"),
+        ("mcl", ["sampling.weighting=subject"], "sampling.weighting is 'subject'; it can be scan, session, source"),
+        ("mcl", ["sampling.jitter_mm=-1"], "sampling.jitter_mm is -1.0; it must be 0 or more"),
+        ("mcl", ["sampling.max_failed_share=2"], "sampling.max_failed_share is 2.0; it must be between 0 and 1"),
+        ("mcl", ["validation.fraction=1"], "validation.fraction is 1.0; it must be above 0 and below 1"),
+        ("mcl_mim", ["contrastive.max_gradient_ratio=0"], "max_gradient_ratio is 0.0; it must be positive"),
         ("mcl_mim", ["balance=gradnorm"], "balance is 'gradnorm'; it can be sum, clip, equal_norms, learning_rates"),
     ],
 )
-def test_a_balance_that_does_not_fit_is_explained_in_a_sentence(recipe, overrides, message):
+def test_settings_that_do_not_fit_are_explained_in_a_sentence(recipe, overrides, message):
     with pytest.raises(UserError, match=message):
         load_config(recipe, overrides)
 

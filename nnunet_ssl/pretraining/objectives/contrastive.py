@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from nnunet_ssl.architectures.backbones.base import Encoder
 from nnunet_ssl.architectures.networks import pooled
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining import distributed
 from nnunet_ssl.pretraining.objectives.base import (
     Branch,
@@ -46,15 +45,8 @@ class ContrastiveConfig:
     hidden: int = ranged(512, "at least 1")  # width of the projection head's hidden layer
     dim: int = ranged(128, "at least 1")  # of queries and keys
     weight: Ramp = ranged(Ramp(low=0.1, high=1.0, begin=0.05, until=0.10), "0 or more")  # of the loss; alone it is 1
-    max_gradient_ratio: float | None = None  # scale this branch's gradient on the encoder down to at most so many times
-    # the norm of the others'
-
-    def __post_init__(self) -> None:
-        if self.max_gradient_ratio is not None and self.max_gradient_ratio <= 0:
-            raise UserError(
-                f"contrastive.max_gradient_ratio is {self.max_gradient_ratio}; it must be positive, or null for no "
-                "limit."
-            )
+    max_gradient_ratio: float | None = ranged(None, "positive")  # scale this branch's gradient on the encoder down to
+    # at most so many times the norm of the others'
 
 
 class Contrastive(Objective):

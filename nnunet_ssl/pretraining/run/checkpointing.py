@@ -40,13 +40,12 @@ def save(folder: Path, state: Mapping[str, Any], *, step: int, keep: int) -> Non
 
 def share(source: Path, target: Path) -> None:
     """Let `target` be `source`, at once: a hard link, or a copy where the file system has no links."""
-    temporary = target.with_name(f".{os.getpid()}.partial.{target.name}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with written_beside(target) as temporary:
+        temporary.unlink(missing_ok=True)  # a killed run's, which may be a link to another checkpoint
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import pandas as pd
 from nnunet_ssl.corpus.modalities import MODALITIES
 from nnunet_ssl.corpus.prepared import Corpus
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.typed import ranged
 
 Kind = Literal["mcl", "cl", "mim"]
 
@@ -26,16 +27,9 @@ class SamplingConfig:
     weighting: Literal["scan", "session", "source"] = "session"  # what is drawn alike: every scan (for pairs: sessions
     # by their number of scans), every session, or every source data set: there a large one does not drown a small one
     balanced_modalities: bool = False  # every modality (mim) or pair of modalities (mcl, cl) equally often
-    jitter_mm: float = 0.0  # the centres of the two views are at most this far apart, uniform in a ball
-    max_failed_share: float = 0.05  # of the scans drawn (at least 200): more that cannot be read stop the training
-
-    def __post_init__(self) -> None:
-        if self.weighting not in ("scan", "session", "source"):
-            raise UserError(f"sampling.weighting is '{self.weighting}'; choose scan, session or source.")
-        if self.jitter_mm < 0:
-            raise UserError(f"sampling.jitter_mm is {self.jitter_mm}; it is a distance and cannot be negative.")
-        if not 0 <= self.max_failed_share <= 1:
-            raise UserError(f"sampling.max_failed_share is {self.max_failed_share}; it is a share between 0 and 1.")
+    jitter_mm: float = ranged(0.0, "0 or more")  # the centres of two views are at most so far apart, uniform in a ball
+    max_failed_share: float = ranged(0.05, "between 0 and 1")  # if more of the scans drawn (at least 200) cannot
+    # be read, the training stops
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Checkpoints: whole or absent, the last few kept, damaged ones passed over."""
 
 import os
+import shutil
 
 import pytest
 import torch
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.pretraining.run.checkpointing import LATEST, load, save
+from nnunet_ssl.pretraining.run.checkpointing import FINAL, LATEST, load, save, share
 
 
 def state(step):
@@ -62,6 +63,28 @@ def test_nothing_but_damage_is_an_error_that_says_what_to_do(tmp_path):
     cut(tmp_path / LATEST)
     with pytest.raises(UserError, match="None of the checkpoints"):
         load(tmp_path)
+
+
+def test_a_name_that_is_shared_again_leaves_nothing_behind(tmp_path):
+    save(tmp_path, state(1), step=1, keep=1)
+    share(tmp_path / LATEST, tmp_path / FINAL)
+    share(tmp_path / LATEST, tmp_path / FINAL)  # renaming one name of a file to another one of it does nothing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000001.pth", FINAL, LATEST]
+
+
+def test_a_copy_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch):
+    save(tmp_path, state(1), step=1, keep=1)
+    before = sorted(tmp_path.iterdir())
+
+    def half(source, target):
+        target.write_bytes(source.read_bytes()[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "link", half)
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(OSError, match="no space left"):
+        share(tmp_path / LATEST, tmp_path / FINAL)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_file_system_without_links_gets_a_copy(tmp_path, monkeypatch):

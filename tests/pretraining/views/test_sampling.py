@@ -170,19 +170,6 @@ def test_nothing_to_draw_is_said(corpus):
         example_table(empty, "mim", SamplingConfig())
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"weighting": "subject"}, "choose scan, session or source"),
-        ({"jitter_mm": -1}, "cannot be negative"),
-        ({"max_failed_share": 2}, "a share between 0 and 1"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(values, message):
-    with pytest.raises(UserError, match=message):
-        SamplingConfig(**values)
-
-
 BOUNDS = st.tuples(st.integers(0, 30), st.integers(1, 40)).map(lambda pair: (pair[0], sum(pair)))
 
 
