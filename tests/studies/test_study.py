@@ -4,7 +4,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import yaml
-from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_1epoch
+from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_5epochs
 
 from nnunet_ssl.conversion.fcd_bonn import INFO as BONN
 from nnunet_ssl.conversion.isles2022 import INFO as ISLES
@@ -68,9 +68,9 @@ def test_the_shipped_recipes_change_one_setting_each_and_take_as_many_steps_as_t
     assert taken.pop("nnunet") == ""
     own = {name: Settings().updated(settings) for name, settings in taken.items()}
     as_nnunet = [own.pop(name) for name in ("resenc", "resenc_scratch")]
-    assert as_nnunet[0] == as_nnunet[1] and as_nnunet[0].steps == 250, "of one epoch of nnU-Net's"
+    assert as_nnunet[0] == as_nnunet[1] and as_nnunet[0].steps == 1250, "of five epochs of nnU-Net's"
     assert all({key: getattr(one, key) for key in lengths} == lengths for one in own.values())
-    assert nnUNetTrainer_1epoch.__name__ == study.arms["nnunet"].trainer
+    assert nnUNetTrainer_5epochs.__name__ == study.arms["nnunet"].trainer
     alone = [one for one in own.values() if one.recipe == "paper"]
     for key in ("schedule", "decoder", "loss", "optimizer"):
         choices = set(get_args(get_type_hints(Settings)[key])) - {"adamw_primus"}  # another backbone's
