@@ -22,7 +22,7 @@ MAY_USE = {
     "evaluation": {"architectures", "weights", "corpus", "interface", "imaging", "pretraining", "trainers"},
     "studies": {"evaluation", "weights", "pretraining", "trainers"},
     "demo": {"evaluation", "trainers"},
-    "deployment": {"evaluation", "weights", "corpus", "imaging"},
+    "deployment": {"evaluation", "interface", "weights", "conversion", "corpus", "imaging"},
 }
 
 

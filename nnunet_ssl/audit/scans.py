@@ -18,9 +18,7 @@ from nnunetv2.utilities.utils import (
 
 from nnunet_ssl.audit.origins import Origin, words_of
 from nnunet_ssl.errors import UserError
-
-RECORDS = ("conversion", "cases")
-"""Where our converters keep, for each case, a record of what it was made from."""
+from nnunet_ssl.nnunet_folders import RECORDS
 
 _SUBJECT = re.compile(r"sub[-_]([A-Za-z0-9]+)")
 _TELLING = re.compile(r"(?=.*[a-z])(?=(.*\d){3}).{6,}")

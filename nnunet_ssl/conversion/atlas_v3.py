@@ -23,7 +23,7 @@ from nnunet_ssl.conversion.discovery import ImageFile, Skipped, nothing_found
 from nnunet_ssl.conversion.script import DatasetInfo, make_parser, parse, run
 from nnunet_ssl.conversion.splits import size_bins
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.imaging.geometry import Volume, align_mask, read_mask
+from nnunet_ssl.imaging.geometry import Volume, align_mask, corners_of, read_mask
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +174,15 @@ def prepare(case: StrokeCase) -> Prepared:
         UserError: a mask fits the image voxel by voxel, but its header says that it lies elsewhere.
     """
     facts: Facts = {"days_post_stroke": case.days, "chronicity": case.chronicity, "atlas2": case.atlas2}
-    image = zero_background(read_image(case.images["t1"], facts), facts)
+    images = put_together({"t1": read_image(case.images["t1"], facts)}, facts)
     for path in case.masks:
-        check_place(read_mask(path), image, path.name, facts)
-    return Prepared({"t1": image}, facts)
+        check_place(read_mask(path), images["t1"], path.name, facts)
+    return Prepared(images, facts)
+
+
+def put_together(images: Mapping[str, Volume], facts: Facts) -> dict[str, Volume]:
+    """Give the T1 a background of 0."""
+    return {name: zero_background(image, facts) for name, image in images.items()}
 
 
 def zero_background(image: Volume, facts: Facts) -> Volume:
@@ -238,8 +243,7 @@ def check_place(mask: Volume, image: Volume, name: str, facts: Facts) -> None:
 
 def _field_of_view(volume: Volume) -> np.ndarray:
     """Return the least and the largest x, y and z of the voxels' centres in mm, (2, 3)."""
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in volume.array.shape])).reshape(3, -1).T
-    places = nib.affines.apply_affine(volume.affine, corners)
+    places = nib.affines.apply_affine(volume.affine, corners_of(volume.array.shape))
     return np.array([places.min(axis=0), places.max(axis=0)])
 
 

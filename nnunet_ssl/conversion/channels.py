@@ -3,7 +3,7 @@ registration; voxel by voxel where one of two images of the same shape says noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,28 @@ def usable_channels(
     return tuple(dict.fromkeys((reference, *wanted)))
 
 
-def read_image(path: Path, facts: Facts, *, clip_negative: bool = False) -> Volume:
-    """Read an image; NaN and infinite voxels, which nnU-Net refuses, become 0, and negative ones too if asked."""
+def read_image(path: Path, facts: Facts) -> Volume:
+    """Read an image; NaN and infinite voxels, which nnU-Net refuses, become 0."""
     volume = read_volume(path)
     for oddity in volume.notes:
         note(facts, f"{path.name}: {oddity}")
-    array = volume.array
-    broken = ~np.isfinite(array)
+    return finite(volume, facts)
+
+
+def finite(image: Volume, facts: Facts) -> Volume:
+    """Set NaN and infinite voxels to 0; float32."""
+    broken = ~np.isfinite(image.array)
     _count(facts, "nonfinite_voxels", broken)
-    array = np.where(broken, np.float32(0), array)
-    if clip_negative:
-        _count(facts, "negative_voxels", array < 0)
-        array = np.maximum(array, 0)
-    return volume.with_array(array)
+    return image.with_array(np.where(broken, np.float32(0), image.array).astype(np.float32, copy=False))
 
 
-def with_places(images: dict[str, Volume], facts: Facts) -> dict[str, Volume]:
+def without_negative(image: Volume, facts: Facts) -> Volume:
+    """Set negative voxels to 0."""
+    _count(facts, "negative_voxels", image.array < 0)
+    return image.with_array(np.maximum(image.array, 0))
+
+
+def with_places(images: Mapping[str, Volume], facts: Facts) -> dict[str, Volume]:
     """Give each image whose header says nothing of its place that of one of the same shape that does; else say so."""
     placed = dict(images)
     for name, image in images.items():

@@ -468,7 +468,8 @@ def _refuse_foreign_files(target: Target) -> None:
         return
     recorded = _recorded(target)
     images = [path for folder in target.output_folders for path in folder.glob("[!.]*.nii.gz")]
-    foreign = [path for path in images if re.sub(r"(_\d{4})?\.nii\.gz$", "", path.name) not in recorded]
+    ends = {"images": r"_\d{4}\.nii\.gz$", "labels": r"\.nii\.gz$"}
+    foreign = [path for path in images if re.sub(ends[path.parent.name[:6]], "", path.name) not in recorded]
     if foreign:
         raise UserError(
             f"{target.folder} holds {len(foreign)} images that this script didn't make, such as {foreign[0].name}. "

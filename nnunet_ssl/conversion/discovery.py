@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
-
-RECORDS = ("conversion", "cases")
-"""Where a conversion keeps its records below the folder it writes."""
+from nnunet_ssl.nnunet_folders import RECORDS
 
 _ANNEX_HINT = "git-annex link without content; fetch it with `datalad get` or `git annex get`"
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
@@ -70,14 +68,21 @@ class ImageFile:
         subject, session = self.entity("sub"), self.entity("ses")
         if subject:
             return f"{subject}_{session}" if session else subject
-        pieces = [piece for piece in re.split(r"[_\s]+", self.stem) if piece.lower() not in words]
-        if pieces and re.fullmatch(r"\d{4}", pieces[-1]) and len(pieces) > 1:  # nnU-Net's channel number
-            pieces.pop()
+        stem = self.stem.removesuffix(self.channel_number(words))
+        pieces = [piece for piece in re.split(r"[_\s]+", stem) if piece and piece.lower() not in words]
         name = _plain("_".join(pieces))
         for folder in map(_plain, reversed(self.home(words))):
             if f"_{folder}_" not in f"_{name}_":
                 name = f"{folder}_{name}" if name else folder
         return name or _plain(self.folders[0])
+
+    def channel_number(self, words: Mapping[str, str]) -> str:
+        """Return nnU-Net's channel number, with which a free name may end, or nothing.
+
+        It is the only channel's, 0000, or stands behind the contrast; other digits are a patient's.
+        """
+        found = re.fullmatch(r"(?:.*[_\s])?([^_\s]+)[_\s]+(\d{4})", self.stem)
+        return found[2] if found and (found[2] == "0000" or found[1].lower() in words) else ""
 
     def home(self, words: Mapping[str, str]) -> tuple[str, ...]:
         """Return the folders below the searched one that may tell whose the image is, but for BIDS' own.
@@ -147,7 +152,7 @@ def choose_one(files: list[ImageFile], like: ImageFile | None) -> tuple[ImageFil
 
 
 def refuse_two_homes(scan_id: str, files: Iterable[ImageFile], words: Mapping[str, str]) -> None:
-    """Make sure that a case's images come from one place, lest two patients become one case.
+    """Make sure that a case's images come from one place and have one number, lest two patients become one case.
 
     Args:
         scan_id: the case that all of `files` are named for.
@@ -155,9 +160,17 @@ def refuse_two_homes(scan_id: str, files: Iterable[ImageFile], words: Mapping[st
         words: what the words of a name mean.
 
     Raises:
-        UserError: they lie below different folders, which may be those of two patients.
+        UserError: they lie below different folders, or differ by a number, which may be those of two patients.
     """
+    files = list(files)
     homes = {file.home(words): file for file in files}
+    numbers = {file.channel_number(words): file for file in files if files[0].kind(words) == file.kind(words)}
+    if len(numbers) > 1 and not files[0].entity("sub"):
+        first, second = (file.relative for file in list(numbers.values())[:2])
+        raise UserError(
+            f"{first} and {second} differ by their number alone and would both belong to the case {scan_id}: are they "
+            "two patients? Give them names of their own (sub-X)."
+        )
     if len(homes) > 1:
         first, second = (file.relative for file in list(homes.values())[:2])
         raise UserError(

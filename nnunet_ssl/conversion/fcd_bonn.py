@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from nnunet_ssl.conversion.discovery import (
 )
 from nnunet_ssl.conversion.script import DatasetInfo, chosen_channels, make_parser, parse, run
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.imaging.geometry import Volume
 from nnunet_ssl.participants import describe_partners, find_partners
 
 INFO = DatasetInfo(
@@ -174,12 +176,18 @@ def _case(
 
 
 def prepare(case: Case) -> Prepared:
-    """Bring T1 onto FLAIR's grid by registration."""
+    """Read the channels of a case and put them together."""
     facts: Facts = {}
-    images = with_places({name: read_image(path, facts) for name, path in case.images.items()}, facts)
-    if "t1" in images and "flair" in images:
-        images["t1"] = registered_onto(images["t1"], images["flair"], "t1", facts)
-    return Prepared(images, facts)
+    images = {name: read_image(path, facts) for name, path in case.images.items()}
+    return Prepared(put_together(images, facts), facts)
+
+
+def put_together(images: Mapping[str, Volume], facts: Facts) -> dict[str, Volume]:
+    """Bring T1 onto FLAIR's grid by registration."""
+    together = with_places(images, facts)
+    if "t1" in together and "flair" in together:
+        together["t1"] = registered_onto(together["t1"], together["flair"], "t1", facts)
+    return together
 
 
 @command

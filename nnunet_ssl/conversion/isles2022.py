@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from nnunet_ssl.conversion.channels import (
     registered_onto,
     usable_channels,
     with_places,
+    without_negative,
 )
 from nnunet_ssl.conversion.dataset import Case, Prepared
 from nnunet_ssl.conversion.discovery import (
@@ -128,24 +130,36 @@ def _case(
 
 
 def prepare(case: Case) -> Prepared:
+    """Read the channels of a case and put them together.
+
+    Raises:
+        UserError: the ADC map is empty.
+    """
+    facts: Facts = {}
+    images = {name: read_image(path, facts) for name, path in case.images.items()}
+    return Prepared(put_together(images, facts), facts)
+
+
+def put_together(images: Mapping[str, Volume], facts: Facts) -> dict[str, Volume]:
     """Bring the channels onto the grid of the first, DWI's: ADC by its header and to one unit, FLAIR by registration.
 
     Where DWI is missing, the first is ADC or FLAIR.
+
+    Raises:
+        UserError: the ADC map is empty.
     """
-    facts: Facts = {}
-    images = {name: read_image(path, facts, clip_negative=True) for name, path in case.images.items()}
-    images = with_places(images, facts)
-    first = next(iter(images))
-    reference = images[first]
-    if "adc" in images:
-        images["adc"] = onto_grid(images["adc"], reference, "adc", facts)
-        images["adc"] = _in_one_unit(images["adc"], reference, case.images["adc"], facts)
-    if "flair" in images and first != "flair":
-        images["flair"] = registered_onto(images["flair"], reference, "flair", facts)
-    return Prepared(images, facts)
+    together = with_places({name: without_negative(image, facts) for name, image in images.items()}, facts)
+    first = next(iter(together))
+    reference = together[first]
+    if "adc" in together:
+        together["adc"] = onto_grid(together["adc"], reference, "adc", facts)
+        together["adc"] = _in_one_unit(together["adc"], reference, facts)
+    if "flair" in together and first != "flair":
+        together["flair"] = registered_onto(together["flair"], reference, "flair", facts)
+    return together
 
 
-def _in_one_unit(adc: Volume, reference: Volume, path: Path, facts: Facts) -> Volume:
+def _in_one_unit(adc: Volume, reference: Volume, facts: Facts) -> Volume:
     """Bring an ADC map to 1e-6 mm2/s.
 
     The unit is read off the brain's median, about 800 in that unit: published maps come in it, in 1e-3 mm2/s and in
@@ -156,7 +170,7 @@ def _in_one_unit(adc: Volume, reference: Volume, path: Path, facts: Facts) -> Vo
     """
     values = adc.array[foreground(reference.array) & (adc.array > 0)]
     if values.size == 0:
-        raise UserError(f"{path} has no positive value within the brain.")
+        raise UserError("The ADC map has no positive value within the brain.")
     median = float(np.median(values))
     unit, factor = ("mm2/s", 1e6) if median < 0.025 else ("1e-3 mm2/s", 1e3) if median < 25 else ("1e-6 mm2/s", 1.0)
     facts |= {"adc_unit_found": unit, "adc_median_1e-6mm2/s": median * factor}

@@ -129,6 +129,8 @@ def run(
             _missing(rows, info),
             reference=info.reference,
             licence=info.licence,
+            prepared_as=info.name,
+            **({"skull_strip": arguments.skull_strip} if arguments.skull_strip else {}),
         )
         strata = strata_of([row for row in rows if row["part"] == "train"]) if strata_of else None
         store_splits(make_splits(training, folds, strata), target.folder)

@@ -89,7 +89,7 @@ def store_splits(splits: list[dict[str, list[str]]], raw: Path) -> None:
     if used.is_file() and json.loads(used.read_text()) not in (splits, _read(ours)):
         logger.warning("%s is not from this script and stays as it is. Remove it to get the folds chosen here.", used)
         return
-    for path in (ours, used):
+    for path in (used, ours):  # a kill between the two leaves folds that are known as ours next time
         write_text(path, json.dumps(splits, indent=2))
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_ssl import __version__
+from nnunet_ssl.conversion.dataset import NO_PLACE_TO_WRITE
 from nnunet_ssl.corpus.layouts import find_scans
 from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.deployment.resources import measured
 from nnunet_ssl.deployment.segmenting import Segmenter
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UserError, one_line
 from nnunet_ssl.imaging.metaimage import read_image, write_image
 
 BIDS_VERSION = "1.10.0"
@@ -54,9 +55,11 @@ def segment_dataset(model: Segmenter, source: Path, target: Path) -> int:
             mask.with_name(f"{stem.name}_label-lesion_mask.json").write_text(json.dumps(about, indent=2) + "\n")
             write_image(mask, result.labels)
             logger.info("%s: %s; %s", mask.relative_to(target), result.describe_volume(), ", ".join(used))
-        except UserError as error:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_PLACE_TO_WRITE:
+                raise
             failures += 1
-            logger.error("failed: %s", error)
+            logger.error("failed: %s", one_line(error), exc_info=not isinstance(error, UserError))
     return failures
 
 

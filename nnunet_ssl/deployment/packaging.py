@@ -23,6 +23,8 @@ from nnunet_ssl.deployment.segmenting import MODEL, reads_turned
 from nnunet_ssl.deployment.weights import FOLDER, write_digests
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import calibration, operating_point
+from nnunet_ssl.interface.segmentation import default_folds
+from nnunet_ssl.nnunet_folders import channel_names
 from nnunet_ssl.weights.safe_files import read_file
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -54,7 +56,7 @@ def package(
         raise UserError(f"{target} is not empty: name a new folder for the package.")
     described = [_describe(model, folds) for model in models]
     for model, other in zip(models[1:], described[1:]):
-        for key in ("labels", "channels", "turn_to_ras"):
+        for key in ("labels", "channels", "prepared_as", "turn_to_ras"):
             if other[key] != described[0][key]:
                 raise UserError(f"{models[0]} and {model} differ in {key}: {described[0][key]} and {other[key]}.")
     files = _find_learned(models, learned)
@@ -89,14 +91,18 @@ def _describe(model: Path, folds: Sequence[str] | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{model} is no folder of a model that nnU-Net trained ({error}).") from error
     found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{CHECKPOINT}"))
-    chosen = list(folds) if folds else [name for name in found if name != "all"] or found
+    chosen = list(folds) if folds else default_folds(found)
     missing = [name for name in chosen if name not in found]
     if missing or not chosen:
         raise UserError(
             f"{model} has no {CHECKPOINT} of {'fold ' + missing[0] if missing else 'any fold'}: train to the end, or "
             f"choose with -f among those that are: {', '.join(found) or 'none'}."
         )
-    turned = reads_turned(plans, dataset, model)
+    if dataset.get("skull_strip"):
+        logger.warning(
+            "%s was trained on skull-stripped images, and the package strips none: give it stripped ones.", model
+        )
+    turned = reads_turned(plans, model)
     if not turned:
         logger.warning(
             "%s was trained on images as they were stored. What is stored in another orientation than its training "
@@ -110,7 +116,8 @@ def _describe(model: Path, folds: Sequence[str] | None) -> dict[str, Any]:
         settings = plans["configurations"][settings["inherits_from"]]
     return {
         "labels": dataset["labels"],
-        "channels": list(dataset["channel_names"].values()),
+        "channels": channel_names(dataset),
+        "prepared_as": dataset.get("prepared_as"),
         "turn_to_ras": turned,
         "folds": [name if name == "all" else int(name) for name in chosen],
         "trainer": checkpoint["trainer_name"],

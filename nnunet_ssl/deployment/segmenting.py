@@ -14,12 +14,14 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_ssl.conversion.preparations import prepared_as
 from nnunet_ssl.corpus.modalities import UNKNOWN, modality_of
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import calibration
 from nnunet_ssl.evaluation.operating_point import FILE, OperatingPoint, load
 from nnunet_ssl.evaluation.probabilities import TURNED_TO_RAS, lesion_channel, onto_image
 from nnunet_ssl.imaging.geometry import Volume, canonical, onto_grid
+from nnunet_ssl.nnunet_folders import channel_names
 
 MODEL = "package.json"
 ANY = "input"
@@ -76,7 +78,9 @@ class Segmenter:
             _predictor(folder / name, folds, device, mirroring=point is None or point.mirroring)
             for name, folds in described["models"].items()
         ]
-        self.channels: list[str] = [str(name) for name in self.predictors[0].dataset_json["channel_names"].values()]
+        dataset = self.predictors[0].dataset_json
+        self.channels: list[str] = channel_names(dataset)
+        self.prepared_as: str | None = dataset.get("prepared_as")
 
     def choose(self, images: Mapping[str, Any]) -> list[Any]:
         """Put what is known by modality (``t1``, ``flair``) into the order of the model's channels.
@@ -112,6 +116,7 @@ class Segmenter:
         if len(images) != len(self.channels):
             needed = ", ".join(self.channels)
             raise UserError(f"The model needs {len(self.channels)} images ({needed}), not {len(images)}.")
+        images = self._prepared(images)
         first = images[0]
         data, spacing = self._as_nnunet_reads(images)
         classes = self._classes(data, spacing) if data.any() else None
@@ -137,7 +142,7 @@ class Segmenter:
         They are the first model's, by its first fold.
         """
         predictor = self.predictors[0]
-        data, spacing = self._as_nnunet_reads(images)
+        data, spacing = self._as_nnunet_reads(self._prepared(images))
         plans, configuration = predictor.plans_manager, predictor.configuration_manager
         preprocessor = configuration.preprocessor_class(verbose=False)
         read = (data, None, {"spacing": spacing}, plans, configuration, predictor.dataset_json)
@@ -163,6 +168,16 @@ class Segmenter:
         known = self.calibration["volume"]
         interval = calibration.volume_interval(result.volume_ml, known["reach"])
         return replace(result, volume_interval_ml=interval, coverage=known["coverage_promised"])
+
+    def _prepared(self, images: Sequence[Volume]) -> list[Volume]:
+        """Do to the images what the conversion of the training data did to those, if it was one of this package's."""
+        if self.prepared_as is None:
+            return list(images)
+        by_channel = {_short(channel): image for channel, image in zip(self.channels, images, strict=True)}
+        prepared, notes = prepared_as(self.prepared_as, by_channel)
+        for sentence in notes:
+            logger.info("%s", sentence)
+        return [prepared[_short(channel)] for channel in self.channels]
 
     def _as_nnunet_reads(self, images: Sequence[Volume]) -> tuple[np.ndarray, list[float]]:
         """Return what nnU-Net's reader gives, (C, Z, Y, X), and the voxels' size in mm along Z, Y, X."""
@@ -190,13 +205,13 @@ class Segmenter:
         return np.ascontiguousarray(onto_image(values, image.affine, turned=self.turned))
 
 
-def reads_turned(plans: Mapping[str, Any], dataset: Mapping[str, Any], folder: Path) -> bool:
-    """Tell whether a model's reader turns images to RAS.
+def reads_turned(plans: Mapping[str, Any], folder: Path) -> bool:
+    """Tell whether a model's reader turns images to RAS: that of its plans, whatever dataset.json asked for.
 
     Raises:
         UserError: it does not read medical images in three dimensions.
     """
-    reader = dataset.get("overwrite_image_reader_writer") or plans["image_reader_writer"]
+    reader = plans["image_reader_writer"]
     if reader not in TURNED_TO_RAS:
         raise UserError(f"{folder} reads images by {reader}; only {', '.join(TURNED_TO_RAS)} can be packaged.")
     return TURNED_TO_RAS[reader]

@@ -138,7 +138,7 @@ def alike_but_unplaced(first: Volume, second: Volume) -> bool:
     if not (is_default(first.affine) or is_default(second.affine)):
         return False
     mapping = np.linalg.inv(second.affine) @ first.affine
-    corners = nib.affines.apply_affine(mapping, _corners(first.array.shape))
+    corners = nib.affines.apply_affine(mapping, corners_of(first.array.shape))
     low, high = corners.min(axis=0), corners.max(axis=0)
     last = np.array(second.array.shape) - 1
     return bool(max(np.abs(low).max(), np.abs(high - last).max()) > NEAREST_VOXELS)
@@ -235,11 +235,11 @@ def resample_onto(moving: Volume, fixed: Volume, matrix: np.ndarray | None = Non
 
 def _deviation(mapping: np.ndarray, turn: np.ndarray, shift: np.ndarray, shape: tuple[int, ...]) -> float:
     """Return by how many voxels `mapping` (4 x 4) differs from ``turn @ index + shift`` at the corners of a grid."""
-    corners = _corners(shape)
+    corners = corners_of(shape)
     return float(np.abs(nib.affines.apply_affine(mapping, corners) - (corners @ turn.T + shift)).max())
 
 
-def _corners(shape: tuple[int, ...]) -> np.ndarray:
+def corners_of(shape: tuple[int, ...]) -> np.ndarray:
     """The indices (8, 3) of a grid's outermost voxels."""
     return np.array(np.meshgrid(*[(0, size - 1) for size in shape])).reshape(3, -1).T
 

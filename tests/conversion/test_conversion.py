@@ -13,6 +13,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from nnunet_ssl.conversion.dataset import Case, Target, _refuse_foreign_files
+from nnunet_ssl.errors import UserError
+
 SHAPE = (16, 18, 14)
 
 
@@ -148,6 +151,20 @@ def test_a_changed_or_removed_source_is_taken_up_and_nothing_else_is_touched(too
     assert kept.stat().st_mtime_ns == before[kept]
     assert not list(folder.rglob("sub-r001s003*"))
     assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 2
+
+
+def test_cases_whose_names_end_in_four_digits_are_ones_own_at_the_next_call(tmp_path):
+    target = Target(folder=tmp_path, channels=("dwi", "flair"))
+    case = Case(id="patient_0012", subject="patient_0012", images={}, masks=(), labelled=True)
+    for path in target.outputs(case):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    target.record_path(case.id).parent.mkdir(parents=True)
+    target.record_path(case.id).write_text("{}")
+    _refuse_foreign_files(target)
+    (tmp_path / "labelsTr" / "patient.nii.gz").touch()
+    with pytest.raises(UserError, match=r"1 images that this script didn't make, such as patient\.nii\.gz"):
+        _refuse_foreign_files(target)
 
 
 def test_a_data_set_of_another_origin_is_neither_mixed_nor_overwritten(tools, env, tmp_path):

@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nnunet_ssl.conversion.discovery import ImageFile, choose_one, find_images, lesion_masks, refuse_two_homes
 from nnunet_ssl.errors import UserError
@@ -50,6 +52,33 @@ def test_one_name_in_two_folders_is_refused_naming_both(first, second):
     with pytest.raises(UserError, match="two patients") as caught:
         refuse_two_homes("x", files, KINDS)
     assert all(file.relative in str(caught.value) for file in files)
+
+
+NAMES = st.from_regex(r"[A-Za-z]{2,8}", fullmatch=True).filter(lambda word: word.lower() not in KINDS)
+
+
+@given(
+    name=NAMES,
+    numbers=st.lists(st.from_regex(r"[0-9]{1,5}", fullmatch=True), min_size=2, max_size=4, unique=True),
+    separator=st.sampled_from(["_", " ", "__"]),
+    order=st.sampled_from([("name", "number", "kind"), ("name", "kind", "number"), ("kind", "name", "number")]),
+)
+def test_patients_who_differ_by_a_number_are_never_one_case(name, numbers, separator, order):
+    def file(number, kind):
+        words = {"name": name, "number": number, "kind": kind}
+        return image("new", separator.join(words[part] for part in order) + ".nii.gz")
+
+    found = {}
+    for number in numbers:
+        for kind in ("dwi", "flair", "roi"):
+            one = file(number, kind)
+            found.setdefault(one.scan_id(KINDS), []).append((number, one))
+    for scan_id, of_case in found.items():
+        if len({number for number, _ in of_case}) > 1:
+            with pytest.raises(UserError, match="two patients"):
+                refuse_two_homes(scan_id, [one for _, one in of_case if one.kind(KINDS) == "dwi"], KINDS)
+        else:
+            assert {one.kind(KINDS) for _, one in of_case} == {"dwi", "flair", "mask"}
 
 
 def test_the_folders_of_one_session_are_one_home():

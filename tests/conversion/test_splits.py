@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_ssl.conversion import splits
+from nnunet_ssl.conversion.reporting import write_text
 from nnunet_ssl.conversion.splits import make_splits, size_bins, store_splits
 
 
@@ -69,6 +71,29 @@ def test_stratified_folds_share_out_every_group_evenly():
 def test_one_case_makes_no_folds_and_two_make_two(folds):
     assert make_splits(cases(["a"]), folds) == []
     check(make_splits(cases(["a", "a"]), folds), ["sub-000_ses-0", "sub-001_ses-0"])
+
+
+def test_folds_of_which_a_kill_left_one_file_old_are_written_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    raw = tmp_path / "raw" / "Dataset501_ATLASv2"
+    store_splits([{"train": ["a"], "val": ["b"]}], raw)
+    written = []
+
+    def killed(path, text):
+        written.append(path)
+        if len(written) > 1:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    monkeypatch.setattr(splits, "write_text", killed)
+    new = [{"train": ["b"], "val": ["a"]}]
+    with pytest.raises(KeyboardInterrupt):
+        store_splits(new, raw)
+    monkeypatch.setattr(splits, "write_text", write_text)
+    store_splits(new, raw)
+    assert not caplog.records
+    used = tmp_path / "preprocessed" / raw.name / "splits_final.json"
+    assert json.loads(used.read_text()) == json.loads((raw / "conversion" / "splits_final.json").read_text()) == new
 
 
 def test_a_split_file_of_the_users_own_stays(tmp_path, monkeypatch, caplog):

@@ -11,6 +11,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scans import scan
 from tiny_models import write_model
 
+from nnunet_ssl.conversion import atlas_v2, atlas_v3, fcd_bonn, isles2022
+from nnunet_ssl.conversion.dataset import Case
 from nnunet_ssl.deployment.packaging import package
 from nnunet_ssl.deployment.segmenting import Segmenter
 from nnunet_ssl.errors import UserError
@@ -45,17 +47,84 @@ def as_nnunet_would(model, images, folder, mirroring=True):
     return mask, read_map(folder / "case.npz", mask, None)
 
 
+@pytest.mark.parametrize("asked_for", [None, "None", "SimpleITKIO", "NibabelIOWithReorient"])
 @pytest.mark.parametrize("reader", TURNED_TO_RAS)
-def test_mask_and_map_are_nnunets(tmp_path, segmenter, reader):
-    model = write_model(tmp_path / "model", reader=reader, contrast=4.0)
+def test_mask_and_map_are_nnunets_whatever_reader_the_data_set_asked_for(tmp_path, reader, asked_for):
+    entries = {"overwrite_image_reader_writer": asked_for}
+    model = write_model(tmp_path / "model", reader=reader, contrast=4.0, dataset_entries=entries)
     image = turned(scan(), "PSL")
     mask, shown = as_nnunet_would(model, [image], tmp_path)
-    result = segmenter(reader=reader).segment([image])
+    package([model], tmp_path / "package")
+    result = Segmenter(tmp_path / "package" / "model", torch.device("cpu")).segment([image])
     assert 0.02 < mask.array.mean() < 0.98
     np.testing.assert_allclose(result.probabilities.array, shown, atol=ROUNDING)  # nnU-Net sums in half precision
     sure = np.abs(shown - 0.5) > ROUNDING
     assert np.array_equal(result.labels.array[sure], mask.array[sure])
     np.testing.assert_allclose(result.labels.affine, image.affine)
+
+
+def odd(channel: str) -> Volume:
+    """An image with what its data set's conversion mends: a background that is not 0, another unit, negative voxels."""
+    image = scan(seed=len(channel))
+    places = np.indices(image.array.shape).T - (np.array(image.array.shape) - 1) / 2
+    brain = np.linalg.norm(places, axis=-1).T < min(image.array.shape) / 2 - 1
+    shown = np.where(brain, 800 + 100 * image.array / image.array.std(), 0)
+    values = {"T1": shown - 4, "ADC": shown / 1e6, "DWI": np.where(brain, shown, -500)}
+    return image.with_array(values.get(channel, shown).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("conversion", "module", "channels", "changes"),
+    [
+        ("ATLASv2", atlas_v2, ("T1",), False),
+        ("ATLASv3", atlas_v3, ("T1",), True),
+        ("ISLES2022", isles2022, ("DWI", "ADC"), True),
+        ("ISLES2022", isles2022, ("ADC",), False),  # a network does not see the unit, for nnU-Net z-scores
+        ("FCDBonn", fcd_bonn, ("FLAIR", "T1"), False),
+    ],
+)
+def test_images_are_prepared_as_the_conversion_of_the_training_data_prepared_those(
+    tmp_path, conversion, module, channels, changes
+):
+    model = write_model(tmp_path / "model", channels=channels, dataset_entries={"prepared_as": conversion})
+    package([model], tmp_path / "package")
+    images = {channel.lower(): odd(channel) for channel in channels}
+    for name, image in images.items():
+        write_volume(tmp_path / f"{name}.nii.gz", image)
+    paths = {name: tmp_path / f"{name}.nii.gz" for name in images}
+    case = getattr(module, "StrokeCase", Case)(id="a", subject="a", images=paths, masks=())
+    converted = module.prepare(case).channels
+    segmenter = Segmenter(tmp_path / "package" / "model", torch.device("cpu"))
+    plain = Segmenter(tmp_path / "package" / "model", torch.device("cpu"))
+    plain.prepared_as = None
+    result = segmenter.segment(segmenter.choose(images))
+    expected = plain.segment([converted[name] for name in images])
+    np.testing.assert_allclose(result.probabilities.array, expected.probabilities.array, atol=ROUNDING)
+    raw = plain.segment(list(images.values()))
+    assert (np.abs(raw.probabilities.array - result.probabilities.array).max() > 0.01) == changes
+
+
+def test_models_that_want_their_images_prepared_otherwise_are_not_averaged(tmp_path):
+    models = [
+        write_model(tmp_path / str(name), dataset_entries={"prepared_as": name})
+        for name in ("ATLASv3", "ATLASv2", None)
+    ]
+    for other in models[1:]:
+        with pytest.raises(UserError, match="differ in prepared_as: ATLASv3 and"):
+            package([models[0], other], tmp_path / "package")
+
+
+def test_a_model_of_stripped_images_says_what_it_wants(tmp_path, caplog):
+    package([write_model(tmp_path / "model", dataset_entries={"skull_strip": "hd-bet"})], tmp_path / "package")
+    assert "give it stripped ones" in caplog.text
+
+
+def test_a_data_set_may_have_nnunets_former_key_for_its_channels(tmp_path):
+    entries = {"channel_names": None, "modality": {"0": "T1"}}
+    package([write_model(tmp_path / "model", dataset_entries=entries)], tmp_path / "package")
+    segmenter = Segmenter(tmp_path / "package" / "model", torch.device("cpu"))
+    assert segmenter.channels == ["T1"]
+    assert segmenter.segment([scan()]).labels.array.shape == scan().array.shape
 
 
 def test_models_are_averaged_as_nnunet_averages_ensembles(tmp_path):

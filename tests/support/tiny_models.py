@@ -1,7 +1,9 @@
 """Folders of models as nnU-Net leaves them, with a network of two stages and random weights."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,10 +78,12 @@ def write_model(
     lesion_bias: float = 0.0,
     contrast: float = 1.0,
     seed: int = 0,
+    dataset_entries: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model of background and lesion.
 
     Args:
+        dataset_entries: of dataset.json, beside or in place of the usual ones; None takes one out.
         lesion_bias: added to the lesion's logit.
         contrast: by which the last layer's weights are multiplied, so that the network is sure of something.
     """
@@ -91,7 +95,8 @@ def write_model(
         "labels": {"background": 0, "lesion": 1},
         "numTraining": 5,
         "file_ending": ".nii.gz",
-    }
+    } | dict(dataset_entries or {})
+    dataset = {key: value for key, value in dataset.items() if value is not None}
     (folder / "dataset.json").write_text(json.dumps(dataset))
     for fold in folds:
         torch.manual_seed(seed + fold)
