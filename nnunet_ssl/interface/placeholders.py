@@ -17,7 +17,9 @@ import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.errors import UserError, one_line
+from nnunet_ssl.files import written_beside
+from nnunet_ssl.nnunet_folders import channel_names
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Channels:
 
     @classmethod
     def of(cls, dataset: Mapping[str, Any]) -> Channels:
-        return cls(tuple(dataset["channel_names"].values()), dataset["file_ending"], dataset)
+        return cls(tuple(channel_names(dataset)), dataset["file_ending"], dataset)
 
     def reader(self, example: Path) -> BaseReaderWriter:
         """nnU-Net's reader and writer of such images."""
@@ -106,13 +108,17 @@ def completed(case: PartialCase, folder: Path, channels: Channels) -> list[Path]
     for place, file in enumerate(case.files):
         path = file or folder / f"{case.id}_{place:04d}{channels.file_ending}"
         if file is None:
-            reader.write_seg(np.zeros(image.shape[1:], dtype=np.uint8), str(path), properties)
+            with written_beside(path) as temporary:
+                reader.write_seg(np.zeros(image.shape[1:], dtype=np.uint8), str(temporary), properties)
         files.append(path)
     return files
 
 
 def _varies(file: Path, channels: Channels) -> bool:
-    image, _ = channels.reader(file).read_images([str(file)])
+    try:
+        image, _ = channels.reader(file).read_images([str(file)])
+    except Exception as error:  # each reader, and each library behind it, has its own
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from error
     if bad := image.size - np.count_nonzero(np.isfinite(image)):
         raise UserError(f"{bad} voxels of {file} are NaN or infinite: give them numbers, such as 0 in the background.")
     return bool(np.ptp(image) > 0)

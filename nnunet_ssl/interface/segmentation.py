@@ -178,10 +178,15 @@ def load_predictor(
     predictor = nnUNetPredictor(device=device, **options)
     backend = matplotlib.get_backend()
     try:
-        predictor.initialize_from_trained_model_folder(str(model_folder), folds or finished, checkpoint)
+        predictor.initialize_from_trained_model_folder(str(model_folder), folds or default_folds(finished), checkpoint)
     finally:
         matplotlib.use(backend)  # nnU-Net's trainers switch to files, and a notebook would show no figure any more
     return predictor
+
+
+def default_folds(finished: Sequence[str]) -> list[str]:
+    """Those of the finished folds that are averaged where none is named, as in nnU-Net: not the one of all cases."""
+    return [fold for fold in finished if fold != "all"] or list(finished)
 
 
 def check_processes(preprocessing: int, export: int) -> None:

@@ -19,9 +19,9 @@ from nnunet_ssl.architectures.compiling import Divisible, compile_parts, forget_
 from nnunet_ssl.architectures.networks import PAPER_ENCODER
 from nnunet_ssl.console import exit_on_user_error
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import written_beside
+from nnunet_ssl.files import remove_leftovers, written_beside
 from nnunet_ssl.learning import check_gradients
-from nnunet_ssl.nnunet_folders import folder_of
+from nnunet_ssl.nnunet_folders import channel_names, folder_of
 from nnunet_ssl.requirements import check_requirements
 from nnunet_ssl.trainers.averaging import add_average, saved_average, with_weights_of
 from nnunet_ssl.trainers.channels import ChannelSubsets, check_channels, way_of
@@ -32,7 +32,14 @@ from nnunet_ssl.trainers.gpu_augmentation import AugmentsOnDevice, check_augment
 from nnunet_ssl.trainers.losses import check_loss, with_hardest_voxels
 from nnunet_ssl.trainers.networks import has_deep_supervision, network_entry, network_of, plans_residual_unet
 from nnunet_ssl.trainers.optimization import GRADIENT_CLIP, StepSchedule, build_optimizer, refuse_lost_epoch
-from nnunet_ssl.trainers.plans import SECTION, check_configuration, offer_plans, plans_with_settings, saved_plans
+from nnunet_ssl.trainers.plans import (
+    SECTION,
+    check_configuration,
+    offer_plans,
+    plans_with_settings,
+    refuse_stale,
+    saved_plans,
+)
 from nnunet_ssl.trainers.provenance import refuse_to_mix, source_of
 from nnunet_ssl.trainers.schedules import Schedule
 from nnunet_ssl.trainers.settings import Settings
@@ -71,10 +78,11 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             if self.augments_on_device:
                 check_augmentation(type(self), plans, configuration, device)
             schemes = PlansManager(plans).get_configuration(configuration).normalization_schemes
-            check_channels(self.settings, list(dataset_json["channel_names"].values()), schemes)
+            check_channels(self.settings, channel_names(dataset_json), schemes)
             check_loss(self.settings.loss, PlansManager(plans).get_label_manager(dataset_json))
             folder = _model_folder(type(self).__name__, plans, configuration)
             if not any(folder.glob(f"fold_{fold}/checkpoint_*.pth")):
+                refuse_stale(plans, configuration, folder_of("nnUNet_preprocessed") / plans["dataset_name"])
                 self._check_network(plans, configuration)  # what is wrong is reported before any folder is made
             if plans["plans_name"] != given:
                 offer_plans(plans, folder_of("nnUNet_preprocessed") / plans["dataset_name"])
@@ -261,6 +269,11 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
             return super()._get_deep_supervision_scales()
         return [[math.ceil(n / stride) / n for n in self.configuration_manager.patch_size] for stride in strides]
 
+    def on_train_start(self) -> None:
+        if self.local_rank == 0:
+            remove_leftovers(Path(self.output_folder))  # a killed job's half of a checkpoint is as large as one
+        super().on_train_start()
+
     # ---- optimization ------------------------------------------------------------------------------------------------
 
     def _build_loss(self) -> nn.Module:
@@ -358,7 +371,7 @@ class nnUNetTrainerSSL(AugmentsOnDevice):
         train, validation = super().get_tr_and_val_datasets()
         if self.settings.channels != "all":
             with exit_on_user_error():
-                names = list(self.dataset_json["channel_names"].values())
+                names = channel_names(self.dataset_json)
                 self.subsets = ChannelSubsets(train, names, self.settings.channel_drop)
             self.print_to_log_file(f"{self.subsets}. In each sample some of a case's channels are left out.")
         return train, validation

@@ -10,12 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
 from nnunet_ssl.trainers.settings import Settings
 
 SECTION = "nnunet_ssl"
 """The entry of the plans that holds what a fine-tuning adds: ``base`` (the plans it began with) and ``settings``."""
+
+PREPARED_BY = ("image_reader_writer", "transpose_forward")
+"""Entries of the plans that say how images are read and turned before they are preprocessed."""
+
+PREPROCESSED_BY = ("spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data", "preprocessor_name")
+"""Entries of a configuration that say how its data were preprocessed."""
 
 
 def plans_with_settings(plans: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -54,6 +62,30 @@ def check_configuration(plans: Mapping[str, Any], configuration: str) -> None:
         raise UserError(
             f"{configuration} is the second stage of a cascade, whose input holds one-hot segmentations that the "
             "encoder never saw: train 3d_fullres or 3d_lowres."
+        )
+
+
+def refuse_stale(plans: Mapping[str, Any], configuration: str, folder: Path) -> None:
+    """Refuse plans with settings if those that they were made from were made anew since, and with them the data.
+
+    Args:
+        plans: with settings.
+        configuration: to train.
+        folder: of the preprocessed data set, where the base lies.
+
+    Raises:
+        UserError: base and plans differ in how images are preprocessed.
+    """
+    base = folder / f"{plans[SECTION]['base']}.json"
+    now = json.loads(base.read_text()) if base.is_file() else plans
+    ways = []
+    for one in (plans, now):
+        settings = PlansManager(dict(one)).get_configuration(configuration).configuration
+        ways.append({key: one.get(key) for key in PREPARED_BY} | {key: settings.get(key) for key in PREPROCESSED_BY})
+    if changed := [key for key, value in ways[0].items() if ways[1][key] != value]:
+        raise UserError(
+            f"{plans['plans_name']} was made before {base.stem} was planned anew, with another {', '.join(changed)}. "
+            f"The data are preprocessed as {base.stem} says: begin with -p {base.stem} and nnssl_settings."
         )
 
 

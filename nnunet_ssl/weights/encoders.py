@@ -136,7 +136,7 @@ def _with_merging(pretrained: PretrainedEncoder, merging: str) -> PretrainedEnco
     """Say of weights with which merging they were trained; what is only known of their family may be overruled."""
     check_merging(merging)
     if pretrained.architecture["backbone"] != "swin":
-        raise UserError("it holds a residual encoder, which has no patch mergings.")
+        raise UserError(f"its backbone is {pretrained.architecture['backbone']}, which has no patch mergings.")
     told = pretrained.architecture.get("merging", "monai")
     if pretrained.origin in (FORMAT, "nnunet") and "merging" not in pretrained.assumed and told not in (merging, None):
         raise UserError(f"its patch merging is {told}, not {merging}.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
-from nnunet_ssl.errors import UserError, one_line
+from nnunet_ssl.errors import UserError, one_line, require
 from nnunet_ssl.nnunet_folders import folder_of
 from nnunet_ssl.weights.pretrained import ENCODER
 from nnunet_ssl.weights.zoo import ZooEntry, folder_for
@@ -137,8 +137,12 @@ def destination(recipe: str, dataset: str) -> Path:
         dataset: its full name.
 
     Raises:
-        UserError: an encoder is there already.
+        UserError: an encoder is there already, or `recipe`, which may come from a file's header, is no name.
     """
+    require(
+        re.fullmatch(r"\w[\w.-]*", recipe) is not None,
+        f"'{recipe}' is no name of a recipe, which becomes a folder: say another with --recipe",
+    )
     path = folder_of("nnUNet_results") / dataset / recipe / ENCODER
     if path.exists():
         raise UserError(f"There is an encoder at {path} already. Choose another --recipe or -d, or remove it.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pydoc
 from typing import Any
 
+import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 
@@ -35,8 +36,8 @@ def nnssl_checkpoint(pretrained: PretrainedEncoder) -> dict[str, Any]:
     """
     if pretrained.architecture["backbone"] != "resenc":
         raise UserError(
-            "nnssl's format can describe residual encoders only, and this is a Swin encoder. "
-            "Export it as safetensors, or with MONAI's names: --format monai"
+            f"nnssl's format can describe residual encoders only, and this is a {pretrained.architecture['backbone']} "
+            "encoder. Export it as safetensors, or a Swin with MONAI's names: --format monai"
         )
     encoder = build_encoder(pretrained.architecture)
     load_encoder(encoder, pretrained)
@@ -105,7 +106,7 @@ def _pretrain_plan(pretrained: PretrainedEncoder, patch_size: list[int]) -> dict
     The clipping of ``nnssl_prepare`` has no name there; ZScoreNormalization is the scheme that comes next to it.
     """
     known = pretrained.preprocessing or {}
-    spacing = known.get("spacing")
+    spacing, forward = known.get("spacing"), known.get("transpose_forward", [0, 1, 2])
     style = {None: "noresample", (1.0, 1.0, 1.0): "onemmiso"}.get(spacing and tuple(spacing), "fixed")
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     return {
@@ -113,8 +114,8 @@ def _pretrain_plan(pretrained: PretrainedEncoder, patch_size: list[int]) -> dict
         "plans_name": NNSSLS_PLANS_NAME,
         "original_median_spacing_after_transp": spacing,
         "image_reader_writer": known.get("image_reader_writer", "NibabelIOWithReorient"),
-        "transpose_forward": known.get("transpose_forward", [0, 1, 2]),
-        "transpose_backward": [0, 1, 2],
+        "transpose_forward": forward,
+        "transpose_backward": np.argsort(forward).tolist(),
         "experiment_planner_used": "nnssl_prepare",
         "configurations": {
             style: {

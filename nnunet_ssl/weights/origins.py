@@ -100,6 +100,9 @@ def _read_own(file: CheckpointFile) -> PretrainedEncoder:
     except json.JSONDecodeError as error:
         raise UserError(f"its header cannot be read ({error}).") from error
     described = header or {key: file.content[key] for key in DESCRIBED if key in file.content}
+    for key, value in described.items():
+        if value is not None and not isinstance(value, DESCRIBED[key]):
+            raise UserError(f"its header is not as this package writes it: {key} is {value!r}.")
     tensors, decoder, left_out = _encoder(state_dict(file.content), *_own_anchors())
     metadata = described["metadata"] = described.get("metadata") or {}
     architecture = described["architecture"] = dict(described.get("architecture") or _architecture(tensors))

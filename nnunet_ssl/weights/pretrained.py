@@ -16,8 +16,8 @@ and evaluation look for it."""
 FORMAT = "nnunet_ssl"
 """How this package's own files call themselves, and the name of their origin."""
 
-DESCRIBED = ("architecture", "method", "step", "preprocessing", "metadata")
-"""What those files tell of the weights, beside the weights."""
+DESCRIBED = {"architecture": dict, "method": str, "step": int, "preprocessing": dict, "metadata": dict}
+"""What those files tell of the weights, beside the weights, and of which type it is, unless null."""
 
 
 UMBRAS_RECIPES = {

@@ -1,5 +1,6 @@
 """A package's program as a container runs it: without a network, on two CPUs, over HTTP or by its command line."""
 
+import errno
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -18,8 +20,10 @@ import SimpleITK as sitk
 from scans import AFFINE, scan
 
 from nnunet_ssl.deployment.__main__ import _find_trainers, main
+from nnunet_ssl.deployment.bids import segment_dataset
 from nnunet_ssl.deployment.challenge import make_server
 from nnunet_ssl.deployment.resources import THREADS
+from nnunet_ssl.deployment.segmenting import Segmentation
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.operating_point import FILE
 from nnunet_ssl.imaging.geometry import Volume, canonical, read_volume
@@ -260,6 +264,44 @@ def test_the_program_finds_the_trainers_without_an_installation(package, monkeyp
     own.rmdir()
     assert folders[0] == "/mine" and folders[2:] == [str(own)]
     assert (Path(folders[1]) / "nnunet_ssl_arms.py").is_file()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), MemoryError(), ValueError("of a library")])
+def test_whatever_fails_in_a_session_the_others_are_segmented(tmp_path, error):
+    for subject in ("sub-1", "sub-2"):
+        (tmp_path / subject / "anat").mkdir(parents=True)
+        write_image(tmp_path / subject / "anat" / f"{subject}_T1w.nii.gz", scan())
+
+    class Model:
+        channels = ("T1",)
+        failed = False
+
+        def choose(self, images):
+            return [images["t1"]]
+
+        def calibrated(self, probabilities):
+            return probabilities
+
+        def segment(self, images):
+            if not self.failed:
+                self.failed = True
+                raise error
+            return Segmentation(labels=images[0], probabilities=images[0], highest=1.0)
+
+    assert segment_dataset(Model(), tmp_path, tmp_path / "out") == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*_mask.nii.gz")] == ["sub-2_label-lesion_mask.nii.gz"]
+
+
+def test_a_full_disk_ends_the_run(tmp_path):
+    (tmp_path / "sub-1" / "anat").mkdir(parents=True)
+    write_image(tmp_path / "sub-1" / "anat" / "sub-1_T1w.nii.gz", scan())
+    model = SimpleNamespace(channels=("T1",), choose=lambda images: [images["t1"]], segment=full)
+    with pytest.raises(OSError, match="no space"):
+        segment_dataset(model, tmp_path, tmp_path / "out")
+
+
+def full(images):
+    raise OSError(errno.ENOSPC, "no space left")
 
 
 def test_a_bids_data_set_gets_derivatives(package, tmp_path, monkeypatch, capsys):

@@ -113,6 +113,18 @@ def test_what_cannot_be_used_is_an_exception_that_names_the_file(tmp_path, write
         nnunet_ssl.segment(tmp_path, [tmp_path / "good.nii.gz"])
 
 
+def test_the_fold_of_all_cases_is_taken_only_where_there_is_no_other(tmp_path):
+    model = write_model(tmp_path / "model", folds=(0, 1))
+    (model / "fold_all").symlink_to(model / "fold_0")
+    nnunets = nnUNetPredictor.auto_detect_available_folds(str(model), "checkpoint_final.pth")
+    assert len(load_predictor(model, None, torch.device("cpu")).list_of_parameters) == len(nnunets) == 2
+    for fold in (0, 1):
+        (model / f"fold_{fold}").rename(tmp_path / f"fold_{fold}")
+    (model / "fold_all").unlink()
+    (model / "fold_all").symlink_to(tmp_path / "fold_0")
+    assert len(load_predictor(model, None, torch.device("cpu")).list_of_parameters) == 1
+
+
 def test_figures_stay_where_they_were_when_a_model_cannot_be_loaded(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model")
 

@@ -322,6 +322,27 @@ def test_an_image_with_numbers_that_are_not_finite_is_named_and_not_called_missi
         find_cases(partial_images, by_nibabel)
 
 
+def test_a_file_that_cannot_be_read_is_named(partial_images):
+    file = next(partial_images.glob("*.nii.gz"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{file} cannot be read"):
+        find_cases(partial_images, CHANNELS)
+
+
+def test_a_placeholder_that_could_not_be_written_leaves_nothing_behind(partial_images, monkeypatch):
+    before = sorted(partial_images.iterdir())
+    case = next(case for case in find_cases(partial_images, CHANNELS) if None in case.files)
+
+    def half(self, seg, output_fname, properties):
+        Path(output_fname).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(CHANNELS.reader(before[0])), "write_seg", half)
+    with pytest.raises(OSError, match="no space left"):
+        completed(case, partial_images, CHANNELS)
+    assert sorted(partial_images.iterdir()) == before
+
+
 def test_the_commands_write_placeholders_and_end_a_mistake_with_one_line(model, partial_images, tmp_path, monkeypatch):
     def run(command, *arguments):
         monkeypatch.setattr("sys.argv", ["nnssl", *map(str, arguments)])

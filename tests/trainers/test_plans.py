@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import tiny_models
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers.plans import check_configuration, offer_plans, plans_with_settings, saved_plans
+from nnunet_ssl.trainers.plans import check_configuration, offer_plans, plans_with_settings, refuse_stale, saved_plans
 from nnunet_ssl.trainers.settings import Settings
 
 PLANS = {
@@ -52,6 +53,31 @@ def test_offered_plans_are_what_nnunet_reads_and_a_read_only_folder_does_not_sto
     assert json.loads((tmp_path / f"{plans['plans_name']}.json").read_text()) == json.loads(json.dumps(plans))
     (tmp_path / "file").touch()
     offer_plans(plans, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("spacing", [1.0, 1.0, 1.0]),
+        ("normalization_schemes", ["NoNormalization"]),
+        ("use_mask_for_norm", [True]),
+        ("resampling_fn_data", "resample_torch_fornnunet"),
+        ("image_reader_writer", "SimpleITKIO"),
+        ("transpose_forward", [2, 0, 1]),
+    ],
+)
+def test_plans_whose_base_was_planned_anew_are_refused_where_the_data_would_be_others(tmp_path, key, value):
+    base = tiny_models.plans()
+    plans = plans_with_settings(base, CHOSEN)
+    refuse_stale(plans, "3d_fullres", tmp_path)  # nothing is known of the base
+    anew = json.loads(json.dumps(base))
+    anew["configurations"]["3d_fullres"] |= {"patch_size": [8, 8, 8], "batch_size": 9}
+    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(anew))
+    refuse_stale(plans, "3d_fullres", tmp_path)
+    (anew if key in anew else anew["configurations"]["3d_fullres"])[key] = value
+    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(anew))
+    with pytest.raises(UserError, match=f"planned anew, with another {key}.*begin with -p nnUNetPlans"):
+        refuse_stale(plans, "3d_fullres", tmp_path)
 
 
 def test_a_model_without_plans_is_named(tmp_path):

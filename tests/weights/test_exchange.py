@@ -1,5 +1,6 @@
 """What is exported is what others load: MONAI's class and nnU-Net's class, strictly, with the same features."""
 
+import itertools
 import pydoc
 
 import foreign
@@ -116,6 +117,19 @@ def test_nnssl_export_of_our_own_pretraining_tells_its_preparation():
     assert plan["pretrain_plan"]["image_reader_writer"] == "NibabelIOWithReorient"
 
 
+@pytest.mark.parametrize("forward", list(itertools.permutations(range(3))))
+def test_nnssl_gets_a_pair_of_transpositions_that_undo_each_other(forward):
+    architecture = {"backbone": "resenc", "in_channels": 1, "features": [4, 8, 12], "blocks": [1, 1, 1]}
+    pretrained = PretrainedEncoder(
+        tensors=build_encoder(architecture).state_dict(),
+        architecture=architecture,
+        origin="nnunet",
+        preprocessing={"spacing": [1.0, 1.0, 1.0], "transpose_forward": list(forward)},
+    )
+    plan = nnssl_checkpoint(pretrained)["nnssl_adaptation_plan"]["pretrain_plan"]
+    assert [plan["transpose_forward"][place] for place in plan["transpose_backward"]] == [0, 1, 2]
+
+
 def test_nnssl_cannot_describe_a_swin_encoder():
-    with pytest.raises(UserError, match="residual encoders only, and this is a Swin encoder"):
+    with pytest.raises(UserError, match="residual encoders only, and this is a swin encoder"):
         nnssl_checkpoint(swin())

@@ -14,10 +14,11 @@ from urllib.parse import unquote
 import foreign
 import pytest
 import torch
+from safetensors.torch import save
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.weights.encoders import read_checkpoint
-from nnunet_ssl.weights.fetching import locate
+from nnunet_ssl.weights.fetching import destination, locate
 
 COMMIT = {"main": "1" * 40, "refs/pr/1": "2" * 40}
 
@@ -120,6 +121,27 @@ def test_what_the_hub_cannot_give_is_one_line(hub):
 def test_other_addresses_are_refused_with_the_way_out(address):
     with pytest.raises(UserError, match=r"no address of a model on huggingface\.co.* Download the file"):
         locate(address, None, None)
+
+
+@pytest.mark.parametrize("recipe", ["../elsewhere", "a/b", "/tmp/elsewhere", "", ".", "..", ".hidden", "a b"])
+def test_what_a_files_header_calls_its_method_names_no_folder_elsewhere(tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    with pytest.raises(UserError, match="is no name of a recipe"):
+        destination(recipe, "Dataset500_FOMO60K")
+    assert destination("mcl_mim-2.1", "Dataset500_FOMO60K").parent.parent == tmp_path / "Dataset500_FOMO60K"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("method", 5), ("method", ["mim"]), ("metadata", ["a"]), ("step", "ten"), ("architecture", "swin")],
+)
+def test_a_header_of_other_types_is_refused_in_a_sentence(tmp_path, key, value):
+    described = {"architecture": {"backbone": "swin"}, "method": "mim", "step": 1, "preprocessing": {}, "metadata": {}}
+    header = {"format": "nnunet_ssl"} | {name: json.dumps(one) for name, one in (described | {key: value}).items()}
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(save({"patch_embed.weight": torch.zeros(1)}, metadata=header))
+    with pytest.raises(UserError, match=f"cannot be used: its header is not as this package writes it: {key} is"):
+        read_checkpoint(path)
 
 
 def test_two_revisions_are_not_guessed_between():
