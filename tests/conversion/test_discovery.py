@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.conversion.discovery import ImageFile, choose_one, find_images, lesion_masks, refuse_two_homes
@@ -57,6 +57,7 @@ def test_one_name_in_two_folders_is_refused_naming_both(first, second):
 NAMES = st.from_regex(r"[A-Za-z]{2,8}", fullmatch=True).filter(lambda word: word.lower() not in KINDS)
 
 
+@settings(deadline=None)
 @given(
     name=NAMES,
     numbers=st.lists(st.from_regex(r"[0-9]{1,5}", fullmatch=True), min_size=2, max_size=4, unique=True),

@@ -3,7 +3,7 @@
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_ssl.imaging.headers import open_nifti
@@ -19,6 +19,7 @@ def file(tmp_path_factory):
     return path
 
 
+@settings(deadline=None)
 @given(unit=st.integers(0, 255))
 def test_a_scan_is_read_whatever_its_byte_for_the_units_says(file, unit):
     content = bytearray(file.read_bytes())
