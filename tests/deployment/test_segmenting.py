@@ -67,7 +67,8 @@ def odd(channel: str) -> Volume:
     """An image with what its data set's conversion mends: a background that is not 0, another unit, negative voxels."""
     image = scan(seed=len(channel))
     places = np.indices(image.array.shape).T - (np.array(image.array.shape) - 1) / 2
-    brain = np.linalg.norm(places, axis=-1).T < min(image.array.shape) / 2 - 1
+    distance = np.linalg.norm(places, axis=-1).T
+    brain = distance < min(image.array.shape) / 2 - 1
     shown = np.where(brain, 800 + 100 * image.array / image.array.std(), 0)
     values = {"T1": shown - 4, "ADC": shown / 1e6, "DWI": np.where(brain, shown, -500)}
     return image.with_array(values.get(channel, shown).astype(np.float32))

@@ -158,9 +158,9 @@ def test_3d_lowres_trains_too_and_nnunet_compares_and_ensembles_both(trained, sw
 
 def test_a_recipe_trains_validates_and_predicts_under_its_own_name(workplace, swin_checkpoint, results, tmp_path):
     command = ("nnUNetv2_train", workplace.number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
-    settings = "recipe=long,steps=4,epoch_steps=1,average_share=0.5,loss=dice_topk"
+    settings = "recipe=long,steps=4,epoch_steps=1,average_share=0.5"
     shown = workplace.run(*command, nnssl_settings=settings, nnssl_checkpoint=swin_checkpoint, nnUNet_results=results)
-    plans = "nnUNetPlans_recipe-long_steps4_epoch1_loss-dice_topk_average0.5"
+    plans = "nnUNetPlans_recipe-long_steps4_epoch1_average0.5"
     assert f"-p {plans}" in shown and "encoder frozen" not in shown and "paper's" not in shown
     assert "mean of those after each of the last 2 epochs" in shown and "Validation complete" in shown
     dice = re.search("Mean Validation Dice:.*", shown).group()
