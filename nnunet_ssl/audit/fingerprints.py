@@ -15,9 +15,8 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_ssl.imaging.geometry import Volume, canonical, resample_onto
-from nnunet_ssl.imaging.metaimage import to_sitk
+from nnunet_ssl.imaging.metaimage import TO_LPS, to_sitk
 from nnunet_ssl.imaging.registration import (
-    TO_LPS,
     Level,
     mutual_information,
     one_thread,

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 
 from nnunet_ssl.conversion import reporting
-from nnunet_ssl.conversion.discovery import RECORDS, Skipped
+from nnunet_ssl.conversion.discovery import Skipped
 from nnunet_ssl.corpus.workers import WorkerDied, run_locally
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import written_beside
@@ -34,6 +34,7 @@ from nnunet_ssl.imaging.geometry import (
 from nnunet_ssl.imaging.skull_strip import STRIPPED_MAXIMUM_ML, brain_mask, looks_stripped, require_hd_bet
 from nnunet_ssl.limits import LESION_LOSS_TO_CHECK, LESION_LOSS_TO_SKIP
 from nnunet_ssl.live import live_line
+from nnunet_ssl.nnunet_folders import RECORDS
 
 logger = logging.getLogger(__name__)
 

@@ -169,9 +169,11 @@ def _check_size(affine: np.ndarray, header: nib.spatialimages.SpatialHeader, sha
 
 def _unit(header: nib.spatialimages.SpatialHeader) -> str:
     """The unit of length; scanners write bytes that stand for none, and nothing but a message depends on it."""
+    if not isinstance(header, nib.Nifti1Header):  # a format without units
+        return "mm"
     try:
         return str(header.get_xyzt_units()[0])
-    except (AttributeError, KeyError):  # a format without units; no such unit
+    except KeyError:
         return "unknown"
 
 
