@@ -14,6 +14,10 @@ from nnunet_ssl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+LOCK_PATIENCE_S = 10.0
+"""How long a lock is waited for: forked workers hold that of a killed process until they notice, PyTorch's within 5 s
+(filelock before 4)."""
+
 
 @contextmanager
 def written_beside(path: Path | str) -> Iterator[Path]:
@@ -36,7 +40,8 @@ def written_beside(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, command: str) -> Iterator[None]:
-    """Let one process at a time work on `folder`, which is made; the lock falls with its process, even by kill -9.
+    """Let one process at a time work on `folder`, which is made; the lock falls with its process, even by kill -9, and
+    with the workers that it has forked.
 
     Raises:
         UserError: another one is at work, by the name of its `command`.
@@ -44,7 +49,7 @@ def locked(folder: Path, command: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / f".{command}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_PATIENCE_S)
     except filelock.Timeout as error:
         raise UserError(f"Another {command} is at work on {folder}. Wait for it, or stop it.") from error
     except NotImplementedError:

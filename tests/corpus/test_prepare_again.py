@@ -209,9 +209,10 @@ def test_the_store_does_not_depend_on_what_fits_into_memory(
     assert contents(folder) == kept
 
 
-def test_two_runs_do_not_work_on_one_store(prepare, source, write_scan):
+def test_two_runs_do_not_work_on_one_store(prepare, source, write_scan, monkeypatch):
     from filelock import FileLock
 
+    monkeypatch.setattr("nnunet_ssl.files.LOCK_PATIENCE_S", 0)
     write_scan(source / "sub_1/ses_1/t1.nii.gz")
     folder = prepare().folder
     with FileLock(folder / ".nnssl_prepare.lock"), pytest.raises(UserError, match="Another nnssl_prepare"):

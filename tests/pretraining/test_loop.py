@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from nnunet_ssl import files
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
@@ -186,7 +187,8 @@ def test_a_run_killed_before_it_wrote_the_encoder_writes_it_on_continuing(write_
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_two_processes_do_not_work_on_one_folder(write_prepared, train, resume):
+def test_two_processes_do_not_work_on_one_folder(write_prepared, train, monkeypatch, resume):
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0)
     write_prepared()
     folder = train("mim", "steps=2")
     (folder / ".1.partial.checkpoint_00000002.pth").write_bytes(b"of a run that was killed")
