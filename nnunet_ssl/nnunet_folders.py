@@ -18,16 +18,15 @@ CONFIGURATION = "3d_fullres"
 FORMER_PLANS_NAME = "nnsslPlans"
 """The same in version 0.1.0. MIC-DKFZ/nnssl calls its plans so, too; what was begun with them keeps the name."""
 
-
-def channel_names(dataset: Mapping[str, Any]) -> list[str]:
-    """Return the names of the channels, in their order, that a dataset.json has; nnU-Net takes its former key, too."""
-    return [str(name) for name in (dataset.get("modality") or dataset["channel_names"]).values()]
-
-
 RECORDS = ("conversion", "cases")
 """Where a conversion keeps its records, a file for each case, below the folder that it writes."""
 
 Variable = Literal["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"]
+
+
+def channel_names(dataset: Mapping[str, Any]) -> list[str]:
+    """Return the names of the channels, in their order, that a dataset.json has; nnU-Net takes its former key, too."""
+    return [str(name) for name in (dataset.get("modality") or dataset["channel_names"]).values()]
 
 
 def folder_of(variable: Variable) -> Path:

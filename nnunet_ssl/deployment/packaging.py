@@ -23,7 +23,7 @@ from nnunet_ssl.deployment.segmenting import MODEL, reads_turned
 from nnunet_ssl.deployment.weights import FOLDER, write_digests
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import calibration, operating_point
-from nnunet_ssl.interface.segmentation import default_folds
+from nnunet_ssl.interface.segmentation import default_folds, finished_folds
 from nnunet_ssl.nnunet_folders import channel_names
 from nnunet_ssl.weights.safe_files import read_file
 
@@ -90,7 +90,7 @@ def _describe(model: Path, folds: Sequence[str] | None) -> dict[str, Any]:
         plans, dataset = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
     except (OSError, ValueError) as error:
         raise UserError(f"{model} is no folder of a model that nnU-Net trained ({error}).") from error
-    found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{CHECKPOINT}"))
+    found = finished_folds(model, CHECKPOINT)
     chosen = list(folds) if folds else default_folds(found)
     missing = [name for name in chosen if name not in found]
     if missing or not chosen:

@@ -171,7 +171,7 @@ def load_predictor(
     Raises:
         UserError: a fold is not finished, or none is.
     """
-    finished = sorted(path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
+    finished = finished_folds(model_folder, checkpoint)
     if not (finished and set(map(str, folds or finished)) <= set(finished)):
         raise UserError(f"{model_folder} has the finished folds {', '.join(finished) or 'none'}, not {folds or 'one'}.")
     options = {"perform_everything_on_device": device.type == "cuda", "allow_tqdm": False} | options
@@ -182,6 +182,11 @@ def load_predictor(
     finally:
         matplotlib.use(backend)  # nnU-Net's trainers switch to files, and a notebook would show no figure any more
     return predictor
+
+
+def finished_folds(model_folder: Path, checkpoint: str) -> list[str]:
+    """The folds of a model that have such a file: ``["0", "1", "all"]``."""
+    return sorted(path.parent.name.removeprefix("fold_") for path in model_folder.glob(f"fold_*/{checkpoint}"))
 
 
 def default_folds(finished: Sequence[str]) -> list[str]:

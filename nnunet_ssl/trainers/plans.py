@@ -74,10 +74,11 @@ def refuse_stale(plans: Mapping[str, Any], configuration: str, folder: Path) -> 
         folder: of the preprocessed data set, where the base lies.
 
     Raises:
-        UserError: base and plans differ in how images are preprocessed.
+        UserError: base and plans differ in how images are preprocessed, or the base has no such configuration any more.
     """
     base = folder / f"{plans[SECTION]['base']}.json"
     now = json.loads(base.read_text()) if base.is_file() else plans
+    check_configuration(now, configuration)
     ways = []
     for one in (plans, now):
         settings = PlansManager(dict(one)).get_configuration(configuration).configuration

@@ -80,6 +80,15 @@ def test_plans_whose_base_was_planned_anew_are_refused_where_the_data_would_be_o
         refuse_stale(plans, "3d_fullres", tmp_path)
 
 
+def test_plans_whose_base_lost_the_configuration_when_it_was_planned_anew_are_refused(tmp_path):
+    base = tiny_models.plans()
+    base["configurations"]["3d_lowres"] = base["configurations"]["3d_fullres"]
+    plans = plans_with_settings(base, CHOSEN)
+    (tmp_path / "nnUNetPlans.json").write_text(json.dumps(tiny_models.plans()))
+    with pytest.raises(UserError, match="The plans nnUNetPlans have no configuration 3d_lowres; they have: 3d_fullres"):
+        refuse_stale(plans, "3d_lowres", tmp_path)
+
+
 def test_a_model_without_plans_is_named(tmp_path):
     with pytest.raises(UserError, match=r"plans\.json is missing"):
         saved_plans(tmp_path)
