@@ -20,8 +20,8 @@ def check_loss(name: str, labels: LabelManager) -> None:
     """
     if name == "dice_topk" and labels.has_regions:
         raise UserError(
-            "loss=dice_topk, which recipe=long brings, needs one label for each voxel, and this data set has regions, "
-            "which overlap: add loss=dice_ce, which is Dice + BCE for regions."
+            "loss=dice_topk needs one label for each voxel, and this data set has regions, which overlap: take "
+            "loss=dice_ce, which is Dice + BCE for regions (recipe=long brings dice_topk: add it there)."
         )
 
 
