@@ -29,6 +29,10 @@ SWITCH = "nnssl_kernels"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far from float64 (by norm, relatively) kernels may be in the self-check: a few units in the type's last place."""
 
+CHECKED = (((8, 5, 3), 5, 1), ((5, 2, 1), 3, 9))
+"""Grids, windows and batches of the self-check, in which every loop of the kernels is run through more than once:
+windows of several tiles; and so many that the gradient of the bias is summed over those of a group, and over groups."""
+
 
 def window_attention(qkv: Tensor, padding: Tensor, bias: Tensor, plan: WindowPlan) -> Tensor:
     """Attend within windows.
@@ -120,24 +124,27 @@ def self_check(device: torch.device, dtype: torch.dtype, head_size: int) -> floa
     Returns:
         The largest relative difference, by norm, of the attended values and of each gradient.
     """
-    grid, window, heads = (8, 5, 3), 5, 2
     with real_tensors(), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        plan = plan_windows(grid, window, shifted=True, batch=1, device=device)
-        shapes = [(math.prod(grid), 3 * heads * head_size), (3 * heads * head_size,), (heads, *[plan.length] * 2)]
-        qkv, padding = (_waves(shape, device).to(dtype) for shape in shapes[:2])
-        bias, weight = _waves(shapes[2], device).float(), _waves((len(qkv), heads * head_size), device).to(dtype)
+        plans = [plan_windows(grid, size, shifted=True, batch=batch, device=device) for grid, size, batch in CHECKED]
+        return float(torch.cat([_deviations(plan, device, dtype, head_size) for plan in plans]).max())  # NaN if one is
 
-        def results(attend: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-            trained = [one.detach().requires_grad_() for one in inputs]
-            out = attend(*trained)
-            return [out, *torch.autograd.grad(out, trained, weight.to(out.dtype))]
 
-        own = results(lambda *inputs: operator(*inputs, *plan.compact)[0], qkv, padding, bias)
-        exact = results(
-            lambda *inputs: attend_by_pytorch(*inputs, plan), *(one.double() for one in (qkv, padding, bias))
-        )
-        pairs = zip(own, exact, strict=True)
-        return float(torch.stack([(one.double() - other).norm() / other.norm() for one, other in pairs]).max().detach())
+def _deviations(plan: WindowPlan, device: torch.device, dtype: torch.dtype, head_size: int) -> Tensor:
+    heads, tokens = 2, len(plan.row_of_token)
+    width = heads * head_size
+    shapes = [(tokens, 3 * width), (3 * width,), (heads, *[plan.length] * 2)]
+    qkv, padding = (_waves(shape, device).to(dtype) for shape in shapes[:2])
+    bias, weight = _waves(shapes[2], device).float(), _waves((tokens, width), device).to(dtype)
+
+    def results(attend: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+        trained = [one.detach().requires_grad_() for one in inputs]
+        out = attend(*trained)
+        return [out, *torch.autograd.grad(out, trained, weight.to(out.dtype))]
+
+    own = results(lambda *inputs: operator(*inputs, *plan.compact)[0], qkv, padding, bias)
+    exact = results(lambda *inputs: attend_by_pytorch(*inputs, plan), *(one.double() for one in (qkv, padding, bias)))
+    pairs = zip(own, exact, strict=True)
+    return torch.stack([(one.double() - other).norm() / other.norm() for one, other in pairs]).detach()
 
 
 def _waves(shape: tuple[int, ...], device: torch.device) -> Tensor:

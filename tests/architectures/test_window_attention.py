@@ -1,6 +1,7 @@
 """Which way window attention is computed, and that the plan of the kernels describes the same windows."""
 
 import logging
+import math
 import sys
 import types
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_ssl.architectures import window_attention as module
 from nnunet_ssl.architectures.swin import SwinEncoder
 from nnunet_ssl.architectures.window_attention import kernels_serve, unsuitable, window_attention
+from nnunet_ssl.architectures.window_operator import TILES, TILES_IN_FLOAT32, TILES_OF_64
 from nnunet_ssl.architectures.window_operator import window_attention as operator
 from nnunet_ssl.architectures.windows import SEPARATION, plan_windows
 
@@ -220,20 +222,40 @@ def test_a_self_check_draws_no_random_numbers(monkeypatch):
 
 def test_a_self_check_sees_what_is_wrong(monkeypatch):
     """A stand-in for kernels that are right, and others that forget the padding, the penalty, or part of the bias."""
-    plan_of = {}
+    plans = [windows(grid, window, batch=batch) for grid, window, batch in module.CHECKED]
 
-    def stand_in(qkv, padding, bias, *compact, wrong=lambda *inputs: inputs):
-        return attend_compactly(*wrong(qkv, padding, bias), plan_of["plan"]), None
+    def stand_in(qkv, padding, bias, tokens, *compact, wrong=lambda *inputs: inputs):
+        (plan,) = (plan for plan in plans if plan.compact.tokens is tokens)
+        return attend_compactly(*wrong(qkv, padding, bias), plan), None
 
     def deviation(wrong):
         monkeypatch.setattr(module, "operator", lambda *inputs: stand_in(*inputs, wrong=wrong))
-        plan_of["plan"] = windows((8, 5, 3), 5)
         return module.self_check(CPU, torch.float32, 16)
 
     assert deviation(lambda *inputs: inputs) < 1e-6
     assert deviation(lambda qkv, padding, bias: (qkv, padding * 0.9, bias)) > 1e-3
     assert deviation(lambda qkv, padding, bias: (qkv, padding, bias * 0.9)) > 1e-3
     assert deviation(lambda qkv, padding, bias: (qkv * 1.01, padding, bias)) > 1e-3
+    assert math.isnan(deviation(lambda qkv, padding, bias: (qkv if len(qkv) > 100 else qkv / 0, padding, bias)))
+
+
+def test_a_self_check_runs_through_every_loop_of_the_kernels_more_than_once():
+    """Tiles of a window, windows of a group, groups of a kind; with padding in a window and without."""
+    most = dict.fromkeys(["rows", "windows of a group", "groups of a kind", "padding"], 0)
+    for grid, window, batch in module.CHECKED:
+        plan = windows(grid, window, batch=batch)
+        _, _, kinds, _, groups = plan.compact
+        found = (kinds[:, 0], groups[:, 2] - groups[:, 1], kinds[:, 2] - kinds[:, 1], plan.length - kinds[:, 0])
+        most = {name: max(before, int(one.max())) for (name, before), one in zip(most.items(), found, strict=True)}
+        assert plan.length == int(kinds[:, 0].max())
+    largest = max(
+        side
+        for by_size in (TILES, TILES_OF_64, TILES_IN_FLOAT32)
+        for each in by_size.values()
+        for side in sum(each, ())
+    )
+    assert most["rows"] > largest and most["padding"] > 0
+    assert most["windows of a group"] > 1 and most["groups of a kind"] > 1
 
 
 # ---- the operator, without running it --------------------------------------------------------------------------------

@@ -93,6 +93,13 @@ def test_values_and_gradients_with_padding_cuts_and_several_tiles():
 
 
 @interpreted
+def test_the_gradient_of_the_bias_is_summed_over_the_windows_of_a_group_and_over_groups():
+    groups = windows((5, 2, 1), 3, batch=9).compact.groups
+    assert (groups[:, 2] - groups[:, 1]).max() > 1 and len(groups) > len(groups[:, 0].unique())
+    assert_kernels_as_pytorch((5, 2, 1), 3, batch=9, heads=1)
+
+
+@interpreted
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
@@ -264,6 +271,21 @@ def test_kernels_prove_themselves_also_while_fake_tensors_are_traced():
     exported = torch.export.export(small_encoder(depths=(1, 1)), (torch.randn(1, 1, 8, 6, 4),), strict=False)
     assert sum("window_attention" in str(node.target) for node in exported.graph.nodes) == 2
     assert kernels_serve(CPU, torch.float32, 16)
+
+
+@interpreted
+@pytest.mark.parametrize("of", ["group", "kind"])
+def test_the_self_check_sees_that_a_sum_ends_too_early(monkeypatch, of):
+    """After the first window of a group, or the first group of a kind: all windows but a few, in a training."""
+
+    def careless(qkv, padding, bias, tokens, kind_of, kinds, layouts, groups):
+        table = (groups if of == "group" else kinds).clone()
+        table[:, 2] = table[:, 1] + 1
+        kinds, groups = (kinds, table) if of == "group" else (table, groups)
+        return operator(qkv, padding, bias, tokens, kind_of, kinds, layouts, groups)
+
+    monkeypatch.setattr(module, "operator", careless)
+    assert module.self_check(CPU, torch.float32, 16) > max(module.TOLERANCES.values())
 
 
 # ---- compilers of GPUs -----------------------------------------------------------------------------------------------
