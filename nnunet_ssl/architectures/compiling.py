@@ -73,6 +73,13 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, parts run as Python and nothing is compiled: for what comes seldom, in sizes or states of its own."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def forget_compiled() -> None:
     """Drop everything that was compiled in this process; what is called again is compiled anew."""
     torch.compiler.reset()

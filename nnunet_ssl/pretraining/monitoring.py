@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from nnunet_ssl.architectures.compiling import uncompiled
 from nnunet_ssl.architectures.networks import pooled
 from nnunet_ssl.corpus.modalities import UNKNOWN
 from nnunet_ssl.corpus.prepared import Corpus
@@ -55,6 +56,7 @@ class Validation:
         self.held_out = read_held_out(corpus, config) if distributed.is_main() else None
 
     @torch.no_grad()
+    @uncompiled()  # few batches, without gradients and of several sizes: graphs of their own, before the first step
     def measure(
         self, learner: Learner, schedule: Mapping[str, float], records: Records, *, step: int
     ) -> dict[str, float]:

@@ -1,18 +1,22 @@
 """What is measured on held-out subjects."""
 
+import functools
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from nnunet_ssl.architectures.compiling import forget_compiled
 from nnunet_ssl.corpus.prepared import open_corpus
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.pretraining.config import load_config
-from nnunet_ssl.pretraining.model import Learner
-from nnunet_ssl.pretraining.monitoring import alignment, read_held_out
+from nnunet_ssl.pretraining.model import CPU, Learner
+from nnunet_ssl.pretraining.monitoring import Validation, alignment, read_held_out
 from nnunet_ssl.pretraining.objectives.contrastive import Queue, pooled, queue_figures
+from nnunet_ssl.pretraining.optimization import schedules
 from nnunet_ssl.representation import cross_modality_distance, cross_subject_distance
 
 
@@ -108,6 +112,36 @@ def test_reconstruction_is_repeatable_and_by_modality(corpus, tiny):
     shown = held_out.patches[list(held_out.modality).index("t1"), 0].float()
     assert np.array_equal(examples[1].whole, shown[32].flip(0).numpy())  # front of the head upwards
     assert examples[1].hidden.all() or not examples[1].hidden.any()  # 64 x 32 x 32 is two cells, one above the other
+
+
+class Collected:
+    """Records that keep the figures they are given."""
+
+    def __init__(self):
+        self.figures = set()
+
+    def add(self, figures):
+        self.figures |= figures.keys()
+
+    def picture(self, name, figure, step):
+        self.figures.add(name)
+
+
+@pytest.mark.compiled
+def test_validation_compiles_nothing(corpus, tiny, monkeypatch):
+    """Batches of the training's sizes and of others, with masks and without, through the networks of a compiled run."""
+    counter, compile_module = CompileCounterWithBackend("eager"), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend=counter))
+    config = load_config("mcl_mim", [*tiny, "compile=true", "validation.batches=1"])
+    learner, records = Learner(config), Collected()
+    figures = Validation(corpus, config, CPU).measure(learner, schedules(0, config), records, step=0)
+    assert {"validation/loss/masked", "validation/loss/contrastive", "reconstruction"} <= records.figures
+    assert {"validation/effective_rank", "validation/error/t1"} <= figures.keys()
+    assert not counter.graphs
+    with torch.no_grad():
+        learner.query.encode(torch.zeros(2, 1, *config.patch_size))
+    assert counter.graphs, "a training compiles"
+    forget_compiled()
 
 
 def test_the_queues_figures_tell_collapse_from_spread():
