@@ -295,14 +295,21 @@ def test_the_self_check_sees_that_a_sum_ends_too_early(monkeypatch, of):
 @pytest.mark.skipif(INTERPRETING, reason="needs the compiler")
 @pytest.mark.parametrize(
     ("generation", "dtype", "size"),
-    [(80, torch.bfloat16, 16), (89, torch.float16, 32), (90, torch.bfloat16, 16), (90, torch.float32, 64)],
-    ids=["Ampere", "Ada", "Hopper", "Hopper, float32"],
+    [
+        pytest.param(80, torch.bfloat16, 16, id="Ampere"),
+        pytest.param(89, torch.float16, 32, id="Ada"),
+        pytest.param(90, torch.bfloat16, 16, id="Hopper"),
+        pytest.param(90, torch.float32, 64, id="Hopper, float32"),
+        pytest.param(100, torch.bfloat16, 16, id="Blackwell"),
+        pytest.param(120, torch.float16, 32, id="Blackwell, RTX"),
+    ],
 )
 def test_kernels_compile_once_for(generation, dtype, size, tmp_path, monkeypatch):
     """What the operator launches is compiled as it is launched, which takes no GPU; once for all shapes of a network.
 
     The shared memory fits the smallest that any of these GPUs has.
     """
+    pytest.importorskip("triton", minversion="3.3" if generation >= 100 else None, reason="older than Blackwell")
     from compiled_kernels import compiling_for
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
