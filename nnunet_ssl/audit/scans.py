@@ -40,6 +40,12 @@ class LabelledCase:
         """The names that its subject may have elsewhere, in lower case."""
         return {self.name.lower()}.union(*(names_in(path) for path in (self.name, *self.sources)))
 
+    @property
+    def subject(self) -> str:
+        """What its subject's sessions share of its name: the `sub-` entity, or else the name."""
+        entity = _SUBJECT.match(self.name)
+        return entity[1].lower() if entity else self.name.lower()
+
 
 def labelled_cases(raw: Path) -> list[LabelledCase]:
     """Return the cases of a data set in `$nnUNet_raw`, for training and for testing.
@@ -97,7 +103,7 @@ def same_names(scans: pd.DataFrame, cases: Sequence[LabelledCase]) -> list[tuple
                 rows.setdefault(name, []).append(row)
     subjects = scans["subject"].to_numpy()
     own = {name: found for name, found in rows.items() if len({subjects[row] for row in found}) == 1}
-    times = Counter(name for case in cases for name in case.identifiers)
+    times = Counter(name for _, name in {(case.subject, name) for case in cases for name in case.identifiers})
     return [
         (case.name, row)
         for case in cases

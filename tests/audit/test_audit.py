@@ -135,6 +135,21 @@ def test_a_telling_name_of_a_subject_is_found_in_the_paths_of_the_corpus(folders
     assert run(monkeypatch, "-d", "500", "-t", "501", "--names_only") == 0
 
 
+@pytest.mark.parametrize(
+    "cases", [["sub-r001s007_ses-1", "sub-r001s007_ses-2"], ["sub-r001s007_ses-1", "sub-r001s008_ses-1"]]
+)
+def test_a_name_is_found_however_many_sessions_of_its_subject_are_labelled(folders, cases):
+    paths = {"sub_1": "in/sub-r001s007/anat/sub-r001s007_T1w.nii.gz"}
+    index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
+    sources = {case: f"/data/server2024/{case.split('_')[0]}/{case}_T1w.nii.gz" for case in cases}
+    label(folders, dict.fromkeys(cases), sources)
+
+    found = audit(500, 501, content=False)
+
+    assert [pair.case for pair in found.pairs] == [case for case in cases if "r001s007" in case]
+    assert found.still_in == ["DS/sub_1"]
+
+
 def test_what_a_store_still_holds_is_not_called_left_out(folders, monkeypatch):
     paths = {"sub_1": "in/sub-r001s007/anat/sub-r001s007_T1w.nii.gz"}
     raw = index(folders, dict.fromkeys(paths, folders / "absent.nii.gz"), original_path=paths)
