@@ -28,7 +28,7 @@ SAME_HEAD, SAME_SCAN = 0.65, 0.95
 """Detail in common. Two heads in one contrast: 0.25 to 0.31; two sessions of one head: 0.81 to 0.94; one scan and its
 other edition: 0.96 to 1, less where slices are thick and the heads badly placed."""
 
-_CLOSEST = 5  # of the corpus' scans that are looked at for each labelled image
+_CLOSEST = 5  # of the corpus' subjects that are looked at for each labelled image, and of the scans of each
 
 Verdict = Literal["same scan", "same head", "same name", "alike"]
 LEAKS: tuple[Verdict, ...] = ("same scan", "same head", "same name")
@@ -108,6 +108,7 @@ def pairs_by_content(
     candidates = _candidates(
         np.stack([labelled[path].values for _, path in images]),
         np.stack([corpus[scans["path"].iat[row]].values for row in rows]),
+        scans["subject"].iloc[rows].tolist(),
     )
     tasks = []
     for image, place, similarity in candidates:
@@ -143,18 +144,26 @@ def _judged(pair: Pair, detail: float | BaseException) -> Pair:
     return replace(pair, verdict=verdict, detail=detail)
 
 
-def _candidates(labelled: np.ndarray, corpus: np.ndarray, block: int = 4096) -> list[tuple[int, int, float]]:
-    """Return (labelled image, corpus scan, similarity) of the closest pairs that are alike, by labelled image."""
+def _candidates(
+    labelled: np.ndarray, corpus: np.ndarray, subjects: Sequence[str], block: int = 4096
+) -> list[tuple[int, int, float]]:
+    """Return (labelled image, corpus scan, similarity) of the closest pairs that are alike, by labelled image.
+
+    Closest are subjects: one head may be two subjects of a corpus, and have more scans as the first than are looked at.
+    """
     found: dict[int, list[tuple[float, int]]] = {}
     for start in range(0, len(corpus), block):
         table = similarities(labelled, corpus[start : start + block])
         for image, place in np.argwhere(table >= ALIKE):
             found.setdefault(int(image), []).append((float(table[image, place]), start + int(place)))
-    return [
-        (image, place, value)
-        for image in sorted(found)
-        for value, place in sorted(found[image], reverse=True)[:_CLOSEST]
-    ]
+    pairs = []
+    for image in sorted(found):
+        closest: dict[str, list[tuple[float, int]]] = {}
+        for value, place in sorted(found[image], reverse=True):
+            closest.setdefault(subjects[place], []).append((value, place))
+        for scans in list(closest.values())[:_CLOSEST]:
+            pairs += [(image, place, value) for value, place in scans[:_CLOSEST]]
+    return pairs
 
 
 def _pair(scans: pd.DataFrame, row: int, case: str, verdict: Verdict) -> Pair:

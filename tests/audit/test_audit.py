@@ -269,6 +269,17 @@ def test_a_pair_that_could_not_be_looked_at_says_why(folders, processes, capsys)
     assert "alike=1" in capsys.readouterr().err.rsplit("\r", 1)[-1], "the live line counts verdicts"
 
 
+def test_a_head_that_is_two_subjects_is_found_as_both_however_many_scans_one_has(folders):
+    names = ["again", *(f"often_{number}" for number in range(9))]
+    rows = pd.DataFrame({"scan_id": names, "subject": [name.split("_")[0] for name in names]}).assign(path=names)
+    alike = Fingerprint(np.random.default_rng(0).integers(-99, 99, 13548).astype(np.int8), np.eye(4))
+    case = LabelledCase(name="a", images=(folders / "image.nii.gz",), sources=())
+
+    pairs = pairs_by_content(rows, [case], dict.fromkeys(names, alike), {str(case.images[0]): alike})
+
+    assert {pair.subject for pair in pairs} == {"again", "often"}
+
+
 @pytest.mark.parametrize("value", [0.0, 5.0, np.nan])
 def test_an_image_that_shows_nothing_is_told_and_not_compared(folders, value):
     grid = Volume.empty((40, 48, 40), np.diag([4.0, 4.0, 4.0, 1.0]))
