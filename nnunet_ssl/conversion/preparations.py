@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 from nnunet_ssl.conversion import atlas_v2, atlas_v3, fcd_bonn, isles2022
 from nnunet_ssl.conversion.channels import Facts, finite
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.imaging.geometry import Volume
 
 PutTogether = Callable[[Mapping[str, Volume], Facts], dict[str, Volume]]
@@ -32,10 +31,8 @@ def prepared_as(name: str, images: Mapping[str, Volume]) -> tuple[dict[str, Volu
         The images, by channel, on one grid, and what is worth telling of them.
 
     Raises:
-        UserError: no such conversion is known, or an image cannot be used.
+        UserError: an image cannot be used.
     """
-    if name not in PREPARATIONS:
-        raise UserError(f"The model wants images prepared as {name}, and known are {', '.join(PREPARATIONS)}.")
     facts: Facts = {}
     together = PREPARATIONS[name]({channel: finite(image, facts) for channel, image in images.items()}, facts)
     return together, facts.get("notes", [])

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import nnunet_ssl
+from nnunet_ssl.conversion.preparations import PREPARATIONS
 from nnunet_ssl.deployment.segmenting import MODEL, reads_turned
 from nnunet_ssl.deployment.weights import FOLDER, write_digests
 from nnunet_ssl.errors import UserError
@@ -102,6 +103,12 @@ def _describe(model: Path, folds: Sequence[str] | None) -> dict[str, Any]:
         logger.warning(
             "%s was trained on skull-stripped images, and the package strips none: give it stripped ones.", model
         )
+    prepared_as = dataset.get("prepared_as")
+    if prepared_as is not None and prepared_as not in PREPARATIONS:
+        logger.warning(
+            "%s was trained on images that a conversion of yours prepared (%s), and the package takes images as they "
+            "are: give it images that were prepared likewise, by --images_only of that conversion.", model, prepared_as,
+        )  # fmt: skip
     turned = reads_turned(plans, model)
     if not turned:
         logger.warning(
@@ -117,7 +124,7 @@ def _describe(model: Path, folds: Sequence[str] | None) -> dict[str, Any]:
     return {
         "labels": dataset["labels"],
         "channels": channel_names(dataset),
-        "prepared_as": dataset.get("prepared_as"),
+        "prepared_as": prepared_as,
         "turn_to_ras": turned,
         "folds": [name if name == "all" else int(name) for name in chosen],
         "trainer": checkpoint["trainer_name"],

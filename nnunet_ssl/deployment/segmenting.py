@@ -14,7 +14,7 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_ssl.conversion.preparations import prepared_as
+from nnunet_ssl.conversion.preparations import PREPARATIONS, prepared_as
 from nnunet_ssl.corpus.modalities import UNKNOWN, modality_of
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import calibration
@@ -171,7 +171,7 @@ class Segmenter:
 
     def _prepared(self, images: Sequence[Volume]) -> list[Volume]:
         """Do to the images what the conversion of the training data did to those, if it was one of this package's."""
-        if self.prepared_as is None:
+        if self.prepared_as not in PREPARATIONS:  # nnssl_package warns of a user's own
             return list(images)
         by_channel = {_short(channel): image for channel, image in zip(self.channels, images, strict=True)}
         prepared, notes = prepared_as(self.prepared_as, by_channel)

@@ -105,6 +105,16 @@ def test_images_are_prepared_as_the_conversion_of_the_training_data_prepared_tho
     assert (np.abs(raw.probabilities.array - result.probabilities.array).max() > 0.01) == changes
 
 
+def test_a_model_of_a_users_own_conversion_says_what_it_wants_and_segments(tmp_path, caplog):
+    package([write_model(tmp_path / "model", dataset_entries={"prepared_as": "Flat"})], tmp_path / "package")
+    assert "a conversion of yours prepared (Flat)" in caplog.text
+    package([write_model(tmp_path / "plain")], tmp_path / "another")
+    results = [
+        Segmenter(tmp_path / name / "model", torch.device("cpu")).segment([scan()]) for name in ("package", "another")
+    ]
+    assert np.array_equal(results[0].labels.array, results[1].labels.array)
+
+
 def test_models_that_want_their_images_prepared_otherwise_are_not_averaged(tmp_path):
     models = [
         write_model(tmp_path / str(name), dataset_entries={"prepared_as": name})
