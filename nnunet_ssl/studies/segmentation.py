@@ -149,8 +149,7 @@ def _plans(preprocessed: Path, study: Study) -> dict[str, Any]:
         UserError: the data set is not preprocessed by them.
     """
     path = preprocessed / f"{study.plans}.json"
-    planner = "nnssl_plan" if study.plans in (PLANS_NAME, FORMER_PLANS_NAME) else "nnUNetv2_plan_and_preprocess"
-    advice = f"Prepare it: {planner} -d {dataset_id(preprocessed.name)}"
+    advice = f"Prepare it: {_planning(study.plans, dataset_id(preprocessed.name))}"
     if study.plans == PLANS_NAME and (preprocessed / f"{FORMER_PLANS_NAME}.json").is_file():
         advice += f", or say plans: {FORMER_PLANS_NAME}, as those are called that nnssl_plan of version 0.1.0 wrote"
     if not path.is_file():
@@ -163,6 +162,15 @@ def _plans(preprocessed: Path, study: Study) -> dict[str, Any]:
     if not (preprocessed / configuration["data_identifier"]).is_dir():
         raise UserError(f"{preprocessed.name} is planned and not preprocessed for {study.configuration}. {advice}")
     return plans
+
+
+def _planning(plans: str, number: int) -> str:
+    """The command that makes plans of a name; nnU-Net's planners of residual encoders have names of their own."""
+    if plans in (PLANS_NAME, FORMER_PLANS_NAME):
+        return f"nnssl_plan -d {number}"
+    residual = re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans)
+    planner = f" -pl nnUNetPlannerResEnc{residual[1]}" if residual else ""
+    return f"nnUNetv2_plan_and_preprocess -d {number}{planner}"
 
 
 def _plans_name(plans: Mapping[str, Any], run: Run, arm: Arm) -> str:

@@ -1,6 +1,8 @@
 """Execution of a study with programs that only note their calls; test_study_for_real.py has the real ones."""
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -12,8 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+import nnunetv2
 import pytest
 import yaml
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_ssl import commands
 from nnunet_ssl.errors import UserError
@@ -317,6 +321,26 @@ def test_what_cannot_begin_yet_says_what_it_waits_for(nnunet_folders, prepared, 
     assert details(study, folder)[0].endswith("Prepare it: nnssl_plan -d 501")
     shutil.rmtree(nnunet_folders["nnUNet_raw"] / "Dataset501_ATLASv2")
     assert "There is no data set 501" in details(study, folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("plans", "command"),
+    [
+        ("nnUNetPlans", "nnUNetv2_plan_and_preprocess -d 501"),
+        ("nnUNetSSLPlans", "nnssl_plan -d 501"),
+        ("nnUNetResEncUNetMPlans", "nnUNetv2_plan_and_preprocess -d 501 -pl nnUNetPlannerResEncM"),
+        ("nnUNetResEncUNetXLPlans", "nnUNetv2_plan_and_preprocess -d 501 -pl nnUNetPlannerResEncXL"),
+    ],
+)
+def test_the_command_that_is_advised_makes_the_plans_that_are_missing(nnunet_folders, prepared, folder, plans, command):
+    study = dataclasses.replace(small(), plans=plans)
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset501_ATLASv2" / f"{plans}.json").unlink(missing_ok=True)
+    assert details(study, folder)[0].endswith(f"Prepare it: {command}")
+    if "-pl" in command:
+        planner = recursive_find_python_class(
+            str(Path(nnunetv2.__path__[0], "experiment_planning")), command.split()[-1], "nnunetv2.experiment_planning"
+        )
+        assert inspect.signature(planner).parameters["plans_name"].default == plans
 
 
 def details(study, folder):
