@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from nnunet_ssl.conversion import atlas_v2, atlas_v3, fcd_bonn, isles2022
+from nnunet_ssl.conversion import atlas_v2, atlas_v3, bids, fcd_bonn, isles2022
 from nnunet_ssl.conversion.channels import Facts, finite
 from nnunet_ssl.imaging.geometry import Volume
 
@@ -16,6 +16,7 @@ PREPARATIONS: dict[str, PutTogether] = {
     atlas_v3.INFO.name: atlas_v3.put_together,
     isles2022.INFO.name: isles2022.put_together,
     fcd_bonn.INFO.name: fcd_bonn.put_together,
+    bids.INFO.preparation: bids.put_together,
 }
 """By the name that dataset.json of a converted data set has as ``prepared_as``."""
 

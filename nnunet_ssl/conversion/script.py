@@ -27,9 +27,10 @@ class DatasetInfo:
     Attributes:
         name: ends the folder's name after ``DatasetXXX_``; single channels append theirs.
         channel_names: channel -> its name in dataset.json, in nnU-Net's order.
-        numbers: channels -> default data set number.
+        numbers: channels -> default data set number; empty where the user has to choose one.
         reference: where the data come from.
         licence: its terms.
+        preparation: its key in :data:`nnunet_ssl.conversion.preparations.PREPARATIONS`, if that is not the name.
     """
 
     name: str
@@ -37,13 +38,15 @@ class DatasetInfo:
     numbers: Mapping[tuple[str, ...], int]
     reference: str
     licence: str
+    preparation: str = ""
 
 
 def make_parser(info: DatasetInfo, description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all conversion scripts have."""
     parser = OptionParser(description=description, epilog=example)
     parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="the folder with the data")
-    parser.add_argument("-d", type=int, metavar="ID", help=f"the data set's number (default: {_default_numbers(info)})")
+    number = f"the data set's number (default: {_default_numbers(info)})" if info.numbers else "the data set's number"
+    parser.add_argument("-d", type=int, required=not info.numbers, metavar="ID", help=number)
     parser.add_argument("-np", type=int, default=4, metavar="N", help="cases at a time (default: 4)")
     parser.add_argument(
         "--skull_strip", choices=("hd-bet",), help="remove what is not brain (see docs/how-to/convert.md)"
@@ -129,7 +132,7 @@ def run(
             _missing(rows, info),
             reference=info.reference,
             licence=info.licence,
-            prepared_as=info.name,
+            prepared_as=info.preparation or info.name,
             **({"skull_strip": arguments.skull_strip} if arguments.skull_strip else {}),
         )
         strata = strata_of([row for row in rows if row["part"] == "train"]) if strata_of else None

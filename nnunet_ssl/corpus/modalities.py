@@ -9,7 +9,7 @@ MODALITIES = ("t1", "t1c", "t2", "flair", "pd", "t2s", "swi", "dwi", "adc", UNKN
 """Every name a manifest may use; a scan's modality number is its place here."""
 
 # Keys are lower case without punctuation: BIDS suffixes, FOMO stems, and the spellings met in nnssl collections.
-_SYNONYMS = {
+SYNONYMS = {
     "t1": "t1", "t1w": "t1", "inplanet1": "t1", "mprage": "t1", "mp2rage": "t1", "unit1": "t1", "spgr": "t1",
     "t1c": "t1c", "t1ce": "t1c", "t1gd": "t1c", "t1wce": "t1c", "t1wgd": "t1c", "t1post": "t1c", "t1km": "t1c",
     "t2": "t2", "t2w": "t2", "inplanet2": "t2",
@@ -47,4 +47,4 @@ def is_not_of_the_brain(words: str) -> bool:
 
 def modality_of(name: str) -> str:
     """Return the vocabulary's word for `name` (``"T1w"`` -> ``"t1"``, ``"T2*"`` -> ``"t2s"``), else ``"unknown"``."""
-    return _SYNONYMS.get(re.sub(r"[^a-z0-9]", "", name.lower().replace("*", "star")), UNKNOWN)
+    return SYNONYMS.get(re.sub(r"[^a-z0-9]", "", name.lower().replace("*", "star")), UNKNOWN)

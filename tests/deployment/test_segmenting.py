@@ -11,7 +11,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from scans import scan
 from tiny_models import write_model
 
-from nnunet_ssl.conversion import atlas_v2, atlas_v3, fcd_bonn, isles2022
+from nnunet_ssl.conversion import atlas_v2, atlas_v3, bids, fcd_bonn, isles2022
 from nnunet_ssl.conversion.dataset import Case
 from nnunet_ssl.deployment.packaging import package
 from nnunet_ssl.deployment.segmenting import Segmenter
@@ -82,6 +82,7 @@ def odd(channel: str) -> Volume:
         ("ISLES2022", isles2022, ("DWI", "ADC"), True),
         ("ISLES2022", isles2022, ("ADC",), False),  # a network does not see the unit, for nnU-Net z-scores
         ("FCDBonn", fcd_bonn, ("FLAIR", "T1"), False),
+        ("BIDS", bids, ("FLAIR", "T1"), False),
     ],
 )
 def test_images_are_prepared_as_the_conversion_of_the_training_data_prepared_those(
