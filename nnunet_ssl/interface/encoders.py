@@ -78,6 +78,11 @@ def load_encoder(path: Path | str, device: torch.device | str | None = None) -> 
         logger.warning("Assumed of the checkpoint: %s %s (%s).", key, pretrained.architecture[key], why)
     network = build_encoder({**pretrained.architecture, "in_channels": 1})  # scans are encoded one by one
     logger.info("%s", encoders.load_encoder(network, pretrained))
+    if schemes := (pretrained.preprocessing or {}).get("normalization_schemes"):  # nnU-Net's and nnssl's plans tell it
+        logger.warning(
+            "The encoder learned from scans normalised by %s; from files, scans are read as nnssl_prepare reads them.",
+            ", ".join(map(str, schemes)),
+        )
     device = device or default_device()
     return LoadedEncoder(network.to(device).eval(), pretrained)
 

@@ -86,6 +86,18 @@ def test_an_encoder_tells_what_it_is_in_a_line(encoder):
     assert not encoder.network.training
 
 
+@pytest.mark.parametrize(
+    ("preprocessing", "warned"),
+    [({"normalization_schemes": ["ZScoreNormalization"], "spacing": [1.0, 1.0, 1.0]}, True), (None, False)],
+)
+def test_an_encoder_that_saw_scans_of_another_normalisation_says_so(
+    tmp_path, write_tiny_encoder, caplog, preprocessing, warned
+):
+    write_tiny_encoder(tmp_path / "theirs.safetensors", {"patch_size": PATCH}, preprocessing=preprocessing)
+    nnunet_ssl.load_encoder(tmp_path / "theirs.safetensors", "cpu")
+    assert ("normalised by ZScoreNormalization" in caplog.text) == warned
+
+
 def test_published_weights_are_loaded_by_name_once_they_were_fetched(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     with pytest.raises(UserError, match="nnssl_weights fetch openmind-mae"):
