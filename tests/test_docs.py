@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from markdown.extensions.toc import slugify
 
 from nnunet_ssl.architectures import backbones
 from nnunet_ssl.architectures.networks import build_encoder
 from nnunet_ssl.pretraining.config import PretrainingConfig
+from nnunet_ssl.studies.study_file import study_from
 from nnunet_ssl.trainers.settings import Settings
 from nnunet_ssl.typed import ranged
 from nnunet_ssl.weights.encoders import write_encoder
@@ -151,6 +153,17 @@ def test_a_setting_of_fine_tuning_in_the_docs_is_accepted():
     assert len(typed) > 8
     for text in typed:
         Settings().updated(text)
+
+
+STUDIES = [code for page in PAGES for code in blocks(page, "yaml") if re.search("^experiments:", code, re.M)]
+
+
+@pytest.mark.parametrize("code", STUDIES, ids=lambda code: yaml.safe_load(code)["name"])
+def test_a_study_of_the_docs_is_one_and_its_settings_are_accepted(code):
+    study = study_from(yaml.safe_load(code))
+    assert study.runs()
+    for run in study.runs():
+        Settings().updated(run.settings)
 
 
 def anchors_of(page: Path) -> set[str]:

@@ -89,8 +89,10 @@ def find_cases(
     found = []
     for scan_id, files in sorted(sessions.items()):
         needed = usable_channels(list(files), channels, grids, allow_missing=allow_missing)
-        of_session = [] if images_only else lesion_masks(drawn[_whose(scan_id, sessions, drawn)])
-        found.append(_case(scan_id, files, needed, of_session, images_only, skipped))
+        masks_there = lesion_masks(drawn.pop(_whose(scan_id, sessions, drawn), []))
+        found.append(_case(scan_id, files, needed, [] if images_only else masks_there, images_only, skipped))
+    alone = [image for files in drawn.values() for image in files]
+    skipped += [Skipped(image.relative, "a mask, and no scan of its session") for image in alone]
     cases = [case for case in found if isinstance(case, Case)]
     left_out = [case for case in found if isinstance(case, Skipped)]
     if not cases:

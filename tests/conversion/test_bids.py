@@ -92,6 +92,7 @@ def test_a_mask_without_a_session_belongs_to_the_only_one(tools, tmp_path):
     assert set(cases) == {"sub-1_ses-a"}
     assert cases["sub-1_ses-a"].subject == "sub-1"
     assert {"sub-2_ses-a", "sub-2_ses-b"} <= set(skipped)
+    assert "no scan of its session" in skipped["sub-2_lesion.nii.gz"]
 
 
 def test_new_images_need_no_masks_and_missing_channels_are_allowed_if_asked(root):
