@@ -150,6 +150,7 @@ def summarize_cases(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]
         "n_empty_references": int((cases["reference_lesions"] == 0).sum()),
         "preset": config.preset,
         "connectivity": config.neighbours,
+        "label": config.label,
         "patients_only": PRESETS[config.preset].patients_only,
         "surface_dice_tolerance_mm": config.tolerance_mm,
         "official": list(PRESETS[config.preset].official),

@@ -374,6 +374,10 @@ def test_predictions_that_can_not_be_compared_are_refused(folders, tmp_path, mon
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, "ranking", *(tmp_path / name for name in more))
     run(monkeypatch, *call, "isles26", "-o", tmp_path / "other")
+    for option, message in ((("-l", 1), "label any .* with 1 and"), (("--tolerance", 2), "of 1.0 mm, .* and 2.0 mm")):
+        run(monkeypatch, *call, "isles26", "-o", tmp_path / "differently", *option)
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "ranking", tmp_path / "one", tmp_path / "differently")
     renamed = json.loads((tmp_path / "one" / "lesions.json").read_text())
     for row in renamed["cases"]:
         row["case"] += "_of_another_fold"
