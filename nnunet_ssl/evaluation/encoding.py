@@ -100,6 +100,13 @@ def choose_rows(corpus: Corpus, pretrained: PretrainedEncoder, config: EncodingC
                 "subjects were held out: take all of them (--subjects all; in a study, subjects: all)."
             ) from None
         _, validation = corpus.split(fraction, seed)
+        then, now = (pretrained.metadata.get("corpus") or {}).get("subjects"), scans["subject"].nunique()
+        if then not in (None, now):
+            logger.warning(
+                "The corpus of the pre-training had %d subjects, and this one has %d: unless it is another corpus, "
+                "some of those that are taken for held out may have been trained on.",
+                *(then, now),
+            )
         scans = scans[scans["scan_id"].isin(validation.scans["scan_id"])]
     names = np.unique(scans["subject"].to_numpy(str))
     if len(names) > config.max_subjects:

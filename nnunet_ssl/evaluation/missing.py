@@ -65,8 +65,8 @@ def predict_subsets(
 ) -> list[tuple[str, tuple[str, ...], Path]]:
     """Predict cases by each model from each subset of the channels, and by each specialist from its own.
 
-    A case takes part in a subset if it has all of its channels. Predictions of the same weights that are there already
-    are kept.
+    A case takes part in a subset if it has all of its channels. Predictions that are there already, of the same weights
+    and images, are kept.
 
     Args:
         models: all of the same channels.
@@ -88,11 +88,12 @@ def predict_subsets(
     channels = _common_channels(models)
     cases = find_cases(images, channels)
     subsets = subsets_of(channels.names)
+    how = (images, folds, options, [_stamp(file) for case in cases for file in case.files if file])
     done = []
     for model in models:
         predictor = load_predictor(model.folder, folds, device, **options)
         for subset in subsets:
-            folder = output / f"{model.arm}_{_digest(model.folder, images, folds, options)}" / "+".join(subset)
+            folder = output / f"{model.arm}_{_digest(model.folder, *how)}" / "+".join(subset)
             chosen = _cases_of(cases, channels, subset)
             refuse_missing(predictor, chosen, channels)
             _predict(predictor, chosen, channels, folder, processes)
@@ -105,7 +106,7 @@ def predict_subsets(
                 f"{place} is a model of the channels {', '.join(own.names)}, which are not all among those of the "
                 f"others ({', '.join(channels.names)})."
             )
-        folder = output / f"{SPECIALIST}_{_digest(place, images, folds, options)}" / "+".join(subset)
+        folder = output / f"{SPECIALIST}_{_digest(place, *how)}" / "+".join(subset)
         order = [channels.names.index(name) for name in own.names]
         chosen = [
             PartialCase(case.id, tuple(case.files[channel] for channel in order))
@@ -208,10 +209,14 @@ def _cases_of(cases: Sequence[PartialCase], channels: Channels, subset: Sequence
 
 def _digest(model: Path, *what: Any) -> str:
     """Return a word for a model's weights and what is done with them, so that no other's predictions are taken."""
-    files = [
-        (str(file.resolve()), file.stat().st_mtime_ns) for file in sorted(model.glob("fold_*/checkpoint_final.pth"))
-    ]
+    files = [_stamp(file) for file in sorted(model.glob("fold_*/checkpoint_final.pth"))]
     return hashlib.sha256(repr((files, *what)).encode()).hexdigest()[:8]
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    """What changes when a file does."""
+    about = file.stat()
+    return str(file.resolve()), about.st_size, about.st_mtime_ns
 
 
 def _predict(

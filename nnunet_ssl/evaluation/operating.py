@@ -209,8 +209,9 @@ def describe(choice: Choice) -> str:
     ]
     for name, entry in report["gain"].items():
         low, high = entry["interval"]
+        fewer = "" if entry["n_cases"] == report["n_cases"] else f"  over the {entry['n_cases']} cases that have it"
         lines.append(
-            f"  {NAMES[name]:<24} {entry['chosen']:8.4f}  {entry['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]"
+            f"  {NAMES[name]:<24} {entry['chosen']:8.4f}  {entry['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]{fewer}"
         )
     decisive = next(iter(report["gain"].values()))["gained"]
     if "rank" in report:
@@ -285,14 +286,17 @@ def parts_of(units: Sequence[str]) -> tuple[np.ndarray, int]:
 
 
 def _gains(ours: np.ndarray, plain: np.ndarray, units: Sequence[str], goal: Goal) -> dict[str, dict[str, Any]]:
+    """What is gained of each metric, over the cases that have it with both masks."""
     gains = {}
     for number, name in enumerate(goal.metrics):
         difference = ours[:, number] - plain[:, number]
+        both = ~np.isnan(difference)
         sign = -1 if name in BETTER_WHEN_SMALL else 1
         interval = clustered_interval(difference, units)
         gains[name] = {
-            "plain": _mean(plain[:, number]),
-            "chosen": _mean(ours[:, number]),
+            "n_cases": int(both.sum()),
+            "plain": _mean(plain[both, number]),
+            "chosen": _mean(ours[both, number]),
             "difference": _mean(difference),
             "interval": interval,
             "gained": bool(min(sign * end for end in interval) > 0),

@@ -26,6 +26,9 @@ The segmentation is turned back when it is written; the probabilities are not.
 UNSURE = 1e-3
 """So near to 0.5, rounding decides on which side nnU-Net puts a voxel."""
 
+ROUNDING = 0.01
+"""So near to 1 are the sums of a softmax's probabilities, also if 16 bits hold each."""
+
 LEVELS = 4
 """How far up plans.json may lie: in a fold's ``validation`` folder, it is two folders up."""
 
@@ -103,6 +106,8 @@ def onto_image(values: np.ndarray, affine: np.ndarray, *, turned: bool) -> np.nd
 def read_lesion_channel(path: Path, label: int | None = None) -> np.ndarray:
     """Read the lesion's probability, float32 (Z, Y, X) in the orientation of nnU-Net's reader, from its ``.npz``.
 
+    Of regions, which overlap, the likeliest counts where any label is lesion: nnU-Net's mask is where one is above 0.5.
+
     Raises:
         UserError: it can't be read, or has no such label.
     """
@@ -115,7 +120,16 @@ def read_lesion_channel(path: Path, label: int | None = None) -> np.ndarray:
         ) from error
     if classes.ndim != 4 or (label is not None and label >= len(classes) > 1):
         raise UserError(f"{path} holds an array of {classes.shape}, not (classes, Z, Y, X) with the lesion's label.")
+    if len(classes) > 1 and not _are_exclusive(classes):
+        if label is not None:
+            raise UserError(f"{path} holds the probabilities of regions, of which none is that of the label {label}.")
+        return classes.max(axis=0).astype(np.float32)
     return lesion_channel(classes, label).astype(np.float32)
+
+
+def _are_exclusive(classes: np.ndarray) -> bool:
+    """Tell classes, of which each voxel has one (a softmax), from regions, of which it has any number (sigmoids)."""
+    return bool(np.abs(classes.sum(axis=0, dtype=np.float32) - 1).max(initial=0) < ROUNDING)
 
 
 def lesion_channel(classes: np.ndarray, label: int | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.embeddings import Embeddings
 from nnunet_ssl.evaluation.scan_prediction import Prediction, ScanTarget, Task, choose_target, predict_held_out, split
 
@@ -69,6 +70,17 @@ def _model(target: ScanTarget) -> GridSearchCV:
 
 
 def _inner_splits(target: ScanTarget, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split a training part, whose rows scikit-learn counts from 0."""
+    """Split a training part, whose rows scikit-learn counts from 0.
+
+    Raises:
+        UserError: it has fewer than two subjects of some class.
+    """
+    for name in target.classes:
+        subjects = np.unique(target.subject[rows][target.values[rows] == name])
+        if len(subjects) < 2:
+            raise UserError(
+                f"Of '{name}' a training part has {len(subjects)} subject(s), too few to choose the penalty by: folds "
+                f"hold whole subjects, who are of several classes. Leave '{name}' out, or find more of it."
+            )
     parts = split(target, rows, max(2, target.folds - 1))
     return [(np.searchsorted(rows, train), np.searchsorted(rows, test)) for train, test in parts]

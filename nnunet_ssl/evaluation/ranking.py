@@ -41,7 +41,8 @@ def read_predictions(folders: Sequence[Path]) -> tuple[dict[str, pd.DataFrame], 
         try:
             content = json.loads(path.read_text())
             tables[str(folder)] = pd.DataFrame(content["cases"]).set_index("case")
-            measured[str(folder)] = (content["preset"], content["connectivity"])
+            how = content["preset"], content["connectivity"], content.get("label"), content["surface_dice_tolerance_mm"]
+            measured[str(folder)] = how
         except FileNotFoundError as error:
             raise UserError(f"There is no {path}: run nnssl_evaluate lesions on that prediction first.") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -52,10 +53,15 @@ def read_predictions(folders: Sequence[Path]) -> tuple[dict[str, pd.DataFrame], 
         )
     (first, how), *others = measured.items()
     for other, differently in others:
-        if differently != how:
+        if differently[:2] != how[:2]:
             raise UserError(
                 f"{first} was measured with preset {how[0]} and connectivity {how[1]}, {other} with {differently[0]} "
                 f"and {differently[1]}. Measure both alike."
+            )
+        if differently != how:
+            raise UserError(
+                f"{first} was measured with label {how[2] or 'any'} and a tolerance of {how[3]} mm, {other} with "
+                f"{differently[2] or 'any'} and {differently[3]} mm. Measure both alike."
             )
     if not set.intersection(*(set(table.index) for table in tables.values())):
         raise UserError(f"No case was predicted by all of {', '.join(tables)}: rank predictions of the same cases.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -86,11 +87,17 @@ def compare_folders(
         One row per case, sorted: ``case`` and the fields of :class:`CaseMetrics`.
 
     Raises:
-        UserError: the folders do not hold the same cases, some cases only have a map, or the two masks of a case or its
-            map do not lie on the same grid.
+        UserError: the folders do not hold the same cases, some cases only have a map, the two masks of a case or its
+            map do not lie on the same grid, no mask holds the label, or a reference has voxels to ignore.
     """
     pairs = _with_maps(match_cases(reference, predicted, subset=subset), predicted, maps, config)
-    return pd.DataFrame(map_cases(partial(_compare_files, config=config), pairs, processes, "comparing masks"))
+    work = partial(_compare_files, config=config, ignored=_ignored_label(reference))
+    cases = pd.DataFrame(map_cases(work, pairs, processes, "comparing masks"))
+    if config.label is not None and not cases[["reference_lesions", "predicted_lesions"]].any(axis=None):
+        raise UserError(
+            f"No mask in {reference} or {predicted} holds the label {config.label}: every score would be perfect."
+        )
+    return cases
 
 
 def map_cases(work: Callable[[Case], Result], cases: Sequence[Case], processes: int, what: str) -> list[Result]:
@@ -143,6 +150,7 @@ def summarize_cases(cases: pd.DataFrame, config: LesionConfig) -> dict[str, Any]
         "n_empty_references": int((cases["reference_lesions"] == 0).sum()),
         "preset": config.preset,
         "connectivity": config.neighbours,
+        "label": config.label,
         "patients_only": PRESETS[config.preset].patients_only,
         "surface_dice_tolerance_mm": config.tolerance_mm,
         "official": list(PRESETS[config.preset].official),
@@ -223,8 +231,14 @@ def describe_lesions(summary: dict[str, Any]) -> str:
 def _masks_in(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    masks = {path.name[: -len(end)]: path for end in reversed(ENDINGS) for path in files if path.name.endswith(end)}
+    masks: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        end = next((end for end in ENDINGS if path.name.endswith(end)), None)
+        if end is None or path.name.startswith("."):
+            continue
+        if other := masks.get(path.name.removesuffix(end)):
+            raise UserError(f"{path} and {other.name} are masks of one case: remove one of them.")
+        masks[path.name.removesuffix(end)] = path
     if not masks:
         raise UserError(f"{folder} holds no mask: no file ends in {' or '.join(ENDINGS)}.")
     return masks
@@ -234,9 +248,22 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _compare_files(pair: tuple[str, Path, Path, Path | None], config: LesionConfig) -> dict[str, Any]:
+def _ignored_label(reference: Path) -> int | None:
+    """What the data set calls ignore, if its dataset.json lies beside the folder of its masks, where nnU-Net has it."""
+    description = reference.absolute().parent / "dataset.json"
+    return json.loads(description.read_text()).get("labels", {}).get("ignore") if description.is_file() else None
+
+
+def _compare_files(
+    pair: tuple[str, Path, Path, Path | None], config: LesionConfig, ignored: int | None
+) -> dict[str, Any]:
     case, reference_path, predicted_path, map_path = pair
     reference, predicted = read_volume(reference_path), read_volume(predicted_path)
+    if ignored is not None and (reference.array == ignored).any():
+        raise UserError(
+            f"{reference_path} has voxels to ignore (label {ignored}), which would count as lesion or as background: "
+            "nnUNetv2_evaluate_folder leaves them out."
+        )
     if not same_grid(reference, predicted):
         raise UserError(
             f"The masks of {case} do not lie on the same grid. {reference_path}: {_geometry(reference)}. "

@@ -194,7 +194,10 @@ def _cases_of(results: Path, preset: str) -> pd.DataFrame | None:
         return pd.DataFrame(found["cases"])
     return pd.DataFrame(
         {
-            "case": [Path(one["prediction_file"]).name.partition(".")[0] for one in found["metric_per_case"]],
+            "case": [
+                Path(one["prediction_file"].removesuffix(".gz")).stem  # a case may have dots in its name
+                for one in found["metric_per_case"]
+            ],
             "dice": [
                 np.nanmean([label["Dice"] for label in one["metrics"].values()]) for one in found["metric_per_case"]
             ],

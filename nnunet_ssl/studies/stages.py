@@ -28,7 +28,8 @@ def stages_of(run: AnyRun, study: Study, folder: Path, device: str) -> list[Stag
         device: cpu, cuda or mps.
 
     Raises:
-        UserError: the study's data are not all made, the data set is not prepared, or the arm has no checkpoint yet.
+        UserError: the study's data are not all made, the data set is not prepared, the arm has no checkpoint yet, or
+            none of its own to be measured.
     """
     for data in study.makings:  # in their order, and whole: half of a data set looks like a whole one
         if data == run:
@@ -86,7 +87,13 @@ def _measurement(run: Measurement, study: Study, folder: Path, device: str) -> S
     out = results_of(run, folder)
     checkpoint = checkpoint_of(run, study, folder, residual=trains_residual(study))
     trainer = own_trainers().get(study.arms[run.arm].trainer)
-    scratch = ("--scratch",) if run.kind == "finetune" and trainer is not None and trainer.from_scratch else ()
+    from_scratch = trainer is not None and trainer.from_scratch
+    if from_scratch and run.kind != "finetune":
+        raise UserError(
+            f"The arm {study.arms[run.arm].label} starts from random weights, and {run.kind} measures a checkpoint's "
+            "encoder as it is: name the experiment's arms without it."
+        )
+    scratch = ("--scratch",) if from_scratch else ()
     # of weights, order and augmentation; that of a probe would change its folds
     seed = ("--seed", str(run.seed)) if run.kind == "finetune" and run.seed else ()
     command = (

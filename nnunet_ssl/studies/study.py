@@ -265,12 +265,19 @@ class Study:
             name = "_".join([experiment.kind, *elsewhere, *words])
         for place, seed in enumerate(experiment.seeds):
             for arm in experiment.arms:
+                if place and not self._repeats(experiment.kind, arm):
+                    continue
                 yield (
                     place,
                     Measurement(
                         name=name, kind=experiment.kind, arm=arm, corpus=experiment.corpus, options=options, seed=seed
                     ),
                 )
+
+    def _repeats(self, kind: str, arm: str) -> bool:
+        """Whether another seed measures anything else: of one encoder that is only looked at, it would be a copy, and
+        its figures would seem certain."""
+        return kind == "finetune" or self.arms[arm].recipe is not None
 
     def _trainings_of(self, experiment: Experiment) -> Iterator[tuple[int, Run]]:
         repeats = [(seed, fold) for seed in experiment.seeds for fold in experiment.folds]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import blosc2
 import numpy as np
@@ -12,10 +13,10 @@ from nnunet_ssl.devices import find_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.embeddings import read_embeddings
-from nnunet_ssl.evaluation.encoding import EncodingConfig, embed_corpus
+from nnunet_ssl.evaluation.encoding import EncodingConfig, choose_rows, embed_corpus
 from nnunet_ssl.evaluation.probes import probe
 from nnunet_ssl.interface.encoders import patch_starts
-from nnunet_ssl.weights.encoders import write_encoder
+from nnunet_ssl.weights.encoders import read_checkpoint, write_encoder
 
 CPU = torch.device("cpu")
 PATCH = (32, 32, 32)
@@ -83,6 +84,20 @@ def test_validation_means_the_subjects_that_the_pre_training_held_out(write_corp
     _, validation = open_corpus(500).split(0.34, 0)
     assert set(held_out) == set(validation.scans["subject"])
     assert 0 < held_out.nunique() < 6
+
+
+@pytest.mark.parametrize(
+    ("subjects", "subset", "warned"), [(6, "validation", False), (5, "validation", True), (5, "all", False)]
+)
+def test_a_corpus_that_has_grown_may_hold_out_whom_the_pre_training_saw_and_that_is_said(
+    write_corpus, checkpoint, caplog, subjects, subset, warned
+):
+    write_corpus()
+    pretrained = read_checkpoint(checkpoint)
+    told = replace(pretrained, metadata=pretrained.metadata | {"corpus": {"subjects": subjects}})
+    rows = choose_rows(open_corpus(500), told, EncodingConfig(subjects=subset))
+    assert len(rows)
+    assert ("had 5 subjects, and this one has 6" in caplog.text) is warned
 
 
 def test_a_checkpoint_that_does_not_tell_what_was_held_out_has_no_validation_subjects(

@@ -159,6 +159,25 @@ def test_of_several_classes_the_lesions_or_all_but_the_background_count(tmp_path
         read_map(tmp_path / "a.npz", grid, 3)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("n_classes", [2, 3, 40])
+def test_classes_are_told_from_regions_whatever_their_rounding(tmp_path, n_classes, dtype):
+    save_probabilities(tmp_path, "a", "NibabelIO", stored((3, 4, 5), "RAS"))
+    grid = read_volume(tmp_path / "a.nii.gz")
+    rng = np.random.default_rng(0)
+    classes = rng.dirichlet(np.full(n_classes, 0.1), size=(5, 4, 3)).transpose(3, 0, 1, 2).astype(dtype)
+    np.savez_compressed(tmp_path / "a.npz", probabilities=classes)
+    np.testing.assert_allclose(read_map(tmp_path / "a.npz", grid, None), 1 - classes[0].T.astype(float), atol=5e-3)
+    regions = rng.random((n_classes, 5, 4, 3)).astype(dtype)
+    regions[:, 0] = 0  # background
+    np.savez_compressed(tmp_path / "a.npz", probabilities=regions)
+    values = read_map(tmp_path / "a.npz", grid, None)
+    assert np.array_equal(values > 0.5, (regions > 0.5).any(axis=0).T), "nnU-Net's mask of all labels"
+    for label in range(1, n_classes):
+        with pytest.raises(UserError, match=rf"probabilities of regions, of which none is that of the label {label}"):
+            read_map(tmp_path / "a.npz", grid, label)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Two cases with their maps: the first right, the second without a lesion and a constant map."""
@@ -355,6 +374,10 @@ def test_predictions_that_can_not_be_compared_are_refused(folders, tmp_path, mon
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, "ranking", *(tmp_path / name for name in more))
     run(monkeypatch, *call, "isles26", "-o", tmp_path / "other")
+    for option, message in ((("-l", 1), "label any .* with 1 and"), (("--tolerance", 2), "of 1.0 mm, .* and 2.0 mm")):
+        run(monkeypatch, *call, "isles26", "-o", tmp_path / "differently", *option)
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "ranking", tmp_path / "one", tmp_path / "differently")
     renamed = json.loads((tmp_path / "one" / "lesions.json").read_text())
     for row in renamed["cases"]:
         row["case"] += "_of_another_fold"

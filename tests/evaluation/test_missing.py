@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation import missing
 from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.figures.missing import draw_missing
 from nnunet_ssl.evaluation.missing import (
@@ -88,6 +89,53 @@ def test_models_of_other_channels_are_not_compared(tmp_path):
     models = [Model("a", tmp_path / "a"), Model("b", tmp_path / "b")]
     with pytest.raises(UserError, match=r"b is a model of the channels ADC, DWI, and .*a of DWI, ADC"):
         predict_subsets(models, [], tmp_path, tmp_path, device=None)
+
+
+def change(what, model, images):
+    """Change one thing that predictions follow from, or nothing."""
+    if what == "weights":
+        (model / "fold_0" / "checkpoint_final.pth").write_bytes(b"others")
+    elif what == "an image":
+        write_image(images / "a_0000.nii.gz", seed=7)
+    elif what == "another case":
+        write_image(images / "c_0000.nii.gz", seed=7)
+    elif what == "a case less":
+        (images / "b_0000.nii.gz").unlink()
+    elif what == "a channel more":
+        write_image(images / "b_0001.nii.gz", seed=7)
+
+
+def write_image(path, seed):
+    path.parent.mkdir(exist_ok=True)
+    values = np.random.default_rng(seed).normal(size=(4, 4, 4))
+    nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), path)
+
+
+@pytest.mark.parametrize(
+    ("what", "kept"),
+    [("nothing", True)]
+    + [(what, False) for what in ("weights", "an image", "another case", "a case less", "a channel more")],
+)
+def test_predictions_are_kept_until_weights_or_images_change(tmp_path, monkeypatch, what, kept):
+    images, model = tmp_path / "images", tmp_path / "model"
+    for name in ("a_0000", "a_0001", "b_0000"):
+        write_image(images / f"{name}.nii.gz", seed=len(name))
+    (model / "fold_0").mkdir(parents=True)
+    (model / "fold_0" / "checkpoint_final.pth").write_bytes(b"weights")
+    description = {"channel_names": {"0": "DWI", "1": "ADC"}, "file_ending": ".nii.gz"}
+    (model / "dataset.json").write_text(json.dumps(description))
+    for name in ("load_predictor", "refuse_missing", "predict_cases"):
+        monkeypatch.setattr(missing, name, lambda *_, **__: None)
+
+    def folders():
+        done = predict_subsets([Model("one", model)], [model], images, tmp_path / "out", device=None)
+        return {(arm, subset, folder) for arm, subset, folder in done}
+
+    before = folders()
+    assert len(before) == 4, "three subsets, and the specialist of both channels"
+    change(what, model, images)
+    after = folders()
+    assert after == before if kept else after.isdisjoint(before)
 
 
 @pytest.mark.parametrize("processes", [(0, 3), (3, 0), (-1, -1)])

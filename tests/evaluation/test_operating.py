@@ -97,6 +97,17 @@ def test_of_one_metric_the_mean_counts_and_a_missing_value_is_the_worst():
     assert choose(scores, candidates("isles26")[:3], ["a", "b", "c"], goal).report["n_cases"] == 3
 
 
+def test_a_gain_is_the_difference_of_the_means_beside_it_also_where_a_mask_has_no_distance():
+    scores = np.random.default_rng(0).uniform(1, 5, (12, 3, 1))
+    scores[:, 1] -= 1
+    scores[:4, 0] = scores[3:6, 1] = np.nan
+    goal = Goal(preset="isles26", metrics=("hd95_mm",))
+    choice = choose(scores, candidates("isles26")[:3], [str(case) for case in range(12)], goal)
+    gain = choice.report["gain"]["hd95_mm"]
+    assert gain["chosen"] - gain["plain"] == pytest.approx(gain["difference"])
+    assert gain["n_cases"] < 12 and f"over the {gain['n_cases']} cases that have it" in operating.describe(choice)
+
+
 def dice(scores):
     """Scores of one metric, (cases, points, 1)."""
     return np.asarray(scores, dtype=float)[:, :, None], Goal(preset="isles26", metrics=("dice",))

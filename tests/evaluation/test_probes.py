@@ -118,6 +118,17 @@ def test_a_class_of_too_few_subjects_is_left_out():
     assert set(probe(with_column(embeddings, "site", sites), "site").summary["classes"]) == {"a", "b"}
 
 
+@pytest.mark.parametrize("others", [("common",), ("common", "other")])
+def test_a_class_of_which_a_training_part_has_too_little_is_refused_by_name(others):
+    """Of three subjects in two folds, one of the training parts has one."""
+    names = ["rare"] * 3 + [other for other in others for _ in range(5)]
+    embeddings = with_column(
+        known_signal(n_subjects=len(names), dimension=2), "kind", np.repeat(names, len(MODALITIES))
+    )
+    with pytest.raises(UserError, match=r"Of 'rare' a training part has [01] subject\(s\), too few to choose"):
+        probe(embeddings, "kind", folds=2)
+
+
 def test_a_class_written_with_a_space_is_no_class_of_its_own():
     embeddings = known_signal(n_subjects=20)
     sites = np.repeat(["a", " a", "b ", "b"] * 5, len(MODALITIES))

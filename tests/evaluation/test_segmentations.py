@@ -126,6 +126,36 @@ def test_one_label_can_be_the_lesion(tmp_path):
     assert compare_folders(*folders, LesionConfig(label=2))["dice"].item() == 0
 
 
+def test_a_label_that_no_mask_holds_is_refused_and_one_that_a_single_mask_holds_is_not(folders):
+    with pytest.raises(UserError, match="holds the label 2: every score would be perfect"):
+        compare_folders(*folders, LesionConfig(label=2))
+    for folder in folders:
+        write(folder / "d.nii.gz", (2, 2, 2), value=2)
+        assert compare_folders(*folders, LesionConfig(label=2))["dice"].tolist() == [1, 1, 1, 0]
+        write(folder / "d.nii.gz")
+
+
+@pytest.mark.parametrize("label", [None, 1])
+def test_voxels_that_the_data_set_ignores_count_as_nothing_and_are_refused(folders, label):
+    description = folders[0].parent / "dataset.json"
+    description.write_text(json.dumps({"labels": {"background": 0, "lesion": 1, "ignore": 2}}))
+    assert len(compare_folders(*folders, LesionConfig(label=label))) == 4, "no voxel is to be ignored"
+    write(folders[0] / "d.nii.gz", (2, 2, 2), value=2)
+    with pytest.raises(UserError, match=r"d\.nii\.gz has voxels to ignore \(label 2\)"):
+        compare_folders(*folders, LesionConfig(label=label))
+    description.write_text(json.dumps({"labels": {"background": 0, "lesion": [1, 2], "core": 2}}))
+    assert len(compare_folders(*folders, LesionConfig(label=label))) == 4
+
+
+def test_two_masks_of_one_case_are_refused(folders):
+    for folder in folders:
+        write(folder / "a.nii", (1, 1, 1))
+        with pytest.raises(UserError, match=r"a\.nii\.gz and a\.nii are masks of one case"):
+            match_cases(*folders)
+        (folder / "a.nii").unlink()
+    assert len(match_cases(*folders)) == 4
+
+
 def test_presets_and_explicit_connectivity(tmp_path):
     diagonal = [(2, 2, 2), (3, 3, 3)]
     for folder in ("ref", "pred"):

@@ -111,6 +111,21 @@ def test_a_case_that_several_runs_evaluate_counts_once(tmp_path):
     assert (row["part"], row["n_cases"], row["n_runs"], row["mean"]) == ("test", 2, 2, pytest.approx(0.55))
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd"])
+def test_cases_with_dots_in_their_names_stay_apart(tmp_path, ending):
+    values = yaml.safe_load(STUDY)
+    values["datasets"]["atlas"]["preset"] = "classes"
+    values["experiments"] = {"one": {"datasets": ["atlas"], "arms": ["cl"]}}
+    tissue = study_from(values)
+    path = results_of(tissue.runs()[0], tmp_path) / "validation" / "summary.json"
+    names = ["sub-1_1.5T", "sub-1_3.0T", "sub-2"]
+    found = [{"prediction_file": f"/a.b/{name}{ending}", "metrics": {"1": {"Dice": 0.5}}} for name in names]
+    write_json({"metric_per_case": found}, path)
+    cases = read_cases(tissue, tmp_path)
+    assert cases["case"].tolist() == names
+    assert summarize_cells(tissue, tissue.experiments["one"], cases)["n_cases"].tolist() == [3]
+
+
 def test_controls_count_for_specificity_alone(results):
     table = summarize_cells(study(), study().experiments["modalities"], read_cases(study(), results))
     dice, specificity = (cell(table, arm="cl", dataset="fcd", metric=name) for name in ("dice", "correctly_empty"))

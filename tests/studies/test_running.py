@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import nnunetv2
+import numpy as np
 import pytest
 import yaml
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
@@ -26,11 +27,12 @@ from nnunet_ssl.pretraining.config import load_config
 from nnunet_ssl.studies import running
 from nnunet_ssl.studies.changes import refuse_changes
 from nnunet_ssl.studies.cli import study as command
-from nnunet_ssl.studies.places import pretrained
+from nnunet_ssl.studies.encoder_tables import compare_figures, read_figures, summarize_figures
+from nnunet_ssl.studies.places import pretrained, results_of
 from nnunet_ssl.studies.running import execute, execute_all, log_of, read_record, state_of
 from nnunet_ssl.studies.stage import NOTE
 from nnunet_ssl.studies.stages import stages_of
-from nnunet_ssl.studies.study import Pretraining
+from nnunet_ssl.studies.study import Measurement, Pretraining
 from nnunet_ssl.studies.study_file import study_from
 
 STUDY = """
@@ -469,12 +471,48 @@ def test_repeats_of_a_fine_tuning_on_scans_are_repeats_also_from_random_weights(
     (nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K").mkdir()
     encoder = tmp_path / "encoder.safetensors"
     encoder.touch()
-    arms = {"scratch": {"trainer": "nnUNetTrainerSwinFPNScratch", "checkpoint": str(encoder)}}
-    for kind, seeds in (("finetune", [[], ["--seed", "1"], ["--seed", "2"]]), ("probe", [[], [], []])):
-        experiment = {"kind": kind, "options": "--target age", "seeds": [0, 1, 2]}
+    for trainer in ("nnUNetTrainerSwinFPNScratch", "nnUNetTrainerSSL"):
+        arms = {"one": {"trainer": trainer, "checkpoint": str(encoder)}}
+        experiment = {"kind": "finetune", "options": "--target age", "seeds": [0, 1, 2]}
         study = small(arms=arms, experiments={"one": experiment})
         called = [list(stages_of(run, study, folder, "cpu")[0].command) for run in study.runs()]
-        assert [one[one.index("500") + 1 : one.index("--target")] for one in called] == seeds
+        assert [one[one.index("500") + 1 : one.index("--target")] for one in called] == [
+            [],
+            ["--seed", "1"],
+            ["--seed", "2"],
+        ]
+
+
+@pytest.mark.parametrize("kind", ["alignment", "probe"])
+@pytest.mark.parametrize("start", [{"trainer": "nnUNetTrainerMCLMIM"}, {"checkpoint": "encoder.safetensors"}])
+def test_one_encoder_is_measured_once_and_its_figures_are_no_repeats(kind, start, folder):
+    arms = {"there": start, "own": {"recipe": "mcl"}}
+    study = small(arms=arms, experiments={"one": {"kind": kind, "options": "--target age", "seeds": [0, 1, 2]}})
+    measured = [(run.arm, run.seed) for run in study.runs() if isinstance(run, Measurement)]
+    assert measured == [("there", 0), ("own", 0), ("own", 1), ("own", 2)]
+    for run in study.runs():
+        if isinstance(run, Measurement):
+            out = results_of(run, folder)
+            out.mkdir(parents=True)
+            (out / "probe.json").write_text(json.dumps({"scores": {"R2": {"value": 0.5 + 0.1 * run.seed}}}))
+    if kind == "probe":
+        figures = read_figures(study, study.experiments["one"], folder)
+        summary = summarize_figures(figures).set_index("arm")
+        assert summary["n_seeds"].to_dict() == {"there": 1, "own": 3}
+        assert np.isnan(summary["low"]["there"]), "of one encoder there is no spread to be had"
+        assert len(compare_figures(study.experiments["one"], figures)) == 0
+
+
+def test_an_arm_from_random_weights_is_not_measured_as_the_encoder_whose_architecture_it_takes(
+    nnunet_folders, prepared, folder
+):
+    (nnunet_folders["nnUNet_preprocessed"] / "Dataset500_FOMO60K").mkdir()
+    encoder = prepared / "Dataset500_FOMO60K" / "mcl_mim" / "encoder.safetensors"
+    arms = {"scratch": {"trainer": "nnUNetTrainerSwinFPNScratch", "checkpoint": str(encoder)}}
+    for kind in ("alignment", "probe"):
+        study = small(arms=arms, experiments={"one": {"kind": kind, "options": "--target age"}})
+        state = state_of(study.runs()[0], study, folder, "cpu")
+        assert state.kind == "waiting" and "scratch starts from random weights" in state.detail
 
 
 SBATCH = """#!/bin/sh
