@@ -15,7 +15,7 @@ import torch
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.segmentations import NAMES, LesionConfig, compare_folders, scored
-from nnunet_ssl.evaluation.statistics import mean_interval
+from nnunet_ssl.evaluation.statistics import holm, mean_interval, paired_wilcoxon
 from nnunet_ssl.interface.placeholders import Channels, PartialCase, find_cases
 from nnunet_ssl.interface.segmentation import (
     channels_of_model,
@@ -123,13 +123,13 @@ def measure_missing(
     """Compare predictions with their references.
 
     Returns:
-        one row for each arm, subset and case, seeds averaged: ``arm``, ``subset`` (``DWI+ADC``), ``case``, and what
-        :func:`segmentations.compare_folders` measures.
+        one row for each arm, subset and case, seeds averaged: ``arm``, ``subset`` (``DWI+ADC``), ``case``,
+        ``n_channels`` of the subset, and what :func:`segmentations.compare_folders` measures.
     """
     tables = []
     for arm, subset, folder in predictions:
         table = compare_folders(reference, folder, config, subset=True, processes=processes)
-        tables.append(table.assign(arm=arm, subset="+".join(subset)))
+        tables.append(table.assign(arm=arm, subset="+".join(subset), n_channels=len(subset)))
     return pd.concat(tables).groupby(["arm", "subset", "case"], sort=False, as_index=False).mean()
 
 
@@ -140,6 +140,7 @@ def summarize_missing(cases: pd.DataFrame, config: LesionConfig) -> dict[str, An
         JSON-able: ``arms``, ``subsets``, and for each arm and subset of each metric the mean with its 95 % interval
         over cases (bootstrap) and their number; beside a specialist also the ``loss``, by how much the specialist is
         better on the same cases, with its interval: positive where the arm is worse, for volume differences as well.
+        ``comparisons``: see :func:`compare_arms`.
     """
     table: dict[str, dict[str, Any]] = {}
     for (arm, subset), rows in cases.groupby(["arm", "subset"], sort=False):
@@ -151,7 +152,40 @@ def summarize_missing(cases: pd.DataFrame, config: LesionConfig) -> dict[str, An
         "subsets": list(dict.fromkeys(cases["subset"])),
         "preset": config.preset,
         "results": table,
+        "comparisons": compare_arms(cases, config),
     }
+
+
+def compare_arms(cases: pd.DataFrame, config: LesionConfig) -> list[dict[str, Any]]:
+    """Compare the first arm with each of the others by Dice, for every number of channels.
+
+    Subsets of one size are averaged within a case, so that cases are the independent pairs.
+
+    Returns:
+        for each other arm and number of channels ``arm``, ``against``, ``n_channels``, ``n`` cases, the mean
+        ``difference``, positive where the first arm is better, with its 95 % ``interval``, and ``p`` of Wilcoxon's
+        signed-rank test, ``p_holm`` corrected over all of them.
+    """
+    arms = [arm for arm in dict.fromkeys(cases["arm"]) if arm != SPECIALIST]
+    rows = []
+    for other in arms[1:]:
+        for size in sorted(set(cases["n_channels"])):
+            of_size = cases[cases["n_channels"] == size]
+            first, second = (
+                scored(of_size[of_size["arm"] == arm].set_index("case"), "dice", config.preset).groupby(level=0).mean()
+                for arm in (arms[0], other)
+            )
+            pairs = pd.concat([first, second], axis=1, join="inner").dropna().to_numpy()
+            if not len(pairs):
+                continue
+            differences = pairs[:, 0] - pairs[:, 1]
+            rows.append(
+                {"arm": arms[0], "against": other, "n_channels": int(size), "n": len(pairs)}
+                | {"difference": float(differences.mean()), "interval": mean_interval(differences)}
+                | {"p": paired_wilcoxon(*pairs.T)}
+            )
+    corrected = holm([row["p"] for row in rows])
+    return [row | {"p_holm": p} for row, p in zip(rows, corrected)]
 
 
 def describe_missing(result: Mapping[str, Any]) -> str:
@@ -170,7 +204,21 @@ def describe_missing(result: Mapping[str, Any]) -> str:
                     low, high = cell["loss_interval"]
                     line += f"  {cell['loss']:+8.4f}  [{low:+.4f}, {high:+.4f}]"
                 lines.append(f"{line}  {cell['n']}")
-    return "\n".join(lines)
+    return "\n".join(lines + _describe_comparisons(result["comparisons"]))
+
+
+def _describe_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not comparisons:
+        return []
+    lines = [f"Dice of {comparisons[0]['arm']} less that of others: mean [95 % interval]; p, after Holm's correction"]
+    for row in comparisons:
+        low, high = row["interval"]
+        channels = f"{row['n_channels']} channel{'s' if row['n_channels'] > 1 else ''}"
+        lines.append(
+            f"  {channels:<20} {row['against']:<16} {row['difference']:+8.4f}  [{low:+.4f}, {high:+.4f}]"
+            f"  {row['p']:.2g}  {row['p_holm']:.2g}"
+        )
+    return lines
 
 
 def _summary_of(rows: pd.DataFrame, rival: pd.DataFrame, metric: str, config: LesionConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nnunet_ssl.evaluation.cli import evaluate
 from nnunet_ssl.evaluation.figures.missing import draw_missing
 from nnunet_ssl.evaluation.missing import (
     Model,
+    compare_arms,
     describe_missing,
     measure_missing,
     predict_subsets,
@@ -73,12 +74,33 @@ def test_the_loss_is_the_specialists_lead_on_the_same_cases_and_seeds_are_averag
 
 
 def test_a_larger_volume_error_is_a_loss():
-    columns = {"dice": 0.5, "lesion_f1": 0.5, "reference_lesions": 1}
+    columns = {"n_channels": 1, "dice": 0.5, "lesion_f1": 0.5, "reference_lesions": 1}
     cases = pd.DataFrame(
         [{"arm": arm, "subset": "DWI", "case": "a", "volume_difference_ml": volume, **columns}
          for arm, volume in (("zeros", 3.0), ("specialist", 1.0))]
     )  # fmt: skip
     assert summarize_missing(cases, CONFIG)["results"]["zeros"]["DWI"]["volume_difference_ml"]["loss"] == 2.0
+
+
+def test_the_first_arm_is_compared_with_each_other_one_by_the_number_of_channels_and_case_by_case():
+    leads = {"a": 0.1, "b": 0.2, "c": 0.3}
+    rows = [
+        {"arm": arm, "subset": subset, "case": case, "n_channels": n_channels, "reference_lesions": 1}
+        | {"dice": 0.4 + (arm == "first") * n_channels * lead + (subset == "DWI") * 0.02}
+        for arm in ("first", "second", "third", "specialist")
+        for subset, n_channels in (("DWI", 1), ("ADC", 1), ("DWI+ADC", 2))
+        for case, lead in leads.items()
+        if (arm, case) != ("third", "c")
+    ]
+    found = compare_arms(pd.DataFrame(rows), CONFIG)
+    assert [(row["against"], row["n_channels"], row["n"]) for row in found] == [
+        ("second", 1, 3), ("second", 2, 3), ("third", 1, 2), ("third", 2, 2)
+    ]  # fmt: skip
+    assert [row["difference"] for row in found] == pytest.approx([0.2, 0.4, 0.15, 0.3])
+    assert found[0]["interval"] == pytest.approx((0.1, 0.3)) and found[0]["p"] == 0.25 and found[0]["p_holm"] == 1
+    shuffled = pd.DataFrame(rows).sample(frac=1, random_state=0).sort_values("arm", kind="stable")
+    assert [row["difference"] for row in compare_arms(shuffled, CONFIG)] == pytest.approx([0.2, 0.4, 0.15, 0.3])
+    assert not compare_arms(pd.DataFrame(rows)[lambda table: table["arm"].isin(["first", "specialist"])], CONFIG)
 
 
 def test_models_of_other_channels_are_not_compared(tmp_path):
