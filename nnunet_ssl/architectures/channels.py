@@ -1,4 +1,4 @@
-"""Networks for cases that lack channels: which channels an image has, and three ways to go on without the others.
+"""Networks for cases that lack channels: which channels an image has, and four ways to go on without the others.
 
 A channel that is absent is constant, zeros as a rule: nnU-Net reads it from a placeholder file. The network looks for
 that itself, in every sample and every patch of a sliding window, so that it needs nothing beside the image.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Way = Literal["zeros", "scaled", "pooled"]
+Way = Literal["zeros", "scaled", "pooled", "modulated"]
 """What becomes of the channels that there are, see :func:`any_channels`."""
 
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -92,17 +92,26 @@ class Pooled(nn.Module):
     """A module for one channel, used on each channel in turn, with its maps pooled over the channels that are there.
 
     A map becomes ``mean + gate * (maximum - mean)`` with a gate for each of its features, which learns from 1/2. Any
-    order of the channels gives the same, and so do copies of a channel: what the module makes of that one.
+    order of the channels gives the same, and so do copies of a channel: what the module makes of that one. That is how
+    `modulated` begins, too.
 
     Args:
         module: maps (B, 1, X, Y, Z) to a map (B, F, ...), or to a list of maps.
         features: of each map, finest first.
+        modulated: None, or the number of channels, whose maps are then scaled and shifted before they are pooled, by
+            learned numbers of each channel for each feature, from 1 and 0 (FiLM, Perez 2018). The module sees any
+            channel alike, and what follows it can tell them apart: that fluid is bright in one, and a lesion in
+            another.
     """
 
-    def __init__(self, module: nn.Module, features: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, features: Sequence[int], modulated: int | None = None) -> None:
         super().__init__()
         self.module = module
         self.gates = nn.ParameterList(torch.full((number,), 0.5) for number in features)
+        self.scales, self.shifts = (
+            nn.ParameterList(torch.full((modulated, number), start) for number in features if modulated)
+            for start in (1.0, 0.0)
+        )
 
     def parts(self) -> list[nn.Module]:
         """The parts of the module, for :func:`nnunet_ssl.architectures.compiling.compile_parts`."""
@@ -115,8 +124,14 @@ class Pooled(nn.Module):
         maps = self.module(x.flatten(0, 1)[:, None])
         single = isinstance(maps, Tensor)
         levels = [level.unflatten(0, x.shape[:2]) for level in ([maps] if single else maps)]
+        for place, (scale, shift) in enumerate(zip(self.scales, self.shifts)):
+            levels[place] = torch.addcmul(_per_feature(shift), levels[place], _per_feature(scale))
         pooled = [_pooled(level, counted, gate) for level, gate in zip(levels, self.gates, strict=True)]
         return pooled[0] if single else pooled
+
+
+def _per_feature(values: Tensor) -> Tensor:
+    return values[:, :, None, None, None]
 
 
 def _pooled(level: Tensor, counted: Tensor, gate: Tensor) -> Tensor:
@@ -136,6 +151,7 @@ def any_channels(input_channels: int, num_classes: int, *, channels: Way, networ
     - ``scaled``: the same, and what is there is multiplied by the number of channels over that of channels there.
     - ``pooled``: each channel goes alone through an encoder for one channel, and the maps are pooled, see
       :class:`Pooled`.
+    - ``modulated``: the same, and the maps of each channel are scaled and shifted by learned numbers of its own.
 
     Args:
         input_channels: of the data set.
@@ -145,13 +161,15 @@ def any_channels(input_channels: int, num_classes: int, *, channels: Way, networ
             ``full_resolution`` what makes a skip of it.
         settings: keywords of that class.
     """
-    number = 1 if channels == "pooled" else input_channels
+    alone = channels in ("pooled", "modulated")
+    number = 1 if alone else input_channels
     built: Any = pydoc.locate(network)(input_channels=number, num_classes=num_classes, **settings)  # type: ignore
-    if channels == "pooled":
+    if alone:
+        modulated = input_channels if channels == "modulated" else None
         encoder, skip = built.encoder, getattr(built.decoder, "full_resolution", None)
-        built.encoder = Pooled(encoder, getattr(encoder, "channels", None) or encoder.output_channels)
+        built.encoder = Pooled(encoder, getattr(encoder, "channels", None) or encoder.output_channels, modulated)
         if skip is not None:
-            built.decoder.full_resolution = Pooled(skip, [skip.output_channels])
+            built.decoder.full_resolution = Pooled(skip, [skip.output_channels], modulated)
     else:
         built.register_forward_pre_hook(_scaled if channels == "scaled" else _zeroed)
     return built

@@ -13,9 +13,8 @@ from nnunet_ssl.architectures.channels import FLAT, Way
 from nnunet_ssl.errors import UserError, require
 from nnunet_ssl.trainers.settings import Settings
 
-ANY: Way = "pooled"
-"""What ``channels=any`` stands for: the only way in which a pre-trained encoder sees what it saw in pre-training, one
-channel, whichever there are; an argument and no measurement."""
+ANY: Way = "modulated"
+"""What ``channels=any`` stands for: with a pre-trained encoder the best of the four ways in the study ``missing``."""
 
 
 def way_of(settings: Settings) -> Way | None:

@@ -49,8 +49,8 @@ class Settings:
         batch_size: patches per step; if not given, the plans'.
         fraction: per cent of the fold's training subjects to train on; smaller fractions are subsets of larger ones.
         channels: ``all``: every case has all of the data set's channels; ``any``: cases may lack some, in training and
-            in prediction, in the way that `channels.ANY` names; ``zeros``, ``scaled`` or ``pooled``: that way, see
-            `architectures.channels.any_channels`.
+            in prediction, in the way that `channels.ANY` names; ``zeros``, ``scaled``, ``pooled``, ``modulated``: that
+            way, see `architectures.channels.any_channels`.
         channel_drop: the probability with which a channel is left out of a training sample, for all or for each.
         merging: how the encoder merges patches, of a Swin checkpoint whose file does not tell it, a key of
             :data:`architectures.swin.MERGINGS`.
@@ -76,7 +76,7 @@ class Settings:
     patch_size: tuple[int, int, int] | None = ranged(None, "at least 1")
     batch_size: int | None = ranged(None, "at least 1")
     fraction: int = ranged(100, "1 to 100")
-    channels: Literal["all", "any", "zeros", "scaled", "pooled"] = "all"
+    channels: Literal["all", "any", "zeros", "scaled", "pooled", "modulated"] = "all"
     channel_drop: tuple[float, ...] = ranged((0.5,), "at least 0 and below 1")
     merging: Merging | None = None
     seed: int = ranged(0, "0 or more")

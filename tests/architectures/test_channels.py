@@ -27,6 +27,8 @@ FACTORY = "nnunet_ssl.architectures.channels.any_channels"
 SIZE = (16, 24, 20)
 every_network = pytest.mark.parametrize("kind", NETWORKS)
 every_way = pytest.mark.parametrize("way", WAYS)
+every_pooling = pytest.mark.parametrize("way", ["pooled", "modulated"])
+LEARNED = ("gates", "scales", "shifts")
 
 
 def build(kind, way=None, channels=3):
@@ -47,24 +49,55 @@ def of_one_channel(network, kind, image):
     """What the plain network for one channel, with a pooling network's weights, makes of an image."""
     plain = build(kind, channels=1)
     weights = {name.replace(".module.", "."): value for name, value in network.state_dict().items()}
-    plain.load_state_dict({name: value for name, value in weights.items() if "gates" not in name})
+    plain.load_state_dict({name: value for name, value in weights.items() if not set(name.split(".")) & set(LEARNED)})
     return plain(image)
 
 
 @every_network
+@every_pooling
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3)))[1:4])
-def test_pooling_knows_no_order_of_channels(kind, order):
-    network, x = build(kind, "pooled"), scans()
+def test_pooling_knows_no_order_of_channels(kind, way, order):
+    network, x = build(kind, way), scans()
     x[0, 1] = 0
     x[1, 2, :8] = 0
     with torch.no_grad():
         torch.testing.assert_close(network(x[:, list(order)]), network(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["swin_unet", "resenc"])
+def test_modulated_channels_are_known_by_their_own_scales_and_shifts_and_by_nothing_else(kind):
+    network, x, order = build(kind, "modulated"), scans(), [2, 0, 1]
+    x[0, 1] = 0
+    learned = {name: value for name, value in network.named_parameters() if {"scales", "shifts"} & set(name.split("."))}
+    assert len(learned) == 2 * sum("gates" in name for name, _ in network.named_parameters())
+    with torch.no_grad():
+        for value in learned.values():
+            value += 0.5 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(value)))
+        expected = network(x)
+        assert not torch.allclose(network(x[:, order]), expected)
+        for value in learned.values():
+            value.copy_(value[order])
+        torch.testing.assert_close(network(x[:, order]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_modulated_map_is_scaled_and_shifted_by_its_channel_and_one_that_is_absent_adds_nothing():
+    x, module = scans(3, (16, 16, 16)), torch.nn.AvgPool3d(4)
+    x[:, 1] = 0
+    pooled = Pooled(module, [1], modulated=3)
+    with torch.no_grad():
+        pooled.gates[0].fill_(0.25)
+        pooled.scales[0].copy_(torch.tensor([[2.0], [5.0], [-1.0]]))
+        pooled.shifts[0].copy_(torch.tensor([[0.1], [9.0], [0.3]]))
+        first, third = 2 * module(x[:, :1]) + 0.1, -module(x[:, 2:]) + 0.3
+        mean = (first + third) / 2
+        torch.testing.assert_close(pooled(x), mean + 0.25 * (torch.maximum(first, third) - mean))
+
+
 @every_network
+@every_pooling
 @pytest.mark.parametrize("copies", [1, 2, 3])
-def test_copies_of_one_channel_pool_to_what_the_one_channel_network_gives(kind, copies):
-    network, one = build(kind, "pooled"), scans(channels=1)
+def test_copies_of_one_channel_pool_to_what_the_one_channel_network_gives(kind, way, copies):
+    network, one = build(kind, way), scans(channels=1)
     x = torch.cat([one] * copies + [torch.zeros_like(one)] * (3 - copies), dim=1)
     with torch.no_grad():
         torch.testing.assert_close(network(x), of_one_channel(network, kind, one), rtol=1e-4, atol=1e-5)
@@ -174,7 +207,11 @@ def test_the_encoder_learns_whichever_channels_there_are(kind, way):
     network, x = build(kind, way).train(), scans()
     x[:, 1:] = 0
     network(x).square().mean().backward()
-    gradients = {name: one.grad for name, one in network.encoder.named_parameters() if "gates" not in name}
+    gradients = {
+        name: one.grad
+        for name, one in network.encoder.named_parameters()
+        if "module" in name or way in ("zeros", "scaled")
+    }
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert next(iter(gradients.values())).any(), "the first convolution's"
 

@@ -152,12 +152,15 @@ def test_a_pretrained_encoder_rests_and_learns_whatever_the_way(start, request, 
     assert takes_any_channels(entry) and not takes_any_channels(plain(entry))
     assert trainer.enable_deep_supervision == (backbone == "resenc")
     encoder, before = encoder_of(trainer.network), read_checkpoint(checkpoint).tensors
-    if way in ("pooled", "any"):
+    if way in ("pooled", "modulated", "any"):
         own = encoder.state_dict()
         same = [name for name, value in before.items() if name in own and torch.equal(own[name], value)]
         assert len(same) > 0.5 * len(before), "loaded as they were, for one channel"
-    gates = [value for name, value in unwrapped(trainer.network).named_parameters() if "gates" in name]
-    assert bool(gates) == (way in ("pooled", "any"))
+    added = ("gates",) if way == "pooled" else ("gates", "scales", "shifts")
+    named = [(name.split("."), value) for name, value in unwrapped(trainer.network).named_parameters()]
+    gates = [value for names, value in named if set(names) & set(added)]
+    assert {word for names, _ in named for word in names} >= set(added) or way in ("zeros", "scaled")
+    assert bool(gates) == (way in ("pooled", "modulated", "any"))
     parts = {id(p): group["part"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert all(parts[id(gate)] == "decoder" for gate in gates)
     assert all(parts[id(p)] == "encoder" for p in encoder.parameters())
