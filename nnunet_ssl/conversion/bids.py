@@ -18,11 +18,10 @@ from nnunet_ssl.conversion.dataset import Case, Prepared
 from nnunet_ssl.conversion.discovery import (
     ImageFile,
     Skipped,
-    choose_one,
+    choose_images,
     find_images,
     lesion_masks,
     nothing_found,
-    refuse_two_homes,
 )
 from nnunet_ssl.conversion.script import DatasetInfo, make_parser, parse, run
 from nnunet_ssl.corpus.modalities import MODALITIES, SYNONYMS, UNKNOWN, is_derived
@@ -126,11 +125,7 @@ def _case(
         return Skipped(scan_id, needed)
     if not masks and not images_only:
         return Skipped(scan_id, "no lesion mask; images without one are prepared with --images_only")
-    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], WORDS)
-    images = {}
-    for kind in needed:
-        images[kind], others = choose_one(files[kind], like=None)
-        skipped += [Skipped(other.relative, f"{images[kind].path.name} is used for {scan_id}") for other in others]
+    images = choose_images(scan_id, files, needed, WORDS, skipped)
     united = [f"CHECK: the union of {len(masks)} masks: {', '.join(mask.path.name for mask in masks)}"]
     return Case(
         id=scan_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +178,36 @@ def refuse_two_homes(scan_id: str, files: Iterable[ImageFile], words: Mapping[st
             "patients, or two visits? Give them names of their own (sub-X, ses-Y), or hide what shall not be used in a "
             "folder whose name starts with a dot."
         )
+
+
+def choose_images(
+    scan_id: str,
+    files: Mapping[str, list[ImageFile]],
+    needed: Sequence[str],
+    words: Mapping[str, str],
+    skipped: list[Skipped],
+    *,
+    like: Mapping[str, ImageFile] | None = None,
+) -> dict[str, ImageFile]:
+    """Choose the image of each kind that a case needs; the others of these kinds are added to `skipped`.
+
+    Args:
+        scan_id: the case.
+        files: its images, by kind.
+        needed: the kinds.
+        words: what the words of a name mean.
+        skipped: what is left out.
+        like: by kind, an image whose name the chosen one's is to resemble, as a mask's; see :func:`choose_one`.
+
+    Raises:
+        UserError: the images may be of two patients, see :func:`refuse_two_homes`.
+    """
+    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], words)
+    images = {}
+    for kind in needed:
+        images[kind], others = choose_one(files[kind], like=(like or {}).get(kind))
+        skipped += [Skipped(other.relative, f"{images[kind].path.name} is used for {scan_id}") for other in others]
+    return images
 
 
 def lesion_masks(files: list[ImageFile]) -> list[ImageFile]:

@@ -15,12 +15,11 @@ from nnunet_ssl.conversion.dataset import Case, Part, Prepared
 from nnunet_ssl.conversion.discovery import (
     ImageFile,
     Skipped,
-    choose_one,
+    choose_images,
     describe_contents,
     find_images,
     lesion_masks,
     nothing_found,
-    refuse_two_homes,
 )
 from nnunet_ssl.conversion.script import DatasetInfo, chosen_channels, make_parser, parse, run
 from nnunet_ssl.errors import UserError
@@ -150,12 +149,8 @@ def _case(
         return Skipped(scan_id, needed.replace("no ", "no readable ", 1))
     if person and person["group"] == "fcd" and not rois:
         return Skipped(scan_id, "a patient (group fcd) without readable ROI")
-    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
-    images = {}
-    for kind in needed:
-        image, others = choose_one(files[kind], like=rois[0] if rois and kind == "flair" else None)
-        images[kind] = image
-        skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
+    like = {"flair": rois[0]} if rois else None
+    images = choose_images(scan_id, files, needed, KINDS, skipped, like=like)
     notes = []
     if rois and "flair" in images and not rois[0].stem.startswith(images["flair"].stem):
         notes.append(f"ROI named after another scan: {rois[0].path.name}")

@@ -23,11 +23,10 @@ from nnunet_ssl.conversion.dataset import Case, Prepared
 from nnunet_ssl.conversion.discovery import (
     ImageFile,
     Skipped,
-    choose_one,
+    choose_images,
     find_images,
     lesion_masks,
     nothing_found,
-    refuse_two_homes,
 )
 from nnunet_ssl.conversion.script import DatasetInfo, chosen_channels, make_parser, parse, run
 from nnunet_ssl.errors import UserError
@@ -114,12 +113,7 @@ def _case(
         return Skipped(scan_id, needed)
     if not masks and not images_only:
         return Skipped(scan_id, "no lesion mask; images without one are prepared with --images_only")
-    refuse_two_homes(scan_id, [image for kind in needed for image in files[kind]], KINDS)
-    images = {}
-    for kind in needed:
-        image, others = choose_one(files[kind], like=None)
-        images[kind] = image
-        skipped += [Skipped(other.relative, f"{image.path.name} is used for {scan_id}") for other in others]
+    images = choose_images(scan_id, files, needed, KINDS, skipped)
     return Case(
         id=scan_id,
         subject=images[needed[0]].entity("sub") or scan_id,
