@@ -124,14 +124,16 @@ class Pooled(nn.Module):
         maps = self.module(x.flatten(0, 1)[:, None])
         single = isinstance(maps, Tensor)
         levels = [level.unflatten(0, x.shape[:2]) for level in ([maps] if single else maps)]
-        for place, (scale, shift) in enumerate(zip(self.scales, self.shifts)):
-            levels[place] = torch.addcmul(_per_feature(shift), levels[place], _per_feature(scale))
+        if self.scales:
+            levels = list(map(_modulated, levels, self.scales, self.shifts))
         pooled = [_pooled(level, counted, gate) for level, gate in zip(levels, self.gates, strict=True)]
         return pooled[0] if single else pooled
 
 
-def _per_feature(values: Tensor) -> Tensor:
-    return values[:, :, None, None, None]
+def _modulated(level: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift (B, C, F, X, Y, Z) by numbers (C, F), in the type that autocast chose for the maps."""
+    scale, shift = (one.to(level.dtype)[:, :, None, None, None] for one in (scale, shift))
+    return torch.addcmul(shift, level, scale)
 
 
 def _pooled(level: Tensor, counted: Tensor, gate: Tensor) -> Tensor:

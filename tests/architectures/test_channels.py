@@ -93,6 +93,15 @@ def test_a_modulated_map_is_scaled_and_shifted_by_its_channel_and_one_that_is_ab
         torch.testing.assert_close(pooled(x), mean + 0.25 * (torch.maximum(first, third) - mean))
 
 
+@every_pooling
+def test_pooled_maps_keep_the_type_that_autocast_chose(way):
+    network = build("swin", way)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        alone, pooled = network.encoder.module(scans(channels=1)), network.encoder(scans())
+    assert [level.dtype for level in pooled] == [level.dtype for level in alone]
+    assert torch.bfloat16 in {level.dtype for level in pooled}
+
+
 @every_network
 @every_pooling
 @pytest.mark.parametrize("copies", [1, 2, 3])
