@@ -249,9 +249,19 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def _ignored_label(reference: Path) -> int | None:
-    """What the data set calls ignore, if its dataset.json lies beside the folder of its masks, where nnU-Net has it."""
+    """What the data set calls ignore, if its dataset.json lies beside the folder of its masks, where nnU-Net has it.
+
+    Raises:
+        UserError: the file is no data set's.
+    """
     description = reference.absolute().parent / "dataset.json"
-    return json.loads(description.read_text()).get("labels", {}).get("ignore") if description.is_file() else None
+    if not description.is_file():
+        return None
+    try:
+        ignored: int | None = json.loads(description.read_text())["labels"].get("ignore")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{description} has no labels that nnU-Net could read: mend it, or move it away.") from error
+    return ignored
 
 
 def _compare_files(

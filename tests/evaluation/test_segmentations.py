@@ -135,6 +135,13 @@ def test_a_label_that_no_mask_holds_is_refused_and_one_that_a_single_mask_holds_
         write(folder / "d.nii.gz")
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"labels": []}', '{"labels": null}'])
+def test_a_description_that_tells_no_labels_is_an_error_in_one_sentence(folders, text):
+    (folders[0].parent / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.json has no labels that nnU-Net could read"):
+        compare_folders(*folders, LesionConfig())
+
+
 @pytest.mark.parametrize("label", [None, 1])
 def test_voxels_that_the_data_set_ignores_count_as_nothing_and_are_refused(folders, label):
     description = folders[0].parent / "dataset.json"
