@@ -14,8 +14,8 @@ from nnunet_ssl.errors import UserError, require
 from nnunet_ssl.trainers.settings import Settings
 
 ANY: Way = "modulated"
-"""What ``channels=any`` stands for: with a pre-trained encoder it had the highest mean Dice of the four ways in the study
-``missing``, for every number of channels."""
+"""What ``channels=any`` stands for: with a pre-trained encoder it had the highest mean Dice of the four ways in the
+study ``missing``, for every number of channels."""
 
 
 def way_of(settings: Settings) -> Way | None:
